@@ -1,0 +1,225 @@
+"""What a run is: the typed configuration, one class per section of the YAML.
+
+The docstring under a field is its documentation: the reference page and the commented file that
+``megatron-stable init`` writes are generated from it. Values are plain; whatever follows from them
+(padded vocabulary, gradient accumulation, DeepSpeed's JSON) is derived where it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_stable.config.recipes import RECIPES
+from megatron_stable.config.sizes import SIZES
+
+
+class Section(BaseModel):
+    """A section of the configuration: immutable, and no key that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    directory: str = "runs/first"
+    """The run's directory: everything the run writes is below it."""
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps to train, in all."""
+    seed: int = Field(1234, ge=0)
+    """Seed of initialisation, data order and dropout."""
+
+
+class ModelConfig(Section):
+    size: Literal[tuple(SIZES)] | None = "tiny"  # type: ignore[valid-type]
+    """A named shape; a field given beside it overrides it."""
+    recipe: Literal[tuple(RECIPES)] = "baseline"  # type: ignore[valid-type]
+    """A named set of stability knobs; a field given beside it overrides it."""
+
+    layers: int = Field(4, ge=1)
+    """Transformer blocks."""
+    hidden: int = Field(256, ge=1)
+    """Width of the residual stream."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
+    kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads (grouped-query attention, arXiv 2305.13245); null: as many as `heads`."""
+    ffn_hidden: int | None = Field(None, ge=1)
+    """Width of the MLP; null: 4 x hidden, for swiglu 8/3 x hidden rounded up to a multiple of 64."""
+    sequence_length: int = Field(256, ge=1)
+    """Tokens per sample."""
+    vocab_size: int | None = Field(None, ge=2)
+    """Vocabulary size; null: that of the tokenizer."""
+
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of every norm."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the variance in every norm."""
+    positions: Literal["rope", "learned", "none"] = "rope"
+    """Position information: rotary (arXiv 2104.09864), a learned table, or none."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    activation: Literal["gelu", "squared_relu", "swiglu"] = "gelu"
+    """Non-linearity of the MLP; squared_relu: arXiv 2109.08668, swiglu: arXiv 2002.05202."""
+    bias: bool = False
+    """Biases in linear layers and LayerNorm."""
+    tied_embeddings: bool = False
+    """Use the embedding matrix as the output head."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout after the embedding, Proj and FC2."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of the attention probabilities."""
+
+    init: Literal["fan_in", "fixed"] = "fan_in"
+    """fan_in: truncated normal, std 1/sqrt(fan-in), embedding std 1/sqrt(hidden) (arXiv 2309.14322); fixed: normal with `init_std`."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of init=fixed."""
+    init_scaled_output: bool = False
+    """Scale the initial Proj and FC2 by 1/sqrt(2 x layers) (GPT-2)."""
+
+    qk_norm: bool = False
+    """Norm on queries and keys, per head (arXiv 2302.05442)."""
+    attention_cap: float | None = Field(None, gt=0)
+    """Cap attention logits softly: c x tanh(logit / c) (Gemma 2); null: no cap."""
+
+    attention: Literal["auto", "math", "sdpa", "flex"] = "auto"
+    """Attention backend; auto: the fastest that computes the recipe exactly on the device."""
+    activation_checkpointing: Literal["none", "full"] | int = "none"
+    """Recompute activations in backward: none, full (every block), or k: every k-th block."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, given: Any) -> Any:
+        """Fill in what `size` and `recipe` name, below what the user gave."""
+        if not isinstance(given, dict):
+            return given
+        size, recipe = given.get("size", "tiny"), given.get("recipe", "baseline")
+        return {**SIZES.get(size, {}), **RECIPES.get(recipe, {}), **given}
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads, resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def ffn(self) -> int:
+        """Width of the MLP, resolved."""
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
+        return -(-8 * self.hidden // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.hidden
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks (TP)."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages (PP)."""
+    sequence: bool = False
+    """Sequence parallelism: shard norm and dropout regions along the sequence over the TP ranks (arXiv 2205.05198)."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage; 2 and 3 need pipeline 1."""
+
+
+class PrecisionConfig(Section):
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of weights and activations in forward and backward; masters, moments and gradient accumulation are fp32."""
+    initial_scale_power: int = Field(16, ge=0, le=32)
+    """fp16: the first loss scale is 2 to this power."""
+    scale_window: int = Field(1000, ge=1)
+    """fp16: steps without overflow before the loss scale doubles."""
+    hysteresis: int = Field(2, ge=1)
+    """fp16: overflows before the loss scale halves."""
+    min_scale: float = Field(1.0, gt=0)
+    """fp16: floor of the loss scale."""
+
+
+class BatchConfig(Section):
+    global_size: int = Field(16, ge=1)
+    """Sequences per optimizer step, over all ranks."""
+    micro_size: int = Field(4, ge=1)
+    """Sequences per forward pass of one rank."""
+
+
+class DataConfig(Section):
+    tokenizer: str | None = None
+    """The SentencePiece model."""
+    train: str | dict[str, float] | None = None
+    """Prefix of the training .bin/.idx, or a blend: {prefix: weight, ...}."""
+    validation: str | dict[str, float] | None = None
+    """Prefix of the validation .bin/.idx, or a blend; null: no evaluation."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: float = Field(3.0e-4, ge=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    eps: float = Field(1.0e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, multiplied by the learning rate; on matrices only (not norms and biases)."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Clip the global gradient norm to this; 0: do not clip."""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd: constant, then linear decay over the last `decay_fraction`."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warm-up from 0."""
+    min_learning_rate: float = Field(3.0e-5, ge=0)
+    """Learning rate at the end of the decay."""
+    decay_fraction: float = Field(0.1, gt=0, le=1)
+    """wsd: the fraction of the run's steps that decay."""
+
+
+class LossConfig(Section):
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of log(Z)^2, which keeps output logits from drifting (PaLM: 1e-4)."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(100, ge=1)
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = Field(3, ge=1)
+    """Checkpoints to keep."""
+
+
+class LoggingConfig(Section):
+    every: int = Field(1, ge=1)
+    """Steps between records in metrics.jsonl, TensorBoard and on the progress line."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(100, ge=1)
+    """Steps between evaluations; one is always made at the end."""
+    batches: int = Field(10, ge=1)
+    """Global batches per evaluation; always the same ones."""
+
+
+class Config(Section):
+    """A whole run. See DESIGN: one YAML file, `key=value` overrides, no other knobs."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    batch: BatchConfig = BatchConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,0 +1,31 @@
+"""Errors a user can mend, each with the exit code the command line promises."""
+
+
+class MegatronStableError(Exception):
+    """Base of all errors whose message is for the user: printed without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(MegatronStableError):
+    """Bad usage or configuration."""
+
+    exit_code = 2
+
+
+class DivergenceError(MegatronStableError):
+    """Training diverged and could not be recovered."""
+
+    exit_code = 3
+
+
+class LossScaleError(MegatronStableError):
+    """The fp16 loss scale reached its floor."""
+
+    exit_code = 4
+
+
+class DataError(MegatronStableError):
+    """Data or checkpoint unusable."""
+
+    exit_code = 5
