@@ -7,18 +7,29 @@ The docstring under a field is its documentation: the reference page and the com
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.sizes import SIZES
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Blend = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A section of the configuration: immutable, and no key that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where the field is not a flag: to Python they are the numbers 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are not numbers")
+        return value
 
 
 class RunConfig(Section):
@@ -71,7 +82,8 @@ class ModelConfig(Section):
     """Dropout of the attention probabilities."""
 
     init: Literal["fan_in", "fixed"] = "fan_in"
-    """fan_in: truncated normal, std 1/sqrt(fan-in), embedding std 1/sqrt(hidden) (arXiv 2309.14322); fixed: normal with `init_std`."""
+    """fan_in: truncated normal, std 1/sqrt(fan-in), embedding std 1/sqrt(hidden) (arXiv 2309.14322);
+    fixed: normal with `init_std`."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of init=fixed."""
     init_scaled_output: bool = False
@@ -84,7 +96,7 @@ class ModelConfig(Section):
 
     attention: Literal["auto", "math", "sdpa", "flex"] = "auto"
     """Attention backend; auto: the fastest that computes the recipe exactly on the device."""
-    activation_checkpointing: Literal["none", "full"] | int = "none"
+    activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
     """Recompute activations in backward: none, full (every block), or k: every k-th block."""
     compile: bool = False
     """Compile each block with torch.compile."""
@@ -96,7 +108,9 @@ class ModelConfig(Section):
         if not isinstance(given, dict):
             return given
         size, recipe = given.get("size", "tiny"), given.get("recipe", "baseline")
-        return {**SIZES.get(size, {}), **RECIPES.get(recipe, {}), **given}
+        shape = SIZES.get(size, {}) if isinstance(size, str) else {}
+        knobs = RECIPES.get(recipe, {}) if isinstance(recipe, str) else {}
+        return {**shape, **knobs, **given}
 
     @property
     def head_dim(self) -> int:
@@ -124,12 +138,13 @@ class ParallelConfig(Section):
     sequence: bool = False
     """Sequence parallelism: shard norm and dropout regions along the sequence over the TP ranks (arXiv 2205.05198)."""
     zero_stage: Literal[1, 2, 3] = 1
-    """DeepSpeed ZeRO stage; 2 and 3 need pipeline 1."""
+    """DeepSpeed ZeRO stage; 2 and 3 need pipeline 1. With one data-parallel rank, stage 1 does what stage 0 would."""
 
 
 class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of weights and activations in forward and backward; masters, moments and gradient accumulation are fp32."""
+    """Precision of weights and activations in forward and backward.
+    Masters, moments and gradient accumulation are fp32."""
     initial_scale_power: int = Field(16, ge=0, le=32)
     """fp16: the first loss scale is 2 to this power."""
     scale_window: int = Field(1000, ge=1)
@@ -150,9 +165,9 @@ class BatchConfig(Section):
 class DataConfig(Section):
     tokenizer: str | None = None
     """The SentencePiece model."""
-    train: str | dict[str, float] | None = None
+    train: str | Blend | None = None
     """Prefix of the training .bin/.idx, or a blend: {prefix: weight, ...}."""
-    validation: str | dict[str, float] | None = None
+    validation: str | Blend | None = None
     """Prefix of the validation .bin/.idx, or a blend; null: no evaluation."""
 
 
@@ -161,7 +176,7 @@ class OptimizerConfig(Section):
     """The optimizer."""
     learning_rate: float = Field(3.0e-4, ge=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: float = Field(1.0e-8, gt=0)
     """Added to the root of the second moment."""
@@ -212,14 +227,26 @@ class Config(Section):
     """A whole run. See DESIGN: one YAML file, `key=value` overrides, no other knobs."""
 
     run: RunConfig = RunConfig()
+    """Where the run goes and how long it is."""
     model: ModelConfig = ModelConfig()
+    """The Transformer: its shape, its parts and its stability knobs."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the ranks share the work; data parallel is what is left of the world: ranks / (tensor x pipeline)."""
     precision: PrecisionConfig = PrecisionConfig()
+    """Number formats, and the loss scale of fp16."""
     batch: BatchConfig = BatchConfig()
+    """Batch sizes, in sequences; gradients accumulate over global_size / (micro_size x data-parallel ranks) passes."""
     data: DataConfig = DataConfig()
+    """Where text comes from: what `megatron-stable tokenizer` and `megatron-stable preprocess` wrote."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer and its clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
     loss: LossConfig = LossConfig()
+    """Terms beside the cross-entropy."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints, below `run.directory`/checkpoints."""
     logging: LoggingConfig = LoggingConfig()
+    """What is recorded, and how often."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation loss while training."""

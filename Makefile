@@ -1,0 +1,54 @@
+# `make demo` and `make test` work in a fresh clone: both set up .venv first, and skip that when it is up to date.
+# Options: PYTHON=python3.12 chooses the interpreter that .venv is made from; TESTS=tests/config the tests that run.
+
+PYTHON ?= python3
+TESTS ?= tests
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# DeepSpeed compiles its own kernels on installation when told to; nothing here needs them
+export DS_BUILD_OPS ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make .venv and install the package and its pinned dependencies
+
+# The stamp is the last step, so a broken installation is repeated. torch comes first: DeepSpeed's own build looks for it.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than 3.10; name a newer one: make setup PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install setuptools wheel
+	$(BIN)/python -m pip install -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## prepare text, train a small model on two ranks, show what came out
+	$(BIN)/megatron-stable demo
+
+test: setup  ## the test suite
+	$(BIN)/python -m pytest $(TESTS) -m 'not full'
+
+test-all: setup  ## the test suite with the full product of layouts and recipes
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup  ## ruff, mypy, codespell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: setup  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup  ## write the pages that are generated from the code
+	$(BIN)/python -m megatron_stable.config.reference docs/configuration.md
+
+clean:  ## remove .venv and the tools' caches
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,172 @@
+"""From a YAML file and `key=value` overrides to a checked configuration, and back to YAML."""
+
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_stable.config.checks import conflicts
+from megatron_stable.config.describe import accepts_text, entries, sections
+from megatron_stable.config.problems import Problem, explain, fail, shown, unknown
+from megatron_stable.config.recipes import RECIPES
+from megatron_stable.config.schema import Config
+from megatron_stable.config.sizes import SIZES
+from megatron_stable.errors import ConfigError
+
+# what an override of `model.size` and of `model.recipe` takes the place of
+_NAMED = {"model.size": SIZES, "model.recipe": RECIPES}
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration and check all of it that does not depend on the number of ranks.
+
+    An override takes precedence over the file. `model.size=...` and `model.recipe=...` do so for everything that
+    sizes or recipes set, so that they have their effect on a resolved file as well.
+
+    Args:
+        path: a YAML file; None: the defaults.
+        overrides: `section.field=value`, where value is YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, or one line for each of the problems in it and in the overrides.
+    """
+    given = _read(Path(path)) if path is not None else {}
+    problems = _override(given, overrides)
+    try:
+        config: Config | None = Config.model_validate(given)
+    except ValidationError as error:
+        problems += explain(error, given)
+        config = _without(given, problems)
+    if config is not None:
+        # a conflict that follows from a value reported above is no news
+        faulty = {key for problem in problems for key in problem.keys}
+        if faulty & _NAMED.keys():
+            faulty |= {entry.key for entry in entries("model")}
+        problems += [conflict for conflict in conflicts(config) if not faulty.intersection(conflict.keys)]
+    fail(str(path) if path is not None else "configuration", problems)
+    assert config is not None  # an invalid one has problems
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, every field resolved; :func:`load_config` makes the same of it."""
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        given = _parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # bytes that are no text
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: holds {shown(given)}, not the sections {', '.join(sections())}")
+    # an empty section means its defaults; the copies keep overrides out of what YAML aliases share
+    return {
+        str(name): {str(key): value for key, value in (section or {}).items()}
+        if isinstance(section, dict) or (section is None and name in sections())
+        else section
+        for name, section in given.items()
+    }
+
+
+def _override(given: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+    """Put the overrides into `given`; returns those that cannot be."""
+    known = {entry.key: entry for entry in entries()}
+    problems, values = [], {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(Problem((), f"{shown(override)} is not an override; write section.field=value"))
+        elif key in sections():
+            problems.append(Problem((), f"{override}: {key} is a section; override its fields: {key}.field=value"))
+        elif key not in known:
+            problems.append(unknown(key))
+        else:
+            try:
+                value = _parse(text)
+            except yaml.YAMLError as error:
+                reason = getattr(error, "problem", None) or "unreadable"
+                problems.append(Problem((key,), f"{override}: the value is not valid YAML: {reason}"))
+                continue
+            is_text = accepts_text(known[key].info) and isinstance(value, (bool, int, float))
+            values[key] = text if is_text else value
+
+    for key, named in _NAMED.items():
+        if key in values and isinstance(given.get("model"), dict):
+            for field in {field for fields in named.values() for field in fields}:
+                given["model"].pop(field, None)
+    for key, value in values.items():
+        section = given.setdefault(known[key].section, {})
+        if isinstance(section, dict):  # validation reports it if not
+            section[known[key].name] = value
+    return problems
+
+
+def _without(given: dict[str, Any], problems: list[Problem]) -> Config | None:
+    """The configuration with the faulty keys left out, to look for conflicts among the others."""
+    faulty = {key for problem in problems for key in problem.keys}
+    rest = {
+        name: {field: value for field, value in section.items() if f"{name}.{field}" not in faulty}
+        for name, section in given.items()
+        if isinstance(section, dict) and name in sections()
+    }
+    try:
+        return Config.model_validate(rest)
+    except ValidationError:
+        return None
+
+
+def _parse(text: str | bytes) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets thousands deep
+        raise yaml.YAMLError(str(error)) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, with the numbers and flags of YAML 1.2, and no key twice.
+
+    In YAML 1.1, as PyYAML reads it, 3e-4 is text, 1:30 is the integer 90, and `no` is false.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping; raises ConstructorError where a key comes twice."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes lists on one line, and quotes what either version of YAML would not read as text."""
+
+
+_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+_SCALARS = [
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
+]
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
+    _Dumper.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
+_Dumper.add_representer(
+    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)

@@ -1,0 +1,139 @@
+"""One training engine over DeepSpeed's two: ``DeepSpeedEngine`` for one pipeline stage, ``PipelineEngine`` for more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from megatron_stable.config.schema import Config
+from megatron_stable.engine.deepspeed_config import deepspeed_config
+from megatron_stable.engine.pipeline import TransformerPipeline
+from megatron_stable.model.loss import Losses, language_model_loss
+from megatron_stable.model.transformer import Transformer, layer_list
+from megatron_stable.optim.adamw import build_optimizer
+from megatron_stable.parallel.random import seed_step
+from megatron_stable.parallel.topology import Topology
+
+MicroBatches = Iterable[Tensor]  # each [micro, s + 1] int64: inputs are all but the last token, targets all but the first
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step has to say, over all ranks. Reading it syncs with the device, so it is made only when asked for.
+
+    Attributes:
+        loss: Mean cross-entropy, nats per token, without the z-loss.
+        z_loss: The z-loss, coefficient included.
+        grad_norm: Global L2 norm of the gradient before clipping; infinite where the update was dropped.
+        loss_scale: fp16's loss scale, else 1.
+        skipped: Whether DeepSpeed dropped the update because of non-finite gradients.
+    """
+
+    loss: float
+    z_loss: float
+    grad_norm: float
+    loss_scale: float
+    skipped: bool
+
+
+class Engine:
+    """A model on its ranks, ready to train. Collective: every rank of the run constructs it and calls each method.
+
+    Args:
+        config: The run; ``config.model.vocab_size`` must be known.
+        topology: The grid of ranks.
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        assert config.model.vocab_size is not None
+        self.config, self.topology = config, topology
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.vocab_size = config.model.vocab_size
+        self.accumulation = config.batch.global_size // (config.batch.micro_size * topology.data_size)
+        self._sums = torch.zeros(2, device=self.device)  # cross-entropy and z-loss, summed over micro batches
+        layers = layer_list(config.model, topology.tp, config.run.seed, self.device.type)
+        pipelined = topology.pipeline_size > 1
+        model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
+        self.optimizer = build_optimizer(model.parameters(), config.optimizer)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, topology.data_size),
+            mpu=None if pipelined else topology,
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The layers on this rank."""
+        module: nn.Module = self.deepspeed.module
+        return module
+
+    def train_step(self, step: int, micro_batches: MicroBatches, learning_rate: float) -> None:
+        """One optimizer step on this rank's part of the global batch.
+
+        Args:
+            step: Optimizer step, from 1.
+            micro_batches: ``accumulation`` micro batches ``[micro, s + 1]`` of token ids on the CPU, the same on
+                all ranks of a replica.
+            learning_rate: Of this step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        seed_step(self.config.run.seed, step, self.topology)
+        self._sums.zero_()
+        if self.topology.pipeline_size > 1:
+            self.deepspeed.train_batch(self._pairs(micro_batches))
+            return
+        self.deepspeed.train()
+        for inputs, targets in self._pairs(micro_batches):
+            self.deepspeed.backward(self._loss(self.deepspeed(inputs), targets))
+            self.deepspeed.step()
+
+    def metrics(self) -> StepMetrics:
+        """Of the last training step. Collective; costs one small reduction and one sync with the device."""
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        norm = self.deepspeed.get_global_grad_norm()
+        loss, z_loss = self._average(self._sums / self.accumulation).tolist()
+        scale = float(self.deepspeed.loss_scale()) if self.config.precision.dtype == "fp16" else 1.0
+        return StepMetrics(loss, z_loss, float(norm), scale, skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatches]) -> float:
+        """Mean cross-entropy over global batches, nats per token. Collective."""
+        sums, count = torch.zeros((), device=self.device), 0
+        for micro_batches in batches:
+            self._sums.zero_()
+            if self.topology.pipeline_size > 1:
+                self.deepspeed.eval_batch(self._pairs(micro_batches), bcast_loss=False, reduce_output=None)
+            else:
+                self.deepspeed.eval()
+                for inputs, targets in self._pairs(micro_batches):
+                    self._loss(self.deepspeed(inputs), targets)
+            sums += self._sums[0]
+            count += self.accumulation
+        self.deepspeed.train()
+        return float(self._average(sums / max(count, 1)))
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses = language_model_loss(logits, targets, self.topology.tp, self.vocab_size, self.config.loss.z_loss)
+        self._sums += torch.stack([part.detach() for part in losses])
+        return sum(losses[1:], start=losses[0])
+
+    def _pairs(self, micro_batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
+        for tokens in micro_batches:
+            tokens = tokens.to(self.device, non_blocking=True)
+            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _average(self, value: Tensor) -> Tensor:
+        """Mean over the replicas of a value that the last stage knows, made known to all ranks."""
+        value = value.clone() if self.topology.last_stage else torch.zeros_like(value)
+        # TP ranks agree already, so the sum over the whole world counts each replica TP times
+        dist.all_reduce(value)
+        return value / (self.topology.data_size * self.topology.tensor_size)

@@ -1,0 +1,92 @@
+"""The model's list of layers as DeepSpeed's pipeline: which stage holds which layers, and tied embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_stable.model.transformer import Layer, project
+from megatron_stable.parallel.topology import Topology
+
+
+class _Spec(LayerSpec):  # type: ignore[misc]
+    """A layer that is built on the stage that holds it, and nowhere else."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(nn.Module)
+        self.layer = layer
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.layer.build()
+
+
+class _TiedSpec(TiedLayerSpec):  # type: ignore[misc]
+    """A layer whose weight is shared between stages; DeepSpeed sums its gradients over them."""
+
+    def __init__(self, layer: Layer, forward: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
+        super().__init__(layer.name, nn.Module, forward_fn=forward, tied_weight_attr=["weight"])
+        self.layer = layer
+
+    def build(self, log: bool = False) -> nn.Module:
+        return self.layer.build()
+
+
+def stage_bounds(costs: list[float], blocks: list[bool], stages: int) -> list[int]:
+    """Split layers into contiguous stages that minimise the most expensive one; each holds at least one block.
+
+    Args:
+        costs: Cost of each layer.
+        blocks: Which layers are Transformer blocks. (DeepSpeed hangs on a stage with the embedding alone.)
+
+    Returns:
+        ``stages + 1`` bounds: stage i holds layers ``[bounds[i], bounds[i + 1])``.
+
+    Raises:
+        ValueError: There are fewer blocks than stages.
+    """
+    if sum(blocks) < stages:
+        raise ValueError(f"{sum(blocks)} blocks cannot fill {stages} pipeline stages")
+    n = len(costs)
+    # best[j]: (bottleneck, bounds) of the cheapest split of the first j layers into the stages so far
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
+    for stage in range(stages):
+        ends = range(1, n + 1) if stage < stages - 1 else range(n, n + 1)
+        best = {
+            end: min(
+                (max(bottleneck, sum(costs[start:end])), [*bounds, end])
+                for start, (bottleneck, bounds) in best.items()
+                if any(blocks[start:end])
+            )
+            for end in ends
+            if any(any(blocks[start:end]) for start in best)
+        }
+    return best[n][1]
+
+
+class TransformerPipeline(PipelineModule):  # type: ignore[misc]
+    """The layers of this rank's stage, scheduled 1F1B by DeepSpeed.
+
+    Args:
+        loss: ``(logits [b, s, v/tp], targets [b, s]) -> scalar``, called on the last stage.
+    """
+
+    def __init__(self, layers: list[Layer], topology: Topology, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        by_name = {layer.name: layer for layer in layers}
+        shared = {layer.tied for layer in layers if layer.tied}
+        specs = [
+            _TiedSpec(by_name[layer.tied], forward=project)
+            if layer.tied
+            else (_TiedSpec if layer.name in shared else _Spec)(layer)
+            for layer in layers
+        ]
+        is_block = [layer.name.startswith("blocks.") for layer in layers]
+        self.bounds = stage_bounds([layer.cost for layer in layers], is_block, topology.pipeline_size)
+        grid = PipeModelDataParallelTopology(topology.pipeline_size, topology.tensor_size, topology.data_size)
+        super().__init__(specs, topology=grid, loss_fn=loss)
+
+    def _partition_layers(self, method: str = "parameters") -> None:
+        self.parts = self.bounds
+        self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])

@@ -1,0 +1,45 @@
+"""The MLP: FC1, a non-linearity, FC2."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_stable.config.schema import ModelConfig
+from megatron_stable.model.init import linear_init, output_init
+from megatron_stable.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_stable.parallel.topology import TensorParallel
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU, tanh form (arXiv 1606.08415)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """ReLU squared (Primer, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU(gate) x up (arXiv 2002.05202): ``[..., 2f]``, gate first, to ``[..., f]``."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS = {"gelu": gelu, "squared_relu": squared_relu, "swiglu": swiglu}
+
+
+class MLP(nn.Module):
+    """``fc2(activation(fc1(x)))``; for swiglu FC1 holds gate and up projection, ``[2, ffn, hidden]``."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        width = (2, config.ffn) if config.activation == "swiglu" else config.ffn
+        self.fc1 = ColumnParallelLinear(config.hidden, width, linear_init(config, config.hidden), tp, config.bias)
+        self.fc2 = RowParallelLinear(config.ffn, config.hidden, output_init(config, config.ffn), tp, config.bias)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
+        return self.fc2(self.activation(self.fc1(x)))

@@ -1,0 +1,50 @@
+"""Position information: rotary embeddings, and the learned table with all else that follows the token embedding."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from megatron_stable.config.schema import ModelConfig
+from megatron_stable.model.init import embedding_init
+from megatron_stable.parallel.collectives import copy_to
+from megatron_stable.parallel.parameters import parameter
+from megatron_stable.parallel.random import dropout
+from megatron_stable.parallel.topology import TensorParallel
+
+
+@lru_cache(maxsize=8)
+def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[length, width]`` in fp32 of the angles position x theta^(-2i/width) (arXiv 2104.09864)."""
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies).repeat(1, 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of ``[b, s, heads, d]``: dimension i is paired with i + d/2; computed in fp32."""
+    cos, sin = (table.unsqueeze(1) for table in rotary_table(x.shape[1], x.shape[-1], theta, x.device))
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+
+class EmbeddingOutput(nn.Module):
+    """What follows the token embedding: learned positions (if any), then dropout."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp, self.dropout = tp, config.dropout
+        learned = config.positions == "learned"
+        shape = (config.sequence_length, config.hidden)
+        self.weight = parameter(shape, embedding_init(config)) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
+        if self.weight is not None:
+            if self.tp.sequence_sharded:
+                x = x + copy_to(self.weight, self.tp).unflatten(0, (self.tp.size, -1))[self.tp.rank]
+            else:
+                x = x + self.weight[: x.shape[1]]
+        return dropout(x, self.dropout, self.training, self.tp)

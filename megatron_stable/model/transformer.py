@@ -1,0 +1,154 @@
+"""The model as one list of layers, and the same list run by a single stage.
+
+``layer_list`` is all there is to know: with one pipeline stage :class:`Transformer` runs it in order, with more
+the engine hands it to DeepSpeed's pipeline. There is no second forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from torch import Tensor, nn
+
+from megatron_stable.config.schema import ModelConfig
+from megatron_stable.model.attention import choose_backend
+from megatron_stable.model.block import Block
+from megatron_stable.model.init import embedding_init, head_init
+from megatron_stable.model.norms import residual_norm
+from megatron_stable.model.positions import EmbeddingOutput
+from megatron_stable.parallel.layers import VocabParallelEmbedding, column_linear
+from megatron_stable.parallel.parameters import initialize, name_parameters, parameter
+from megatron_stable.parallel.topology import TensorParallel
+
+VOCAB_MULTIPLE = 128  # rows of the embedding are padded to a multiple of this, which matrix units like
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the list: its name and how to build it.
+
+    Attributes:
+        name: Prefix of the global names of its parameters.
+        build: Makes the module, with parameters named and drawn.
+        cost: Estimated floating-point operations per token, forward; balances pipeline stages.
+        tied: Name of the layer whose module this one shares.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    cost: float = 0.0
+    tied: str | None = None
+
+
+def padded_vocabulary(vocab_size: int, tp_size: int) -> int:
+    """Rows of embedding and head: a multiple of 128 and of the TP size."""
+    multiple = lcm(VOCAB_MULTIPLE, tp_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+class Head(nn.Module):
+    """The output head: ``[b, s, h]``, under SP ``[b, s/tp, h]`` -> logits ``[b, s, v/tp]``."""
+
+    def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
+        super().__init__()
+        self.weight, self.tp = weight, tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(self, x)
+
+
+def project(module: Head | VocabParallelEmbedding, x: Tensor) -> Tensor:
+    """Logits from the final hidden state, with the weight of a head or of a tied embedding."""
+    return column_linear(x, module.weight, module.tp)
+
+
+def layer_list(config: ModelConfig, tp: TensorParallel, seed: int, device: str = "cpu") -> list[Layer]:
+    """The layers of the model, in order; ``config.vocab_size`` must be known.
+
+    Args:
+        seed: Of initialisation.
+        device: "cpu" or "cuda": where it will run, which decides the attention backend.
+    """
+    assert config.vocab_size is not None
+    h, s, vocab_size = config.hidden, config.sequence_length, config.vocab_size
+    rows = padded_vocabulary(vocab_size, tp.size)
+    backend = choose_backend(config, device)
+
+    def layer(name: str, make: Callable[[], nn.Module], cost: float = 0.0, tied: str | None = None) -> Layer:
+        def build() -> nn.Module:
+            module = make()
+            name_parameters(module, name)
+            initialize(module, seed)
+            return module
+
+        return Layer(name, build, cost, tied)
+
+    def block(index: int) -> nn.Module:
+        module = Block(config, tp, backend, recompute=recomputes(config, index))
+        if config.compile:
+            module.compile()
+        return module
+
+    width, kv = config.heads * config.head_dim, 2 * config.groups * config.head_dim
+    ffn = config.ffn * (3 if config.activation == "swiglu" else 2)
+    block_cost = 2.0 * h * (2 * width + kv + ffn) + 2.0 * s * width
+    head = layer(
+        "head",
+        lambda: Head(parameter((rows, h), head_init(config, vocab_size), tp, 0), tp),
+        cost=2.0 * h * rows,
+        tied="embedding" if config.tied_embeddings else None,
+    )
+    return [
+        layer("embedding", lambda: VocabParallelEmbedding(rows, h, embedding_init(config, vocab_size), tp)),
+        layer("positions", lambda: EmbeddingOutput(config, tp)),
+        *(layer(f"blocks.{i}", lambda i=i: block(i), block_cost) for i in range(config.layers)),  # type: ignore[misc]
+        layer("final_norm", lambda: residual_norm(config, tp)),
+        head,
+    ]
+
+
+def recomputes(config: ModelConfig, index: int) -> bool:
+    """Whether block ``index`` recomputes its activations in backward."""
+    if isinstance(config.activation_checkpointing, int):
+        return index % config.activation_checkpointing == 0
+    return config.activation_checkpointing == "full"
+
+
+class Transformer(nn.Module):
+    """A decoder-only Transformer on one pipeline stage: ``[b, s]`` token ids -> ``[b, s, v/tp]`` logits."""
+
+    def __init__(self, layers: list[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict()
+        for layer in layers:
+            if layer.tied is None:
+                module = layer.build()
+            else:
+                shared = self.layers[layer.tied]
+                assert isinstance(shared, VocabParallelEmbedding)
+                module = Head(shared.weight, shared.tp)
+            self.layers[layer.name.replace(".", "_")] = module
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = tokens
+        for module in self.layers.values():
+            x = module(x)
+        return x
+
+
+def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> tuple[int, int]:
+    """(all parameters, those outside embedding and head), counted on the model itself without allocating it."""
+    config = config.model_copy(update={"vocab_size": vocab_size or config.vocab_size})
+    assert config.vocab_size is not None
+    total = inner = 0
+    with torch.device("meta"):
+        embedding = config.vocab_size * config.hidden
+        block = sum(p.numel() for p in Block(config, TensorParallel(), "math", False).parameters())
+        rest = sum(p.numel() for p in EmbeddingOutput(config, TensorParallel()).parameters())
+        norm = sum(p.numel() for p in residual_norm(config, TensorParallel()).parameters())
+    inner = config.layers * block + norm
+    total = inner + rest + embedding * (1 if config.tied_embeddings else 2)
+    return total, inner

@@ -1,0 +1,115 @@
+"""The handful of collectives that tensor parallelism needs, each with its backward.
+
+================  =====================  =====================
+function          forward                backward
+================  =====================  =====================
+copy_to           identity               all-reduce
+reduce_from       all-reduce             identity
+gather_sequence   all-gather over s      reduce-scatter over s
+scatter_sequence  reduce-scatter over s  all-gather over s
+================  =====================  =====================
+
+The first pair is Megatron's f and g (arXiv 1909.08053), the second its sequence-parallel form (arXiv 2205.05198).
+Without a TP group each is the identity and leaves no trace in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_stable.parallel.topology import TensorParallel
+
+
+def all_gather_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
+    """``[b, s/tp, ...]`` on each rank -> ``[b, s, ...]``, without autograd."""
+    parts = x.new_empty(tp.size, *x.shape)
+    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=tp.group)
+    return parts.transpose(0, 1).flatten(1, 2)  # [b, tp, s/tp, ...]: a view when b == 1
+
+
+def reduce_scatter_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum ``[b, s, ...]`` over the ranks and keep this rank's ``[b, s/tp, ...]``, without autograd."""
+    parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()  # [tp, b, s/tp, ...]
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=tp.group)
+    return out
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.tp.group)
+        return grad, None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=tp.group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return all_gather_sequence(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return reduce_scatter_sequence(grad, ctx.tp), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return reduce_scatter_sequence(x, tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return all_gather_sequence(grad, ctx.tp), None
+
+
+def copy_to(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Enter a sharded region with a value all ranks share; its gradient is summed over them.
+
+    Used on activations in front of column-parallel layers, and on replicated parameters of which each rank
+    sees only a part of the gradient: norms under SP, QK-norms over local heads.
+    """
+    return _CopyTo.apply(x, tp) if tp.active else x
+
+
+def reduce_from(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Leave a sharded region: sum the partial results of all ranks."""
+    return _ReduceFrom.apply(x, tp) if tp.active else x
+
+
+def gather_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
+    """``[b, s/tp, ...]`` -> ``[b, s, ...]``."""
+    return _GatherSequence.apply(x, tp) if tp.active else x
+
+
+def scatter_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum ``[b, s, ...]`` over the ranks and keep this rank's ``[b, s/tp, ...]``."""
+    return _ScatterSequence.apply(x, tp) if tp.active else x
+
+
+def leave_region(x: Tensor, tp: TensorParallel) -> Tensor:
+    """The end of a row-parallel layer: ``[b, s, h]`` partial sums -> ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
+    return scatter_sequence(x, tp) if tp.sequence else reduce_from(x, tp)

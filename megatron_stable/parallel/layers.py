@@ -1,0 +1,116 @@
+"""Column-, row- and vocab-parallel layers (Megatron-LM, arXiv 1909.08053), with sequence parallelism (arXiv 2205.05198).
+
+The math above them does not know that weights are sharded: a column-parallel layer takes ``[b, s, h]`` (under SP
+``[b, s/tp, h]``) and returns features/tp; a row-parallel layer takes features/tp and returns what the first took.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_stable.parallel.collectives import all_gather_sequence, copy_to, leave_region
+from megatron_stable.parallel.parameters import ZEROS, Init, parameter
+from megatron_stable.parallel.topology import TensorParallel
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """``gather(x) @ weight.T``; in backward the input's gradient is reduced while that of the weight is computed.
+
+    Under SP only the shard ``[b, s/tp, h]`` of the input is kept for backward and gathered again there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp = tp
+        return F.linear(all_gather_sequence(x, tp) if tp.sequence else x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        tp: TensorParallel = ctx.tp
+        if tp.sequence:
+            x = all_gather_sequence(x, tp)
+        grad_x = grad @ weight
+        if tp.sequence:
+            parts = grad_x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()
+            grad_x = torch.empty_like(parts[0])
+            work = dist.reduce_scatter_tensor(grad_x, parts.flatten(0, 1), group=tp.group, async_op=True)
+        else:
+            grad_x = grad_x.contiguous()
+            work = dist.all_reduce(grad_x, group=tp.group, async_op=True)
+        grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        work.wait()
+        return grad_x, grad_weight, None
+
+
+def column_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+    """``[b, s, in]`` (under SP ``[b, s/tp, in]``) times ``weight [out/tp, in]`` -> ``[b, s, out/tp]``."""
+    return _ColumnLinear.apply(x, weight, tp) if tp.active else F.linear(x, weight)
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear layer whose outputs are sharded over TP.
+
+    Args:
+        inputs: Input features.
+        outputs: Output features at full size; a tuple ``(parts, features)`` makes ``parts`` outputs that are each
+            sharded alike (gate and up projection of SwiGLU).
+        init: How the weight is drawn.
+        bias: Whether there is a bias, drawn as zeros.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int | tuple[int, int], init: Init, tp: TensorParallel, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        shape = outputs if isinstance(outputs, tuple) else (outputs,)
+        dim = len(shape) - 1
+        self.weight = parameter((*shape, inputs), init, tp, dim)
+        self.bias = parameter(shape, ZEROS, tp, dim) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, s, in]``, under SP ``[b, s/tp, in]`` -> ``[b, s, out/tp]``; parts follow one another in the last dim."""
+        y = column_linear(x, self.weight.flatten(0, -2), self.tp)
+        return y if self.bias is None else y + self.bias.flatten()
+
+
+class RowParallelLinear(nn.Module):
+    """A linear layer whose inputs are sharded over TP."""
+
+    def __init__(self, inputs: int, outputs: int, init: Init, tp: TensorParallel, bias: bool = False) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = parameter((outputs, inputs), init, tp, 1)
+        self.bias = parameter((outputs,), ZEROS) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[b, s, in/tp]`` -> ``[b, s, out]``, under SP ``[b, s/tp, out]``."""
+        y = leave_region(F.linear(x, self.weight), self.tp)
+        if self.bias is None:
+            return y
+        return y + (copy_to(self.bias, self.tp) if self.tp.sequence else self.bias)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A token embedding whose rows are sharded over TP."""
+
+    def __init__(self, vocabulary: int, hidden: int, init: Init, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = parameter((vocabulary, hidden), init, tp, 0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``[b, s]`` token ids -> ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
+        if not self.tp.active:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.tp.rank * self.weight.shape[0]
+        foreign = (local < 0) | (local >= self.weight.shape[0])
+        x = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        return leave_region(x.masked_fill(foreign.unsqueeze(-1), 0), self.tp)

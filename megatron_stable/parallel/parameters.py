@@ -1,0 +1,142 @@
+"""Parameters that know their place in the whole model.
+
+Each parameter carries its full shape, the dimension that TP shards, and how it is drawn. Its values come from
+a random stream of its own, seeded by (run seed, global name) and drawn at full size before slicing, so the
+function that a seed names does not depend on the layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from megatron_stable.parallel.topology import TensorParallel
+
+CHUNK = 2**24  # elements drawn at a time, which bounds the memory that drawing at full size takes
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a parameter is drawn.
+
+    Attributes:
+        std: Standard deviation; 0 with ``mean`` gives a constant.
+        mean: Mean.
+        truncated: Cut at two standard deviations (and widen, so that ``std`` is that of the result).
+        rows: Draw only this many rows of dimension 0, zeros below: padding of the vocabulary.
+    """
+
+    std: float = 0.0
+    mean: float = 0.0
+    truncated: bool = False
+    rows: int | None = None
+
+
+ONES, ZEROS = Init(mean=1.0), Init()
+TRUNCATED_STD = 0.8796256610342398  # of a standard normal cut at +-2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter sits in the whole model.
+
+    Attributes:
+        full_shape: Its shape before slicing.
+        dim: The dimension sharded over TP, or ``None`` for a replicated parameter.
+        rank, size: This rank's shard of ``dim``.
+        init: How it is drawn.
+        name: Global name, the same on every layout; set by :func:`name_parameters`.
+    """
+
+    full_shape: tuple[int, ...]
+    dim: int | None
+    rank: int
+    size: int
+    init: Init
+    name: str = ""
+
+    def slice(self, full: Tensor) -> Tensor:
+        """This rank's part of a full-size tensor (a view)."""
+        return full if self.dim is None else full.chunk(self.size, self.dim)[self.rank]
+
+
+def parameter(shape: tuple[int, ...], init: Init, tp: TensorParallel | None = None, dim: int | None = None) -> nn.Parameter:
+    """An empty parameter of full ``shape``, of which dimension ``dim`` is sharded over ``tp``.
+
+    Raises:
+        ValueError: ``dim`` is not divisible by the TP size.
+    """
+    rank, size = (tp.rank, tp.size) if tp is not None and dim is not None else (0, 1)
+    local = list(shape)
+    if dim is not None:
+        if local[dim] % size:
+            raise ValueError(f"dimension {dim} of {shape} is not divisible by {size} (TP)")
+        local[dim] //= size
+    weight = nn.Parameter(torch.empty(local))
+    weight.place = Place(shape, dim, rank, size, init)  # type: ignore[attr-defined]
+    # the mark by which DeepSpeed counts every shard in the gradient norm, replicated parameters only once
+    weight.tensor_model_parallel = weight.model_parallel = dim is not None  # type: ignore[attr-defined]
+    return weight
+
+
+def place(weight: nn.Parameter) -> Place:
+    """The place of a parameter made by :func:`parameter`."""
+    found: Place = weight.place  # type: ignore[attr-defined]
+    return found
+
+
+def name_parameters(module: nn.Module, prefix: str) -> None:
+    """Give each parameter of ``module`` its global name, ``prefix`` + its name in the module; a tied one keeps its first."""
+    for name, weight in module.named_parameters():
+        known = place(weight)
+        if not known.name:
+            weight.place = Place(  # type: ignore[attr-defined]
+                known.full_shape, known.dim, known.rank, known.size, known.init, f"{prefix}.{name}"
+            )
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, seed: int) -> None:
+    """Draw every parameter of ``module`` (see :func:`name_parameters`)."""
+    for weight in module.parameters():
+        _draw(weight, place(weight), seed)
+
+
+def draw_full(known: Place, seed: int) -> Tensor:
+    """The full-size fp32 tensor that ``seed`` names at this place, on the CPU."""
+    return torch.cat([rows for _, rows in _stream(known, seed)])
+
+
+def _draw(weight: nn.Parameter, known: Place, seed: int) -> None:
+    if known.dim is None or known.dim > 0:
+        for start, rows in _stream(known, seed):
+            weight[start : start + len(rows)] = known.slice(rows)
+        return
+    first = known.rank * len(weight)
+    for start, rows in _stream(known, seed):
+        low, high = max(start, first), min(start + len(rows), first + len(weight))
+        if low < high:
+            weight[low - first : high - first] = rows[low - start : high - start]
+
+
+def _stream(known: Place, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows of dimension 0 in chunks of bounded size, as (first row, rows)."""
+    shape, init = known.full_shape, known.init
+    digest = hashlib.blake2b(f"{seed}:{known.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    step = max(1, CHUNK // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        rows = torch.full((min(step, shape[0] - start), *shape[1:]), init.mean)
+        if init.truncated:
+            std = init.std / TRUNCATED_STD
+            nn.init.trunc_normal_(rows, init.mean, std, init.mean - 2 * std, init.mean + 2 * std, generator=generator)
+        elif init.std:
+            rows.normal_(init.mean, init.std, generator=generator)
+        if init.rows is not None and start + len(rows) > init.rows:
+            rows[max(0, init.rows - start) :] = 0
+        yield start, rows

@@ -1,0 +1,43 @@
+"""Package metadata. Exact versions of everything are in constraints.txt; here is what the package accepts."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-stable",
+    version="0.1.0",
+    description="A Megatron-style trainer for language models on DeepSpeed, with published stability methods built in",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["megatron_stable", "megatron_stable.*"]),
+    package_data={"megatron_stable": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.3",
+        "pydantic>=2",
+        "typer",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "matplotlib",
+        "numpy",
+        "pyyaml",
+        "pyarrow",
+        "zstandard",
+        "psutil",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "codespell", "types-PyYAML"],
+        "mpi": ["mpi4py"],
+        "hf": ["transformers"],
+    },
+    entry_points={"console_scripts": ["megatron-stable = megatron_stable.commands.app:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

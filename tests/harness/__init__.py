@@ -1,0 +1,1 @@
+"""What the tests stand on: real ranks, and fp16 on the CPU."""
