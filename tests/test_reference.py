@@ -17,7 +17,15 @@ VOCAB = 37
 
 def config(**fields: Any) -> ModelConfig:
     return ModelConfig(
-        **{"layers": 2, "hidden": 24, "heads": 4, "ffn_hidden": 40, "sequence_length": 11, "vocab_size": VOCAB, **fields}
+        **{
+            "layers": 2,
+            "hidden": 24,
+            "heads": 4,
+            "ffn_hidden": 40,
+            "sequence_length": 11,
+            "vocab_size": VOCAB,
+            **fields,
+        }
     )
 
 

@@ -1,6 +1,7 @@
 """The program `megatron-stable`: its verbs, its version, and how errors end it."""
 
 import importlib
+import importlib.util
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -43,7 +44,7 @@ def _program(
     pass
 
 
-for _verb in VERBS:
+for _verb in filter(lambda verb: importlib.util.find_spec(f"megatron_stable.commands.{verb}"), VERBS):
     app.command(_verb)(getattr(importlib.import_module(f"megatron_stable.commands.{_verb}"), _verb))
 
 

@@ -1,0 +1,36 @@
+"""Text to tokens to batches: tokenizer, .bin/.idx datasets, sample order, skip windows, loader. Needs no torch."""
+
+from megatron_stable.data.check import check_tokenizer, check_vocabulary
+from megatron_stable.data.dataset import Blend, Location, Samples, TokenDataset, open_dataset
+from megatron_stable.data.documents import DocumentReader, RawDocument, UndecodableError
+from megatron_stable.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from megatron_stable.data.loader import Batches
+from megatron_stable.data.order import SampleOrder, permute
+from megatron_stable.data.preprocess import PreprocessSummary, preprocess
+from megatron_stable.data.skip import SkipWindows
+from megatron_stable.data.tokenizer import Tokenizer, TokenizerSummary, train_tokenizer
+
+__all__ = [
+    "Batches",
+    "Blend",
+    "DocumentReader",
+    "IndexedDataset",
+    "IndexedWriter",
+    "Location",
+    "PreprocessSummary",
+    "RawDocument",
+    "SampleOrder",
+    "Samples",
+    "SkipWindows",
+    "TokenDataset",
+    "Tokenizer",
+    "TokenizerSummary",
+    "UndecodableError",
+    "check_tokenizer",
+    "check_vocabulary",
+    "open_dataset",
+    "permute",
+    "preprocess",
+    "token_dtype",
+    "train_tokenizer",
+]

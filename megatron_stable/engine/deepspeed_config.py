@@ -24,6 +24,9 @@ def deepspeed_config(config: Config, data_size: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**62,  # never
     }
+    if config.parallel.sequence:
+        # between stages DeepSpeed sends each TP rank's slice of what it takes for equal activations: not so under SP
+        generated["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if precision.dtype == "bf16":
         generated["bf16"] = {"enabled": True}
     if precision.dtype == "fp16":

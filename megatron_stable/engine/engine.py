@@ -101,7 +101,7 @@ class Engine:
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         norm = self.deepspeed.get_global_grad_norm()
         loss, z_loss = self._average(self._sums / self.accumulation).tolist()
-        scale = float(self.deepspeed.loss_scale()) if self.config.precision.dtype == "fp16" else 1.0
+        scale = float(self.deepspeed.optimizer.loss_scaler.loss_scale) if self.config.precision.dtype == "fp16" else 1.0
         return StepMetrics(loss, z_loss, float(norm), scale, skipped)
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -90,3 +92,15 @@ class TransformerPipeline(PipelineModule):  # type: ignore[misc]
     def _partition_layers(self, method: str = "parameters") -> None:
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+        """What DeepSpeed reduces over the stages that share a weight: its accumulated gradient, wherever that is.
+
+        ZeRO-1 under fp16 accumulates in ``grad_accum``, which DeepSpeed's own reduction of tied gradients overlooks.
+        """
+        found = []
+        for weight, group in super().get_tied_weights_and_groups():
+            accumulated = getattr(weight, "grad_accum", None)
+            grad = weight.grad if accumulated is None else accumulated
+            found.append((SimpleNamespace(grad=grad, _hp_grad=getattr(weight, "_hp_grad", None)), group))
+        return found

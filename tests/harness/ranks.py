@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,7 +52,13 @@ SERVER_ENVIRONMENT = {
 }
 
 # How gloo and the store word the loss of a peer: the effect of a failure elsewhere, not a cause.
-LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "recv, got 0 bytes", "gloo/transport")
+LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "recv, got 0 bytes",
+    "gloo/transport",
+)
 
 
 class RankError(Exception):
@@ -96,6 +103,7 @@ class Ranks:
         :param timeout: seconds for the whole job.
         :raises RankError: a rank raised or died, or time ran out; all ranks are gone by then.
         """
+        __tracebackhide__ = True
         if not 1 <= world_size <= MOST_RANKS:
             raise ValueError(f"world_size is {world_size}; 1 to {MOST_RANKS} are possible")
         if "<" in function.__qualname__:
@@ -144,6 +152,7 @@ class Ranks:
 
 def _collect(processes: list[BaseProcess], connections: list[Connection], logs: str, timeout: float) -> list[Any]:
     """Wait for every rank's report; raise the failure that came first."""
+    __tracebackhide__ = True
     results: dict[int, Any] = {}
     failures: list[Failure] = []
     waiting = dict(zip(connections, range(len(connections)), strict=True))
@@ -215,6 +224,8 @@ def _rank_main(
 
         torch.set_num_threads(1)
         deepspeed.utils.logger.setLevel("WARNING")
+        # DeepSpeed calls collectives by names that torch 2.13 deprecates: three lines per rank and step
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         module, function = name.split(":")
         call = getattr(importlib.import_module(module), function)
         deepspeed.init_distributed(

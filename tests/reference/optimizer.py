@@ -111,7 +111,7 @@ def train(
         gradients, norm = clip(gradients, cfg.optimizer.clip_grad)
         rate = learning_rate(step, cfg)
         parameters = optimizer.step(parameters, gradients, rate)
-        trained.losses.append(float(loss))
+        trained.losses.append(loss.item())
         trained.grad_norms.append(norm)
         trained.learning_rates.append(rate)
     return Trained(trained.losses, trained.grad_norms, trained.learning_rates, parameters)

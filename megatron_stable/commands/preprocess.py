@@ -1,0 +1,89 @@
+"""`megatron-stable preprocess`: text to .bin/.idx."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from megatron_stable.data import PreprocessSummary
+
+
+def preprocess(
+    tokenizer: Annotated[Path, typer.Option(help="The SentencePiece model, from `megatron-stable tokenizer`.")],
+    output: Annotated[Path, typer.Option(metavar="PREFIX", help="PREFIX.bin, .idx and .meta.json are written.")],
+    more: Annotated[
+        Optional[list[Path]], typer.Argument(metavar="[PATH]...", help="More inputs, as in --input a b c.")
+    ] = None,
+    input: Annotated[
+        Optional[list[Path]],
+        typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; a directory stands for all files below it."),
+    ] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; default: one per CPU core.")] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of documents that go to PREFIX_validation instead.")
+    ] = 0.0,
+    text_key: Annotated[
+        str, typer.Option(help="Key or column that holds the text in JSON lines and Parquet.")
+    ] = "text",
+    skip_undecodable: Annotated[
+        bool, typer.Option("--skip-undecodable", help="Leave out and count documents that are not UTF-8 text.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Tokenize text into Megatron's .bin/.idx format; the result does not depend on the number of workers.
+
+    Example: megatron-stable preprocess --input corpus/ --tokenizer tok.model --output data/corpus --validation-fraction 0.01
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from megatron_stable.data import preprocess as run
+    from megatron_stable.errors import ConfigError
+
+    inputs = [*(input or []), *(more or [])]
+    if not inputs:
+        raise ConfigError("no input: name files or directories with --input")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends like Ctrl-C: workers stopped, nothing left behind
+    columns = (
+        TextColumn("{task.fields[documents]:,} documents"),
+        BarColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("preprocess", total=None, documents=0)
+
+        def show(so_far: PreprocessSummary) -> None:
+            bar.update(task, completed=so_far.input_bytes, total=so_far.input_total, documents=so_far.documents)
+
+        summary = run(
+            inputs,
+            tokenizer,
+            output,
+            workers or len(os.sched_getaffinity(0)),
+            validation_fraction,
+            text_key,
+            skip_undecodable,
+            show,
+        )
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(summary), "tokens_per_byte": summary.tokens_per_byte}))
+        return
+    for reason in summary.skipped_first:
+        typer.echo(f"skipped {reason}", err=True)
+    split = f" ({summary.validation_documents:,} for validation)" if summary.validation_documents else ""
+    left_out = (
+        f"; left out: {summary.empty} empty, {summary.skipped} undecodable" if summary.empty or summary.skipped else ""
+    )
+    typer.echo(
+        f"{summary.documents:,} documents{split}, {summary.tokens:,} tokens, {summary.tokens_per_byte:.3f} tokens per byte"
+        f"{left_out}; wrote {', '.join(summary.files)}"
+    )

@@ -1,0 +1,54 @@
+"""Writing files so that a reader finds them complete or not at all: beside, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_stable.errors import DataError
+
+
+@contextmanager
+def explain_os_errors(action: str, path: str | Path) -> Iterator[None]:
+    """Turn an OSError inside the block into a DataError: "cannot <action> <path>: <reason>"."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def partial(path: Path) -> Path:
+    """Where `path` is written until it is complete. The name is fixed, so that a killed run's leftover is overwritten."""
+    return path.with_name(path.name + ".partial")
+
+
+def publish(path: Path) -> None:
+    """Rename the complete, fsynced `partial(path)` to `path`, durably."""
+    os.replace(partial(path), path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_partial(path: Path, data: bytes) -> None:
+    """Write and fsync `data` as `partial(path)`."""
+    with open(partial(path), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all, creating its directory. Raises DataError where that fails."""
+    with explain_os_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_partial(path, data)
+            publish(path)
+        except BaseException:
+            partial(path).unlink(missing_ok=True)
+            raise

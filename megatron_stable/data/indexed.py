@@ -1,0 +1,280 @@
+"""Megatron's .bin/.idx datasets, version 1: what Megatron-LM, Megatron-DeepSpeed and GPT-NeoX read and write.
+
+The .bin holds all tokens, one after the other. The .idx, little-endian:
+
+    9 bytes   "MMIDIDX" and two NULs
+    uint64    version, 1
+    uint8     code of the tokens' dtype
+    uint64    S, number of sequences
+    uint64    D, number of document indices: documents + 1
+    int32[S]  length of each sequence, in tokens
+    int64[S]  where each sequence begins in the .bin, in bytes
+    int64[D]  the sequence with which each document begins, and at the end S
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from megatron_stable.data.files import explain_os_errors, partial, publish, write_partial
+from megatron_stable.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {code: np.dtype(name) for code, name in ((1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2"))}
+"""Codes of the integer dtypes; 6 and 7 are floating point, which tokens are not."""
+MAX_LENGTH = 2**31 - 1
+BLOCK, MAX_BLOCKS = 1 << 20, 16
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Megatron's rule: uint16 below 65500 tokens, else int32."""
+    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
+
+
+def dataset_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """The .bin, the .idx, and the .meta.json that `preprocess` puts beside them."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.meta.json")
+
+
+class IndexedDataset:
+    """A .bin/.idx pair, memory-mapped and read-only: one stream of tokens, documents in order.
+
+    Opening validates header, sizes and index against each other (beyond 16 Mi sequences, 16 evenly spaced blocks of
+    the index). Raises DataError, naming the file and what is wrong with it.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        bin_path, idx_path, _ = dataset_paths(prefix)
+        for path in (idx_path, bin_path):
+            if not path.is_file():
+                hint = "; give the prefix without .bin or .idx" if self.prefix.endswith((".bin", ".idx")) else ""
+                raise DataError(f"no dataset {self.prefix}: {path} does not exist{hint}")
+        index = _map(idx_path)
+        self.dtype, sequences, documents = _read_header(idx_path, index)
+        self.documents = documents - 1
+        """Number of documents."""
+        # The header's 34 bytes leave these unaligned: numpy would copy them whole to search them, bisect does not.
+        lengths = np.frombuffer(index, "<i4", sequences, HEADER.size)
+        self._pointers = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
+        self._first_sequence = np.frombuffer(index, "<i8", documents, HEADER.size + 12 * sequences)
+        self._bytes = bin_path.stat().st_size
+        self._validate(lengths, bin_path, idx_path)
+        self.tokens = self._bytes // self.dtype.itemsize
+        """Number of tokens."""
+        self._map = _map(bin_path)
+        self._tokens = np.frombuffer(self._map, self.dtype)
+
+    def _validate(self, lengths: np.ndarray, bin_path: Path, idx_path: Path) -> None:
+        size, sequences, first = self.dtype.itemsize, len(lengths), self._first_sequence
+        promised = int(self._pointers[-1]) + int(lengths[-1]) * size if sequences else 0
+        if self._bytes != promised:
+            state = "truncated" if self._bytes < promised else "too long"
+            raise DataError(f"{bin_path} is {state}: {self._bytes} bytes, {idx_path} says {promised}")
+        if promised == 0:
+            raise DataError(f"{bin_path} holds no tokens")
+        for start, stop in _blocks(sequences):
+            begin = self._pointers[start:stop]
+            end = np.append(self._pointers[start + 1 : stop + 1], [promised] if stop == sequences else [])
+            if (
+                begin[0] < 0
+                or (lengths[start:stop] < 0).any()
+                or (begin + lengths[start:stop] * np.int64(size) != end).any()
+            ):
+                raise DataError(
+                    f"{idx_path} is corrupt: sequences {start} .. {stop - 1} do not follow each other in the .bin"
+                )
+        if self._pointers[0] != 0 or first[0] != 0 or first[-1] != sequences:
+            raise DataError(f"{idx_path} is corrupt: its documents do not cover its {sequences} sequences")
+        for start, stop in _blocks(len(first)):
+            if (np.diff(first[start : stop + 1]) < 0).any():
+                raise DataError(f"{idx_path} is corrupt: documents {start} .. {stop - 1} are out of order")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `start .. start + count - 1` of the stream: a read-only view `[count]` of the file's dtype."""
+        if not 0 <= start <= start + count <= self.tokens:
+            raise IndexError(f"tokens {start} .. {start + count - 1} of {self.tokens}")
+        return self._tokens[start : start + count]
+
+    def will_need(self, start: int, count: int) -> None:
+        """Tell the operating system to fetch these tokens in the background; has no other effect."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            begin = start * self.dtype.itemsize
+            page = begin - begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, begin - page + count * self.dtype.itemsize)
+
+    def document_at(self, token: int) -> int:
+        """The document (from 0) to which the stream's token number `token` belongs; O(log documents)."""
+        if not 0 <= token < self.tokens:
+            raise IndexError(f"token {token} of {self.tokens}")
+        sequence = bisect_right(self._pointers, token * self.dtype.itemsize) - 1
+        return bisect_right(self._first_sequence, sequence) - 1
+
+    def document_span(self, document: int) -> tuple[int, int]:
+        """First token of a document, and the first behind it."""
+        if not 0 <= document < self.documents:
+            raise IndexError(f"document {document} of {self.documents}")
+        bounds = (int(self._first_sequence[document]), int(self._first_sequence[document + 1]))
+        size, sequences = self.dtype.itemsize, len(self._pointers)
+        start, stop = (int(self._pointers[s]) // size if s < sequences else self.tokens for s in bounds)
+        return start, stop
+
+    @property
+    def metadata(self) -> dict[str, Any] | None:
+        """What `preprocess` noted about the dataset; None for datasets of other origin."""
+        path = dataset_paths(self.prefix)[2]
+        if not path.exists():
+            return None
+        try:
+            metadata = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is unreadable ({error}); remove it, or run preprocess again") from error
+        if not isinstance(metadata, dict):
+            raise DataError(f"{path} is not what preprocess writes; remove it, or run preprocess again")
+        return metadata
+
+
+def _map(path: Path) -> mmap.mmap:
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
+    with explain_os_errors("read", path), open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _read_header(path: Path, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
+    """Dtype of the tokens, number of sequences, number of document indices."""
+    if not index[: len(MAGIC)] == MAGIC[: len(index)]:
+        known = " (fairseq's old format: write it again with --dataset-impl mmap)" if index[:6] == b"TNTIDX" else ""
+        raise DataError(f"{path} is not a Megatron index: it begins with {index[:9]!r}, not {MAGIC!r}{known}")
+    if len(index) < HEADER.size:
+        raise DataError(f"{path} is truncated: {len(index)} bytes, its header alone has {HEADER.size}")
+    _, version, code, sequences, documents = HEADER.unpack(index[: HEADER.size])
+    if version != 1:
+        raise DataError(f"{path} is an index of version {version}; this reads version 1")
+    if code not in DTYPES:
+        raise DataError(f"{path} has dtype code {code}, which is no integer type of tokens ({sorted(DTYPES)} are)")
+    promised = HEADER.size + 12 * sequences + 8 * documents
+    if len(index) != promised or documents < 1:
+        state = "truncated" if len(index) < promised else "corrupt"
+        raise DataError(
+            f"{path} is {state}: {len(index)} bytes, {promised} for its {sequences} sequences, {documents} document indices"
+        )
+    return DTYPES[code], sequences, documents
+
+
+def _blocks(count: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover `range(count)`, or the first, the last and evenly spaced ones between."""
+    blocks = -(-count // BLOCK)
+    for i in range(min(blocks, MAX_BLOCKS)):
+        block = i if blocks <= MAX_BLOCKS else i * (blocks - 1) // (MAX_BLOCKS - 1)
+        yield block * BLOCK, min((block + 1) * BLOCK, count)
+
+
+class IndexedWriter:
+    """Writes a .bin/.idx pair, streaming; as a context manager it publishes at the end, or after an error leaves nothing.
+
+    Until then the files carry other names. Files of the same prefix are replaced: the .idx goes first and comes last,
+    so that no reader sees an index with another's tokens. Raises DataError where writing fails.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = next((code for code, known in DTYPES.items() if known == self.dtype), None)
+        if self._code is None:
+            raise ValueError(f"Megatron's format has no dtype {dtype}")
+        self.paths = dataset_paths(prefix)
+        self.tokens = 0
+        self._lengths = array("i")
+        with explain_os_errors("write", self.paths[0]):
+            self.paths[0].parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(partial(self.paths[0]), "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close or abort
+
+    @property
+    def documents(self) -> int:
+        """Number of documents so far."""
+        return len(self._lengths)
+
+    def add(self, tokens: ArrayLike, lengths: Sequence[int] | None = None) -> None:
+        """Append documents: their tokens one after the other `[sum(lengths)]`; without `lengths`, one document."""
+        given = np.asarray(tokens)
+        lengths = [len(given)] if lengths is None else lengths
+        if sum(lengths) != len(given):
+            raise ValueError(f"lengths sum to {sum(lengths)}, there are {len(given)} tokens")
+        limits = np.iinfo(self.dtype)
+        if given.size and not (limits.min <= given.min() and given.max() <= limits.max):
+            raise DataError(f"token ids {given.min()} .. {given.max()} do not fit the dtype {self.dtype}")
+        if max(lengths, default=0) > MAX_LENGTH:
+            raise DataError(f"a document of {max(lengths)} tokens; Megatron's format allows {MAX_LENGTH}: split it")
+        with explain_os_errors("write", self.paths[0]):
+            self._file.write(given.astype(self.dtype, copy=False).tobytes())
+        self._lengths.extend(lengths)
+        self.tokens += len(given)
+
+    def close(self, metadata: dict[str, Any] | None = None) -> None:
+        """Complete the files, still under their other names; `metadata` is what a reader finds as `.metadata`."""
+        bin_path, idx_path, meta_path = self.paths
+        with explain_os_errors("write", bin_path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        with explain_os_errors("write", idx_path), open(partial(idx_path), "wb") as file:
+            lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
+            file.write(HEADER.pack(MAGIC, 1, self._code, len(lengths), len(lengths) + 1))
+            file.write(lengths.astype("<i4", copy=False).tobytes())
+            pointers = np.zeros(len(lengths), "<i8")
+            np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+            pointers *= self.dtype.itemsize
+            file.write(pointers.tobytes())
+            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        if metadata is not None:
+            with explain_os_errors("write", meta_path):
+                write_partial(meta_path, (json.dumps(metadata, indent=2) + "\n").encode())
+
+    def publish(self) -> None:
+        """Give the completed files their names."""
+        bin_path, idx_path, meta_path = self.paths
+        with explain_os_errors("write", idx_path):
+            idx_path.unlink(missing_ok=True)
+            meta_path.unlink(missing_ok=True)
+            publish(bin_path)
+            if partial(meta_path).exists():
+                publish(meta_path)
+            publish(idx_path)
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        try:
+            self._file.close()
+        except OSError:
+            pass  # on a full disk, closing fails to flush once more
+        for path in self.paths:
+            partial(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                if not self._file.closed:
+                    self.close()
+                self.publish()
+        finally:
+            self.abort()
