@@ -1,1 +1,54 @@
-"""x"""
+"""megatron-stable: pretraining of large language models that does not fall over, on the DeepSpeed engine.
+
+What a library user needs is importable from here; nothing heavy is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_stable.config.load import load_config
+    from megatron_stable.config.schema import Config
+    from megatron_stable.data.indexed import IndexedDataset
+    from megatron_stable.data.skip import SkipWindows
+    from megatron_stable.data.tokenizer import Tokenizer
+    from megatron_stable.model.loss import vocab_parallel_cross_entropy
+    from megatron_stable.model.transformer import Transformer, layer_list
+    from megatron_stable.parallel.topology import TensorParallel, Topology
+    from megatron_stable.training.pretrain import pretrain
+
+__all__ = [
+    "Config",
+    "IndexedDataset",
+    "SkipWindows",
+    "TensorParallel",
+    "Tokenizer",
+    "Topology",
+    "Transformer",
+    "layer_list",
+    "load_config",
+    "pretrain",
+    "vocab_parallel_cross_entropy",
+]
+
+_HOMES = {
+    "Config": "config.schema",
+    "IndexedDataset": "data.indexed",
+    "SkipWindows": "data.skip",
+    "TensorParallel": "parallel.topology",
+    "Tokenizer": "data.tokenizer",
+    "Topology": "parallel.topology",
+    "Transformer": "model.transformer",
+    "layer_list": "model.transformer",
+    "load_config": "config.load",
+    "pretrain": "training.pretrain",
+    "vocab_parallel_cross_entropy": "model.loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"megatron_stable.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

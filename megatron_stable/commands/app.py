@@ -51,7 +51,7 @@ for _verb in filter(lambda verb: importlib.util.find_spec(f"megatron_stable.comm
 def main() -> None:
     """Run the command line. An error that the user can mend is a message and an exit code, any other a traceback."""
     try:
-        app()
+        app(prog_name="megatron-stable")
     except MegatronStableError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,8 +1,7 @@
 """`megatron-stable init`: write a commented configuration to start from."""
 
-import os
-import shlex
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -32,33 +31,21 @@ def init(
     """
     from megatron_stable.config.load import load_config
     from megatron_stable.config.reference import commented_yaml
+    from megatron_stable.data.files import write_file
 
-    data = ["data.tokenizer=data/tokenizer.model", "data.train=data/train"]
+    data = ["data.tokenizer=data/tokenizer.model", "data.train=data/train", "data.validation=data/train_validation"]
     config = load_config(None, [*data, f"model.size={size}", f"model.recipe={recipe}", *(overrides or [])])
-    _write(output, commented_yaml(config), force)
+    if output.exists() and not force:
+        raise ConfigError(f"{output}: is already there; choose another --output, or --force to replace it")
+    write_file(output, commented_yaml(config).encode())
 
     print(f"Wrote {output}: size {config.model.size}, recipe {config.model.recipe}. Next, with your text in TEXT:\n")
-    tokenizer = shlex.quote(str(config.data.tokenizer))
-    if config.data.tokenizer is not None:
+    tokenizer, train, validation = config.data.tokenizer, config.data.train, config.data.validation
+    if tokenizer is not None:
         vocabulary = config.model.vocab_size or 32000
-        print(f"  megatron-stable tokenizer --input TEXT --vocab-size {vocabulary} --output {tokenizer}")
-    for prefix in [config.data.train] if isinstance(config.data.train, str) else config.data.train or []:
-        print(f"  megatron-stable preprocess --input TEXT --tokenizer {tokenizer} --output {shlex.quote(prefix)}")
-    print(f"  megatron-stable pretrain --config {shlex.quote(str(output))}")
-
-
-def _write(path: Path, text: str, force: bool) -> None:
-    """Write the file whole or not at all."""
-    if not force and path.exists():
-        raise ConfigError(f"{path}: is already there; choose another --output, or --force to replace it")
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from error
+        print(f"  megatron-stable tokenizer --input TEXT --vocab-size {vocabulary} --output {quote(tokenizer)}")
+        for prefix in [train] if isinstance(train, str) else train or []:
+            files = f"--tokenizer {quote(tokenizer)} --output {quote(prefix)}"
+            split = " --validation-fraction 0.01" if validation == f"{prefix}_validation" else ""
+            print(f"  megatron-stable preprocess --input TEXT {files}{split}")
+    print(f"  megatron-stable pretrain --config {quote(str(output))}")

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,19 +20,17 @@ def preprocess(
     tokenizer: Annotated[Path, typer.Option(help="The SentencePiece model, from `megatron-stable tokenizer`.")],
     output: Annotated[Path, typer.Option(metavar="PREFIX", help="PREFIX.bin, .idx and .meta.json are written.")],
     more: Annotated[
-        Optional[list[Path]], typer.Argument(metavar="[PATH]...", help="More inputs, as in --input a b c.")
+        list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as in --input a b c.")
     ] = None,
     input: Annotated[
-        Optional[list[Path]],
+        list[Path] | None,
         typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; a directory stands for all files below it."),
     ] = None,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes; default: one per CPU core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per CPU core.")] = None,
     validation_fraction: Annotated[
         float, typer.Option(help="Share of documents that go to PREFIX_validation instead.")
     ] = 0.0,
-    text_key: Annotated[
-        str, typer.Option(help="Key or column that holds the text in JSON lines and Parquet.")
-    ] = "text",
+    text_key: Annotated[str, typer.Option(help="Key or column with the text, in JSON lines and Parquet.")] = "text",
     skip_undecodable: Annotated[
         bool, typer.Option("--skip-undecodable", help="Leave out and count documents that are not UTF-8 text.")
     ] = False,
@@ -40,7 +38,7 @@ def preprocess(
 ) -> None:
     """Tokenize text into Megatron's .bin/.idx format; the result does not depend on the number of workers.
 
-    Example: megatron-stable preprocess --input corpus/ --tokenizer tok.model --output data/corpus --validation-fraction 0.01
+    Example: megatron-stable preprocess --input corpus/ --tokenizer tok.model --output corpus --validation-fraction 0.01
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -68,7 +66,7 @@ def preprocess(
             inputs,
             tokenizer,
             output,
-            workers or len(os.sched_getaffinity(0)),
+            workers or _cores(),
             validation_fraction,
             text_key,
             skip_undecodable,
@@ -80,10 +78,15 @@ def preprocess(
     for reason in summary.skipped_first:
         typer.echo(f"skipped {reason}", err=True)
     split = f" ({summary.validation_documents:,} for validation)" if summary.validation_documents else ""
-    left_out = (
-        f"; left out: {summary.empty} empty, {summary.skipped} undecodable" if summary.empty or summary.skipped else ""
-    )
+    left_out = f"; left out: {summary.empty} empty, {summary.skipped} undecodable"
     typer.echo(
-        f"{summary.documents:,} documents{split}, {summary.tokens:,} tokens, {summary.tokens_per_byte:.3f} tokens per byte"
-        f"{left_out}; wrote {', '.join(summary.files)}"
+        f"{summary.documents:,} documents{split}, {summary.tokens:,} tokens, {summary.tokens_per_byte:.3f} tokens per "
+        f"byte{left_out if summary.empty or summary.skipped else ''}; wrote {', '.join(summary.files)}"
     )
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

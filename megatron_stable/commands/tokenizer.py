@@ -6,7 +6,7 @@ import dataclasses
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -20,20 +20,18 @@ class Kind(str, Enum):
 
 def tokenizer(
     more: Annotated[
-        Optional[list[Path]], typer.Argument(metavar="[PATH]...", help="More inputs, as in --input a b c.")
+        list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as in --input a b c.")
     ] = None,
     input: Annotated[
-        Optional[list[Path]],
+        list[Path] | None,
         typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; a directory stands for all files below it."),
     ] = None,
     vocab_size: Annotated[
-        int, typer.Option(help="Number of tokens, 257 of them bytes and the end of a document.")
+        int, typer.Option(min=1, help="Number of tokens; 258 of them are bytes and markers.")
     ] = 32000,
     output: Annotated[Path, typer.Option(help="The model file to write.")] = Path("tok.model"),
     kind: Annotated[Kind, typer.Option(help="Algorithm.")] = Kind.bpe,
-    text_key: Annotated[
-        str, typer.Option(help="Key or column that holds the text in JSON lines and Parquet.")
-    ] = "text",
+    text_key: Annotated[str, typer.Option(help="Key or column with the text, in JSON lines and Parquet.")] = "text",
     sample_mb: Annotated[
         float, typer.Option(min=0.001, help="Train on a uniform sample of this many MB if there is more text.")
     ] = 100.0,
@@ -79,6 +77,6 @@ def tokenizer(
         return
     left_out = f", {summary.skipped} undecodable documents skipped" if summary.skipped else ""
     typer.echo(
-        f"{output}: {summary.vocab_size} tokens, trained on {summary.bytes_sampled / 1e6:.1f} of {summary.bytes / 1e6:.1f} "
-        f"MB in {summary.documents} documents{left_out}"
+        f"{output}: {summary.vocab_size} tokens, trained on {summary.bytes_sampled / 1e6:.1f} MB "
+        f"of {summary.bytes / 1e6:.1f} MB in {summary.documents} documents{left_out}"
     )

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from inspect import cleandoc
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_stable.config.notation import inline
 from megatron_stable.config.schema import Config
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -50,12 +50,6 @@ def entries(section: str | None = None) -> Iterator[Entry]:
             assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
             for key, info in field.annotation.model_fields.items():
                 yield Entry(name, key, info)
-
-
-def inline(value: Any) -> str:
-    """`value` as YAML on one line, as the user would write it."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def accepts_text(info: FieldInfo) -> bool:

@@ -1,7 +1,6 @@
 """From a YAML file and `key=value` overrides to a checked configuration, and back to YAML."""
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from pydantic import ValidationError
 
 from megatron_stable.config.checks import conflicts
 from megatron_stable.config.describe import accepts_text, entries, sections
+from megatron_stable.config.notation import dump, parse
 from megatron_stable.config.problems import Problem, explain, fail, shown, unknown
 from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.schema import Config
@@ -53,12 +53,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML, every field resolved; :func:`load_config` makes the same of it."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump(config.model_dump(mode="json"))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        given = _parse(path.read_bytes())
+        given = parse(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     except yaml.MarkedYAMLError as error:
@@ -94,7 +94,7 @@ def _override(given: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
             problems.append(unknown(key))
         else:
             try:
-                value = _parse(text)
+                value = parse(text)
             except yaml.YAMLError as error:
                 reason = getattr(error, "problem", None) or "unreadable"
                 problems.append(Problem((key,), f"{override}: the value is not valid YAML: {reason}"))
@@ -125,48 +125,3 @@ def _without(given: dict[str, Any], problems: list[Problem]) -> Config | None:
         return Config.model_validate(rest)
     except ValidationError:
         return None
-
-
-def _parse(text: str | bytes) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets thousands deep
-        raise yaml.YAMLError(str(error)) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, with the numbers and flags of YAML 1.2, and no key twice.
-
-    In YAML 1.1, as PyYAML reads it, 3e-4 is text, 1:30 is the integer 90, and `no` is false.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """A mapping; raises ConstructorError where a key comes twice."""
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes lists on one line, and quotes what either version of YAML would not read as text."""
-
-
-_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-_SCALARS = [
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
-    ("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789")),
-]
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
-    _Dumper.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
-_Dumper.add_representer(
-    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-)

@@ -7,7 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from megatron_stable.config.describe import entries, inline, sections
+from megatron_stable.config.describe import entries, sections
+from megatron_stable.config.notation import inline
 from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.schema import Config, ModelConfig
 from megatron_stable.config.sizes import SIZES

@@ -28,7 +28,7 @@ class Location:
     start: int
 
     def read(self) -> np.ndarray:
-        """The sample's tokens, int64 `[sequence_length + 1]`: inputs are all but the last, targets all but the first."""
+        """The sample's tokens, int64 `[sequence_length + 1]`: inputs all but the last, targets all but the first."""
         return self.dataset.indexed.read(self.start, self.dataset.sequence_length + 1).astype(np.int64)
 
     def prefetch(self) -> None:
@@ -93,14 +93,14 @@ class Blend:
     """Several datasets mixed sample by sample in proportion to their weights, whatever their sizes.
 
     The first dataset gets its share of all samples, spread evenly; the second its share of what is left; and so on.
-    Each share is a rounded multiple of k (a Beatty sequence) in exact arithmetic, so that the counts after k samples are
-    a formula, and stay within a small constant of weight x k for ever. Raises ConfigError for unusable weights.
+    Each share is a rounded multiple of k (a Beatty sequence) in exact arithmetic, so that the counts after k samples
+    are a formula, and stay within a small constant of weight x k for ever. Raises ConfigError for unusable weights.
     """
 
     def __init__(self, datasets: Sequence[TokenDataset], weights: Sequence[float]) -> None:
         if not datasets or len(datasets) != len(weights):
             raise ConfigError(
-                f"a blend needs datasets, with a weight each; got {len(datasets)} and {len(weights)} weights"
+                f"a blend needs datasets with a weight each; got {len(datasets)} and {len(weights)} weights"
             )
         for dataset, weight in zip(datasets, weights, strict=True):
             if not (isfinite(weight) and weight > 0):
@@ -110,7 +110,7 @@ class Blend:
         self.parts: Sequence[TokenDataset] = list(datasets)
         self.sequence_length = datasets[0].sequence_length
         # 0.1 is meant to be one tenth, not the nearest binary fraction.
-        exact = [Fraction(repr(weight)) for weight in weights]
+        exact = [Fraction(repr(float(weight))) for weight in weights]
         self._shares = [(share / sum(exact[i:])).as_integer_ratio() for i, share in enumerate(exact)]
 
     def assign(self, k: int) -> tuple[int, int]:

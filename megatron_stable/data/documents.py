@@ -113,7 +113,7 @@ class DocumentReader:
         if path.suffix == ".parquet":
             yield from _read_parquet(path, size, self.text_key)
             return
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             stream, name = _decompressed(file, path)
             if Path(name).suffix in JSON_LINES:
                 offset = 0
@@ -219,10 +219,13 @@ def _read_parquet(path: Path, size: int, text_key: str) -> Iterator[tuple[RawDoc
         raise DataError(f"reading {path} needs the package pyarrow: pip install pyarrow") from None
     try:
         with pq.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise DataError(
-                    f"{path}: no column {text_key!r}; {_suggest(text_key, file.schema_arrow.names, 'column')}"
-                )
+            names = file.schema_arrow.names
+            if text_key not in names:
+                raise DataError(f"{path}: no column {text_key!r}; {_suggest(text_key, names, 'column')}")
+            kind = file.schema_arrow.field(text_key).type
+            value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if str(value_kind) not in ("string", "large_string", "string_view", "binary", "large_binary", "null"):
+                raise DataError(f"{path}: column {text_key!r} is {kind}, not text")
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
                 column = batch.column(0)
@@ -233,8 +236,6 @@ def _read_parquet(path: Path, size: int, text_key: str) -> Iterator[tuple[RawDoc
                     row += 1
                     raw = value.as_py() or b""
                     yield RawDocument(str(path), f"row {row}", 0, raw, json=False), size * row // file.metadata.num_rows
-    except pa.ArrowNotImplementedError:
-        raise DataError(f"{path}: column {text_key!r} is {column.type}, not text") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: broken Parquet file ({error})") from error
 
@@ -242,8 +243,6 @@ def _read_parquet(path: Path, size: int, text_key: str) -> Iterator[tuple[RawDoc
 def _suggest(key: str, available: Iterable[str], what: str) -> str:
     names = list(available)
     near = difflib.get_close_matches(key, names, n=1)
-    return (
-        f"did you mean {near[0]!r}?"
-        if near
-        else f"choose the {what} with --text-key, there is: {', '.join(names[:10])}"
-    )
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"choose the {what} with --text-key, there is: {', '.join(names[:10])}"

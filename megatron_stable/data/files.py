@@ -20,13 +20,13 @@ def explain_os_errors(action: str, path: str | Path) -> Iterator[None]:
 
 
 def partial(path: Path) -> Path:
-    """Where `path` is written until it is complete. The name is fixed, so that a killed run's leftover is overwritten."""
+    """Where `path` is written until it is complete; a fixed name, so that a killed run's leftover is overwritten."""
     return path.with_name(path.name + ".partial")
 
 
 def publish(path: Path) -> None:
     """Rename the complete, fsynced `partial(path)` to `path`, durably."""
-    os.replace(partial(path), path)
+    partial(path).replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -36,7 +36,7 @@ def publish(path: Path) -> None:
 
 def write_partial(path: Path, data: bytes) -> None:
     """Write and fsync `data` as `partial(path)`."""
-    with open(partial(path), "wb") as file:
+    with partial(path).open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -89,14 +89,9 @@ class IndexedDataset:
         for start, stop in _blocks(sequences):
             begin = self._pointers[start:stop]
             end = np.append(self._pointers[start + 1 : stop + 1], [promised] if stop == sequences else [])
-            if (
-                begin[0] < 0
-                or (lengths[start:stop] < 0).any()
-                or (begin + lengths[start:stop] * np.int64(size) != end).any()
-            ):
-                raise DataError(
-                    f"{idx_path} is corrupt: sequences {start} .. {stop - 1} do not follow each other in the .bin"
-                )
+            length = lengths[start:stop]
+            if (length < 0).any() or (begin + length * np.int64(size) != end).any():
+                raise DataError(f"{idx_path} is corrupt: sequences {start} .. {stop - 1} do not follow each other")
         if self._pointers[0] != 0 or first[0] != 0 or first[-1] != sequences:
             raise DataError(f"{idx_path} is corrupt: its documents do not cover its {sequences} sequences")
         for start, stop in _blocks(len(first)):
@@ -150,13 +145,13 @@ class IndexedDataset:
 def _map(path: Path) -> mmap.mmap:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
-    with explain_os_errors("read", path), open(path, "rb") as file:
+    with explain_os_errors("read", path), path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_header(path: Path, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
     """Dtype of the tokens, number of sequences, number of document indices."""
-    if not index[: len(MAGIC)] == MAGIC[: len(index)]:
+    if index[: len(MAGIC)] != MAGIC[: len(index)]:
         known = " (fairseq's old format: write it again with --dataset-impl mmap)" if index[:6] == b"TNTIDX" else ""
         raise DataError(f"{path} is not a Megatron index: it begins with {index[:9]!r}, not {MAGIC!r}{known}")
     if len(index) < HEADER.size:
@@ -170,7 +165,8 @@ def _read_header(path: Path, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]
     if len(index) != promised or documents < 1:
         state = "truncated" if len(index) < promised else "corrupt"
         raise DataError(
-            f"{path} is {state}: {len(index)} bytes, {promised} for its {sequences} sequences, {documents} document indices"
+            f"{path} is {state}: {len(index)} bytes, but {promised} for its {sequences} sequences and "
+            f"{documents} document indices"
         )
     return DTYPES[code], sequences, documents
 
@@ -184,7 +180,7 @@ def _blocks(count: int) -> Iterator[tuple[int, int]]:
 
 
 class IndexedWriter:
-    """Writes a .bin/.idx pair, streaming; as a context manager it publishes at the end, or after an error leaves nothing.
+    """Writes a .bin/.idx pair, streaming; as a context manager, publishes it at the end, or nothing after an error.
 
     Until then the files carry other names. Files of the same prefix are replaced: the .idx goes first and comes last,
     so that no reader sees an index with another's tokens. Raises DataError where writing fails.
@@ -200,7 +196,7 @@ class IndexedWriter:
         self._lengths = array("i")
         with explain_os_errors("write", self.paths[0]):
             self.paths[0].parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(partial(self.paths[0]), "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close or abort
+            self._file = partial(self.paths[0]).open("wb", buffering=1 << 20)
 
     @property
     def documents(self) -> int:
@@ -230,7 +226,7 @@ class IndexedWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        with explain_os_errors("write", idx_path), open(partial(idx_path), "wb") as file:
+        with explain_os_errors("write", idx_path), partial(idx_path).open("wb") as file:
             lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
             file.write(HEADER.pack(MAGIC, 1, self._code, len(lengths), len(lengths) + 1))
             file.write(lengths.astype("<i4", copy=False).tobytes())
@@ -268,11 +264,9 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            if kind is None:
+            if error is None:
                 if not self._file.closed:
                     self.close()
                 self.publish()

@@ -39,8 +39,8 @@ class Batches:
     def micro_batches(self, step: int, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
         """Micro batches of data-parallel rank `rank` of `ranks` at step `step`, each int64 `[b, s + 1]`.
 
-        Micro batch m takes `micro_size` consecutive samples from (m x ranks + rank) x micro_size of the global batch on,
-        so that the m-th micro batches of all ranks lie side by side. Meanwhile the next step's samples are prefetched.
+        Micro batch m takes `micro_size` consecutive samples of the global batch from (m x ranks + rank) x micro_size
+        on, so that the m-th micro batches of all ranks lie side by side. The next step's samples are prefetched.
         """
         if self.global_size % (self.micro_size * ranks):
             raise ConfigError(

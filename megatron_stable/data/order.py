@@ -1,7 +1,7 @@
 """The order of samples: a keyed pseudo-random permutation, computed for one index at a time.
 
-A Feistel network over pairs of residues (Luby and Rackoff 1988) permutes a range slightly larger than needed; walking
-the cycle until it is back inside restricts it to exactly n (Black and Rogaway 2002). Time and memory do not depend on n.
+A Feistel network over pairs of residues (Luby and Rackoff 1988) permutes a range slightly larger than n; walking the
+cycle until it is back inside restricts it to exactly n (Black and Rogaway 2002). Time and memory do not depend on n.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -187,7 +187,7 @@ class _Work:
         return result
 
 
-def _tokenized(batches: Iterator[list[RawDocument]], work: _Work, workers: int) -> Iterator[_Result]:
+def _tokenized(batches: Iterator[list[RawDocument]], work: _Work, workers: int) -> Generator[_Result, None, None]:
     """Results in the order of the batches; a few batches per worker are under way at a time."""
     if workers == 1:
         yield from map(work, batches)

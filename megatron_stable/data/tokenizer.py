@@ -127,7 +127,7 @@ def train_tokenizer(
     bounded by the sample). `character_coverage` is the share of characters that get a token of their own; the rest is
     spelled in bytes. `progress(bytes read, bytes in all)` is called while reading.
 
-    Raises DataError: inputs missing, empty or not text, vocabulary too small or too large for them, output not writable.
+    Raises DataError: inputs missing, empty or not text; vocabulary too small or too large; output not writable.
     """
     reader = DocumentReader(inputs, text_key)
     sample = _Sample(sample_bytes)
@@ -158,7 +158,7 @@ def _train(sample: Iterable[str], vocab_size: int, kind: str, character_coverage
             sentence_iterator=iter(sample),
             model_writer=model,
             model_type=kind,
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, 2),  # below, SentencePiece does not say how many it needs
             character_coverage=character_coverage,
             byte_fallback=True,
             normalization_rule_name="identity",

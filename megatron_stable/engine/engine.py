@@ -19,6 +19,7 @@ from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.optim.adamw import build_optimizer
 from megatron_stable.parallel.random import seed_step
 from megatron_stable.parallel.topology import Topology
+from megatron_stable.parallel.world import quiet
 
 MicroBatches = Iterable[Tensor]  # each [micro, s + 1] int64: inputs are all but the last token, targets all but the first
 
@@ -59,15 +60,16 @@ class Engine:
         self._sums = torch.zeros(2, device=self.device)  # cross-entropy and z-loss, summed over micro batches
         layers = layer_list(config.model, topology.tp, config.run.seed, self.device.type)
         pipelined = topology.pipeline_size > 1
-        model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
-        self.optimizer = build_optimizer(model.parameters(), config.optimizer)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=deepspeed_config(config, topology.data_size),
-            mpu=None if pipelined else topology,
-            dist_init_required=False,
-        )
+        with quiet():
+            model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
+            self.optimizer = build_optimizer(model.parameters(), config.optimizer)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, topology.data_size),
+                mpu=None if pipelined else topology,
+                dist_init_required=False,
+            )
 
     @property
     def module(self) -> nn.Module:

@@ -33,7 +33,8 @@ class Layer:
     Attributes:
         name: Prefix of the global names of its parameters.
         build: Makes the module, with parameters named and drawn.
-        cost: Estimated floating-point operations per token, forward; balances pipeline stages.
+        cost: Floating-point operations per token in forward, attention counted over the full s x s (PaLM, App. B); balances
+            pipeline stages and gives MFU.
         tied: Name of the layer whose module this one shares.
     """
 
@@ -94,7 +95,7 @@ def layer_list(config: ModelConfig, tp: TensorParallel, seed: int, device: str =
 
     width, kv = config.heads * config.head_dim, 2 * config.groups * config.head_dim
     ffn = config.ffn * (3 if config.activation == "swiglu" else 2)
-    block_cost = 2.0 * h * (2 * width + kv + ffn) + 2.0 * s * width
+    block_cost = 2.0 * h * (2 * width + kv + ffn) + 4.0 * s * width
     head = layer(
         "head",
         lambda: Head(parameter((rows, h), head_init(config, vocab_size), tp, 0), tp),

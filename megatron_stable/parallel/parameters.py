@@ -60,6 +60,14 @@ class Place:
     init: Init
     name: str = ""
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First and last + 1 index of this rank's slice along ``dim``; (0, 0) for a replicated parameter."""
+        if self.dim is None:
+            return 0, 0
+        width = self.full_shape[self.dim] // self.size
+        return self.rank * width, (self.rank + 1) * width
+
     def slice(self, full: Tensor) -> Tensor:
         """This rank's part of a full-size tensor (a view)."""
         return full if self.dim is None else full.chunk(self.size, self.dim)[self.rank]

@@ -1,7 +1,7 @@
 """Real gloo ranks for tests: ``ranks.run(4, function, *args)`` calls it on four processes of one fresh world.
 
 A fork server imports torch and DeepSpeed once per session; each job forks its ranks from it (10 ms a rank). Processes
-are not reused between jobs: DeepSpeed keeps groups, grids, RNG trackers and C++ statics per process, some of which
+are not reused between jobs: DeepSpeed keeps groups, grids, RNG trackers and C++ globals per process, some of which
 cannot be reset, and a fork is cheaper than resetting the others.
 
     parent (pytest) ──> fork server (torch, deepspeed) ──fork──> rank 0 … rank n-1
@@ -28,7 +28,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -109,7 +109,7 @@ class Ranks:
         if "<" in function.__qualname__:
             raise TypeError(f"{function.__qualname__} is not a top-level function: a rank cannot import it")
         name, port = f"{function.__module__}:{function.__qualname__}", _free_port()
-        processes: list[BaseProcess] = []
+        processes = []
         connections: list[Connection] = []
         with tempfile.TemporaryDirectory() as logs:
             try:
@@ -150,7 +150,7 @@ class Ranks:
             os.environ.update(before)
 
 
-def _collect(processes: list[BaseProcess], connections: list[Connection], logs: str, timeout: float) -> list[Any]:
+def _collect(processes: Sequence[BaseProcess], connections: list[Connection], logs: str, timeout: float) -> list[Any]:
     """Wait for every rank's report; raise the failure that came first."""
     __tracebackhide__ = True
     results: dict[int, Any] = {}
@@ -165,7 +165,7 @@ def _collect(processes: list[BaseProcess], connections: list[Connection], logs: 
             assert isinstance(connection, Connection)
             rank = waiting.pop(connection)
             try:
-                succeeded, content = pickle.loads(connection.recv_bytes())
+                succeeded, content = pickle.loads(connection.recv_bytes())  # noqa: S301 - from our own fork
             except (EOFError, ConnectionResetError):
                 processes[rank].join()
                 text = f"the process ended without a report ({_ending(processes[rank].exitcode)})"
@@ -209,7 +209,7 @@ def _rank_main(
 ) -> None:
     """A rank's whole life."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    output = open(log, "wb", buffering=0)
+    output = Path(log).open("wb", buffering=0)  # noqa: SIM115 - open for the rank's life
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     faulthandler.enable(output)
@@ -234,7 +234,7 @@ def _rank_main(
             verbose=False,
             timeout=timedelta(seconds=timeout + 60),  # later than the parent's, which shows where each rank stands
         )
-        report = pickle.dumps((True, call(*pickle.loads(args))))
+        report = pickle.dumps((True, call(*pickle.loads(args))))  # noqa: S301 - from our own parent
     except BaseException as error:  # a rank's SystemExit is a failure too
         report = pickle.dumps((False, (type(error).__name__, traceback.format_exc(), time.monotonic())))
     sys.stdout.flush()

@@ -1,6 +1,7 @@
 """A decoder-only Transformer in plain PyTorch, one process, written from the formulas: slow, explicit, any float dtype.
 
-Shapes: b batch, s sequence, h hidden, n heads, g key/value heads (groups), r = n/g, d head dim, F MLP width, V vocabulary.
+Shapes: b batch, s sequence, h hidden, n heads, g key/value heads (groups), r = n/g, d head dim, F MLP width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def parameter_shapes(cfg: ModelConfig, vocab: int) -> dict[str, tuple[int, ...]]
 
 
 def draw_parameters(cfg: ModelConfig, vocab: int, seed: int, dtype: torch.dtype = torch.float64) -> Parameters:
-    """Random parameters in which nothing is symmetric or zero: norm weights near 1, biases near 0, matrices by fan-in."""
+    """Random parameters, none symmetric or zero: norm weights near 1, biases near 0, matrices by fan-in."""
     generator = torch.Generator().manual_seed(seed)
     parameters: Parameters = {}
     for name, shape in parameter_shapes(cfg, vocab).items():
@@ -149,7 +150,10 @@ def norm(params: Parameters, name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) of x [b, s, n, d]: at position p, the pair (x_i, x_{i+d/2}) turns by p * theta^(-2i/d)."""
+    """Rotary positions (arXiv 2104.09864) of x [b, s, n, d].
+
+    At position p, the pair (x_i, x_{i+d/2}) turns by the angle p * theta^(-2i/d).
+    """
     s, d = x.shape[1], x.shape[-1]
     frequency = theta ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
     angle = torch.arange(s, dtype=torch.float64)[:, None] * frequency  # [s, d/2]

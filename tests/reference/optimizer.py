@@ -62,7 +62,7 @@ def clip(gradients: Parameters, limit: float) -> tuple[Parameters, float]:
 
 
 class AdamW:
-    """Adam with decoupled weight decay times the learning rate (arXiv 1711.05101); none on parameters of one dimension."""
+    """Adam with decoupled weight decay times the learning rate (arXiv 1711.05101); no decay on 1-d parameters."""
 
     def __init__(self, parameters: Parameters, cfg: OptimizerConfig):
         self.cfg = cfg
@@ -96,7 +96,7 @@ def train(
     """Train for ``steps`` optimizer steps, one whole global batch (tokens [b, s], labels [b, s]) each.
 
     Parameters, moments and update stay in the parameters' dtype; forward and backward run in ``compute_dtype``
-    (null: the same), as in mixed precision with master weights.
+    (None: the same), as in mixed precision with master weights.
     """
     if len(batches) < steps:
         raise ValueError(f"{steps} steps asked for, {len(batches)} batches given")

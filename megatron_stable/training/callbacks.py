@@ -1,0 +1,184 @@
+"""What watches a run: a callback sees every record and writes it somewhere. Only rank 0 has callbacks."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_stable.config.schema import Config
+from megatron_stable.stability.ledger import append_line
+
+Record = dict[str, Any]
+
+
+class Callback(Protocol):
+    """The hooks of a run, in order of their calls."""
+
+    def record(self, record: Record) -> None:
+        """After a step that is logged or evaluated; see DESIGN for the keys of ``metrics.jsonl``."""
+
+    def message(self, text: str) -> None:
+        """Something to tell the user: a checkpoint, a warning, the end."""
+
+    def close(self) -> None:
+        """At the end of the run, however it ends."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one object per step; a later line for a step supersedes an earlier one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def record(self, record: Record) -> None:
+        append_line(self.path, record)
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoard:
+    """Event files under ``tensorboard/``, with a custom-scalars layout as a dashboard.
+
+    Args:
+        first_step: The step to begin with; what an earlier process wrote from there on is superseded.
+    """
+
+    TAGS = {
+        "loss": "train/loss",
+        "z_loss": "train/z_loss",
+        "grad_norm": "train/grad_norm",
+        "learning_rate": "train/learning_rate",
+        "loss_scale": "train/loss_scale",
+        "tokens_per_second": "train/tokens_per_second",
+        "mfu": "train/mfu",
+        "validation_loss": "validation/loss",
+        "validation_perplexity": "validation/perplexity",
+    }
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # takes a second, and only rank 0 needs it
+
+        self.writer = SummaryWriter(str(directory), purge_step=first_step if first_step > 1 else None)  # type: ignore[no-untyped-call]
+        charts = {
+            "loss": ["Multiline", ["train/loss", "validation/loss"]],
+            "gradient norm": ["Multiline", ["train/grad_norm"]],
+            "z-loss": ["Multiline", ["train/z_loss"]],
+            "learning rate": ["Multiline", ["train/learning_rate"]],
+        }
+        self.writer.add_custom_scalars({"stability": charts})  # type: ignore[no-untyped-call]
+
+    def record(self, record: Record) -> None:
+        for key, tag in self.TAGS.items():
+            if record.get(key) is not None:
+                self.writer.add_scalar(tag, record[key], record["step"])  # type: ignore[no-untyped-call]
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self.writer.close()  # type: ignore[no-untyped-call]
+
+
+class ProgressLine:
+    """A live line on a terminal; elsewhere a line now and then."""
+
+    SECONDS = 10.0  # between lines where there is no terminal
+
+    def __init__(self, config: Config) -> None:
+        self.steps = config.run.steps
+        self.live = sys.stdout.isatty()
+        self.width = len(str(self.steps))
+        self.last = -self.SECONDS
+        self.began: tuple[float, int] | None = None
+        self.shown = False
+
+    def record(self, record: Record) -> None:
+        now = time.monotonic()
+        if self.began is None:
+            self.began = (now, record["step"])
+        ended = record["step"] >= self.steps or "validation_loss" in record
+        if not self.live and not ended and now - self.last < self.SECONDS:
+            return
+        self.last = now
+        self._show(self._line(record, now), keep=not self.live or ended)
+
+    def _line(self, record: Record, now: float) -> str:
+        step = record["step"]
+        parts = [f"step {step:{self.width}}/{self.steps}", f"loss {record['loss']:.4f}", f"grad norm {record['grad_norm']:.3g}"]
+        if "validation_loss" in record:
+            parts.insert(2, f"validation {record['validation_loss']:.4f}")
+        if record["tokens_per_second"] is not None:
+            parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+        if record.get("mfu") is not None:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        if record["skipped"]:
+            parts.append("update dropped")
+        assert self.began is not None
+        if step > self.began[1]:
+            seconds = (now - self.began[0]) / (step - self.began[1]) * (self.steps - step)
+            parts.append(f"{duration(seconds)} left")
+        return " · ".join(parts)
+
+    def _show(self, line: str, keep: bool) -> None:
+        end = "\n" if keep else ""
+        print(f"\r\x1b[2K{line}{end}" if self.live else f"{line}{end}", end="", flush=True)
+        self.shown = not keep
+
+    def message(self, text: str) -> None:
+        if self.shown:
+            print()
+            self.shown = False
+        print(text, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            print(flush=True)
+            self.shown = False
+
+
+class Callbacks:
+    """Several callbacks as one, of which none can stop the run: what cannot be written is reported once and left out."""
+
+    def __init__(self, *callbacks: Callback) -> None:
+        self.callbacks = callbacks
+        self.failed: set[Callback] = set()
+
+    def record(self, record: Record) -> None:
+        for callback in self.callbacks:
+            try:
+                callback.record(record)
+                self.failed.discard(callback)
+            except OSError as error:
+                if callback not in self.failed:
+                    self.failed.add(callback)
+                    self.message(f"warning: {type(callback).__name__} cannot write, training goes on: {error}")
+
+    def message(self, text: str) -> None:
+        for callback in self.callbacks:
+            callback.message(text)
+
+    def close(self) -> None:
+        for callback in self.callbacks:
+            try:
+                callback.close()
+            except OSError as error:
+                print(f"warning: {type(callback).__name__}: {error}", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def strict(value: float) -> float | None:
+    """A number that JSON has: ``None`` for NaN and infinities."""
+    return value if json.dumps(value) not in ("NaN", "Infinity", "-Infinity") else None

@@ -1,0 +1,202 @@
+"""The training loop: step, evaluate, record, save, stop when asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_stable.config.schema import Config
+from megatron_stable.data import Batches, SkipWindows, open_dataset
+from megatron_stable.engine.checkpoint import loader
+from megatron_stable.engine.checkpoint.saver import Saver
+from megatron_stable.engine.engine import Engine
+from megatron_stable.engine.shards import (
+    local_shards,
+    loss_scaler_state,
+    optimizer_steps,
+    refresh,
+    set_loss_scaler_state,
+    set_optimizer_steps,
+)
+from megatron_stable.errors import ConfigError
+from megatron_stable.optim.schedule import learning_rate
+from megatron_stable.parallel.agreement import StopSignal, together
+from megatron_stable.parallel.topology import Topology
+from megatron_stable.training.callbacks import Record, strict
+from megatron_stable.training.directory import RunDirectory
+from megatron_stable.training.flops import flops_per_token, peak_flops
+
+
+class Trainer:
+    """A run in progress. Collective: every rank constructs it and calls its methods.
+
+    Args:
+        config: The run, with the vocabulary size known.
+        topology: The grid of ranks.
+        directory: Where it writes.
+        report: Called on rank 0 with lines for the user.
+    """
+
+    def __init__(self, config: Config, topology: Topology, directory: RunDirectory, report: Callable[[str], None]) -> None:
+        self.config, self.topology, self.directory, self.report = config, topology, directory, report
+        self.step = 0  # the last one that was trained
+        self.skip = SkipWindows()
+        with together():
+            self.train_data = self._batches(config.data.train)
+            self.validation_data = self._batches(config.data.validation) if config.data.validation else None
+        self.engine = Engine(config, topology)
+        self.saver = Saver(directory.checkpoints, config.checkpoint.keep, report)
+        self.tokens_per_step = config.batch.global_size * config.model.sequence_length
+        peak = peak_flops(config.precision.dtype)
+        self.peak = peak and peak * topology.world / flops_per_token(config.model)  # tokens/s at full utilisation
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint of the run directory, if there is one."""
+        entry = loader.choose(self.directory.checkpoints, self.report)
+        if entry is None:
+            return
+        assert entry.manifest is not None
+        shards = local_shards(self.engine.deepspeed, self.engine.module)
+        with together():
+            loader.load_shards(entry.directory, entry.manifest, shards)
+        refresh(self.engine.deepspeed)
+        state = entry.manifest.state
+        set_optimizer_steps(self.engine.deepspeed, state["optimizer_steps"])
+        if state["loss_scaler"] is not None and self.config.precision.dtype == "fp16":
+            set_loss_scaler_state(self.engine.deepspeed, state["loss_scaler"])
+        self.skip = SkipWindows(state["skip_windows"])
+        self.step = entry.manifest.step
+        self.report(f"resumed from {entry.directory} (step {self.step})")
+
+    def run(self, record: Callable[[Record], None], stop: StopSignal) -> str | None:
+        """Train to ``run.steps``.
+
+        Args:
+            record: Called on rank 0 with the record of each step that is logged.
+            stop: Ends the run early, after the step in progress and a checkpoint.
+
+        Returns:
+            The signal that ended it ("SIGTERM"; "a signal" on a rank that received none), or ``None`` at the end.
+        """
+        config = self.config
+        self._train_batches = Batches(
+            self.train_data, config.batch.global_size, config.batch.micro_size, self.skip, config.model.vocab_size
+        )
+        clock, stopped, saved = _Clock(), False, self.step
+        while self.step < config.run.steps and not stopped:
+            self.step += 1
+            stop.ask()
+            rate = learning_rate(config, self.step)
+            self.engine.train_step(self.step, self._micro_batches(self._train_batches, self.step), rate)
+            stopped = stop.agreed()
+            last = self.step == config.run.steps
+            evaluates = self.validation_data is not None and (self.step % config.evaluation.every == 0 or last)
+            if self.step % config.logging.every == 0 or evaluates or last or stopped:
+                line = self._record(rate, clock)
+                if evaluates:
+                    with clock.paused():
+                        line |= self._evaluate()
+                if self.topology.rank == 0:
+                    record(line)
+            if self.step % config.checkpoint.every == 0:
+                with clock.paused():
+                    self.save()
+                saved = self.step
+        if saved != self.step:
+            self.save()
+        self.saver.wait()
+        return (stop.received or "a signal") if stopped else None
+
+    def save(self) -> None:
+        """Start writing a checkpoint of the last step. Collective."""
+        topology, engine = self.topology, self.engine.deepspeed
+        layout = {
+            "tensor": topology.tensor_size,
+            "pipeline": topology.pipeline_size,
+            "data": topology.data_size,
+            "zero_stage": self.config.parallel.zero_stage,
+            "dtype": self.config.precision.dtype,
+        }
+        state = {
+            "optimizer_steps": optimizer_steps(engine),
+            "loss_scaler": loss_scaler_state(engine),
+            "skip_windows": self.skip.to_list(),
+            "data_step": self.skip.data_step(self.step) if self.step else 0,
+        }
+        shards = local_shards(engine, self.engine.module)
+        self.saver.save(self.step, shards, layout, self.config.model_dump(mode="json"), state)
+
+    def _record(self, rate: float, clock: _Clock) -> Record:
+        metrics = self.engine.metrics()  # on all ranks: it is collective
+        steps, seconds = clock.lap(self.step)
+        speed = steps * self.tokens_per_step / seconds if steps else None
+        line: dict[str, Any] = {
+            "step": self.step,
+            "loss": strict(metrics.loss),
+            "z_loss": strict(metrics.z_loss),
+            "grad_norm": strict(metrics.grad_norm),
+            "learning_rate": rate,
+            "loss_scale": metrics.loss_scale,
+            "tokens": self.step * self.tokens_per_step,
+            "tokens_per_second": speed,
+            "skipped": metrics.skipped,
+            "data_step": self.skip.data_step(self.step),
+        }
+        if self.peak and speed:
+            line["mfu"] = speed / self.peak
+        return line
+
+    def _evaluate(self) -> Record:
+        assert self.validation_data is not None
+        batch, evaluation = self.config.batch, self.config.evaluation
+        batches = Batches(
+            self.validation_data, batch.global_size, batch.micro_size, vocab_size=self.config.model.vocab_size
+        )
+        loss = self.engine.evaluate(self._micro_batches(batches, n) for n in range(1, evaluation.batches + 1))
+        perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
+        return {"validation_loss": strict(loss), "validation_perplexity": strict(perplexity)}
+
+    def _micro_batches(self, batches: Batches, step: int) -> Iterator[Tensor]:
+        """This replica's micro batches ``[micro, s + 1]`` of a step."""
+        topology = self.topology
+        return map(torch.from_numpy, batches.micro_batches(step, topology.data_rank, topology.data_size))
+
+    def _batches(self, source: str | dict[str, float] | None) -> Any:
+        if source is None:
+            raise ConfigError(
+                "data.train is not set: name the prefix of a .bin/.idx dataset; `megatron-stable preprocess` makes one"
+            )
+        return open_dataset(source, self.config.model.sequence_length, self.config.run.seed)
+
+
+class _Clock:
+    """Time spent training between records, without evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.mark: tuple[int, float] | None = None
+
+    def lap(self, step: int) -> tuple[int, float]:
+        """(steps, seconds) since the last call; (0, 0) at the first, whose step warms up."""
+        now, mark = time.perf_counter(), self.mark
+        self.mark = (step, now)
+        return (step - mark[0], now - mark[1]) if mark else (0, 0.0)
+
+    def paused(self) -> _Pause:
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, clock: _Clock) -> None:
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self.clock.mark is not None:
+            step, time_ = self.clock.mark
+            self.clock.mark = (step, time_ + time.perf_counter() - self.began)

@@ -1,0 +1,271 @@
+"""Text to .bin/.idx: the same bytes whatever the workers, and nothing left behind when it fails."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_stable.data import IndexedDataset, PreprocessSummary, Tokenizer, preprocess
+from megatron_stable.errors import ConfigError, DataError
+from tests.data.conftest import words
+
+
+@pytest.fixture(scope="module")
+def mixed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Inputs of several kinds, some 1500 documents, several batches."""
+    folder = tmp_path_factory.mktemp("mixed")
+    lines = (json.dumps({"text": words(i, 5 + i % 90)}) for i in range(1500))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (folder / "empty.txt").write_text("")
+    (folder / "long.txt").write_text(words(77, 200_000))
+    return [folder, corpus]
+
+
+def texts(prefix: Path, tokenizer: Tokenizer) -> list[str]:
+    """Decode a dataset's documents, each of which must end with the end-of-document token and have no other."""
+    dataset, found = IndexedDataset(prefix), []
+    for document in range(dataset.documents):
+        start, stop = dataset.document_span(document)
+        *tokens, last = dataset.read(start, stop - start).tolist()
+        assert last == tokenizer.end_of_document
+        assert tokenizer.end_of_document not in tokens
+        found.append(tokenizer.decode(tokens))
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_documents_come_back_in_order(corpus: Path, tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+
+    def note(so_far: PreprocessSummary) -> None:
+        progress.append((so_far.documents, so_far.input_bytes))
+
+    summary = preprocess([corpus], tokenizer_path, tmp_path / "new" / "a", on_progress=note)
+    expected = [path.read_text() for path in sorted(corpus.iterdir())]
+    assert texts(tmp_path / "new" / "a", tokenizer) == expected
+    dataset = IndexedDataset(tmp_path / "new" / "a")
+    size = sum(len(text.encode()) for text in expected)
+    assert (summary.documents, summary.tokens, summary.bytes) == (30, dataset.tokens, size)
+    assert progress[-1] == (30, summary.input_total)
+    assert sorted(summary.files) == sorted(map(str, (tmp_path / "new").iterdir()))
+    assert dataset.dtype == "uint16"
+    assert dataset.metadata == {
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": 400,
+        "documents": 30,
+        "tokens": dataset.tokens,
+    }
+
+
+def test_same_bytes_whatever_the_workers(mixed: list[Path], tokenizer_path: Path, tmp_path: Path) -> None:
+    results = []
+    for workers in (1, 2, 3):
+        summary = preprocess(mixed, tokenizer_path, tmp_path / f"{workers}" / "a", workers, validation_fraction=0.1)
+        results.append(contents(tmp_path / f"{workers}"))
+        assert (summary.documents, summary.empty) == (1531, 1)
+    assert results[0] == results[1] == results[2]
+    assert len(results[0]) == 6
+
+
+def test_batches_do_not_show(mixed: list[Path], tokenizer_path: Path, tmp_path: Path, monkeypatch) -> None:
+    preprocess(mixed, tokenizer_path, tmp_path / "1" / "a", validation_fraction=0.1)
+    monkeypatch.setattr("megatron_stable.data.preprocess.BATCH_DOCUMENTS", 7)
+    preprocess(mixed, tokenizer_path, tmp_path / "2" / "a", validation_fraction=0.1)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_validation_split(mixed: list[Path], tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    summary = preprocess(mixed, tokenizer_path, tmp_path / "a", validation_fraction=0.1)
+    preprocess(mixed, tokenizer_path, tmp_path / "whole")
+    train, held_out = texts(tmp_path / "a", tokenizer), texts(tmp_path / "a_validation", tokenizer)
+    assert sorted(train + held_out) == sorted(texts(tmp_path / "whole", tokenizer))
+    assert len(held_out) == summary.validation_documents
+    assert 110 < len(held_out) < 200  # binomial: 153 +- 12
+
+
+def test_large_vocabulary_is_int32(corpus: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Tokenizer, "vocab_size", property(lambda self: 65500, lambda self, value: None), raising=False)
+    preprocess([corpus], tokenizer_path, tmp_path / "a")
+    assert IndexedDataset(tmp_path / "a").dtype == "int32"
+
+
+def test_workers_do_not_import_torch() -> None:
+    code = "import sys, megatron_stable.data.preprocess; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# Bad input
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """An input directory with a good, a Latin-1 and a binary file."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good")
+    (folder / "b.txt").write_bytes(b"caf\xe9")
+    (folder / "c.pyc").write_bytes(b"\0\1\2")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_undecodable_text(bad: Path, tokenizer_path: Path, tmp_path: Path, workers: int) -> None:
+    with pytest.raises(DataError, match=r"b\.txt: not UTF-8 at byte 3"):
+        preprocess([bad], tokenizer_path, tmp_path / "out" / "a", workers)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_skipping_undecodable_text(bad: Path, tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    summary = preprocess([bad], tokenizer_path, tmp_path / "a", skip_undecodable=True)
+    assert (summary.documents, summary.skipped) == (1, 2)
+    assert "b.txt: not UTF-8 at byte 3" in summary.skipped_first[0]
+    assert "c.pyc: binary" in summary.skipped_first[1]
+    assert texts(tmp_path / "a", tokenizer) == ["good"]
+
+
+def test_nothing_to_write(bad: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    (bad / "a.txt").write_text("")
+    with pytest.raises(DataError, match="no documents for training data: 0 documents with text, 1 empty, 2 skipped"):
+        preprocess([bad], tokenizer_path, tmp_path / "out" / "a", skip_undecodable=True)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_validation_fraction_too_small_for_the_documents(bad: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no documents for validation data: .*validation fraction 0\.01"):
+        preprocess([bad / "a.txt"], tokenizer_path, tmp_path / "out" / "a", validation_fraction=0.01)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_bad_arguments(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="workers 0"):
+        preprocess([corpus], tokenizer_path, tmp_path / "a", workers=0)
+    for fraction in (1.0, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match="validation fraction"):
+            preprocess([corpus], tokenizer_path, tmp_path / "a", validation_fraction=fraction)
+    with pytest.raises(DataError, match=r"cannot read .*nowhere"):
+        preprocess([tmp_path / "nowhere"], tokenizer_path, tmp_path / "a")
+    with pytest.raises(DataError, match="is not a SentencePiece model"):
+        preprocess([corpus], corpus / "00.txt", tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_output_directory(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write .*a\.bin"):
+        preprocess([corpus], tokenizer_path, tmp_path / "file" / "a")
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(DataError, match=r"cannot write .*Permission denied"):
+            preprocess([corpus], tokenizer_path, tmp_path / "locked" / "a")
+
+
+@pytest.fixture
+def file_size_limit():
+    """Lets this process write at most 20 kB into any file, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_full_disk(mixed: list[Path], tokenizer_path: Path, tmp_path: Path, workers: int, file_size_limit) -> None:
+    with pytest.raises(DataError, match=r"cannot write .*a\.bin: File too large"):
+        preprocess(mixed, tokenizer_path, tmp_path / "out" / "a", workers)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_really_full_disk(mixed: list[Path], tokenizer_path: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mount], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root; test_full_disk covers the rest")
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*a\.bin: No space left on device"):
+            preprocess(mixed, tokenizer_path, mount / "a")
+        assert list(mount.iterdir()) == []
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+SCRIPT = """
+import sys
+from megatron_stable.data import preprocess
+if __name__ == "__main__":
+    preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, on_progress=lambda s: print(s.documents, flush=True))
+"""
+
+
+def started(folder: Path, tokenizer_path: Path, output: Path) -> subprocess.Popen[str]:
+    """`preprocess` with two workers on much text, in a process group of its own, at work."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    source = folder / "text.jsonl"
+    line = json.dumps({"text": words(1, 2000)}) + "\n"
+    source.write_text(line * 1_000)
+    process = subprocess.Popen(
+        [sys.executable, script, source, tokenizer_path, output],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip().isdigit()
+    assert Path(f"{output}.bin.partial").exists()
+    return process
+
+
+def wait_until_group_is_gone(group: int) -> None:
+    for _ in range(200):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(group, signal.SIGKILL)
+    pytest.fail("worker processes outlived their parent")
+
+
+def test_ctrl_c_leaves_nothing(tokenizer_path: Path, tmp_path: Path) -> None:
+    process = started(tmp_path, tokenizer_path, tmp_path / "out" / "a")
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("KeyboardInterrupt") == 1, errors  # no traceback of any worker
+    assert list((tmp_path / "out").iterdir()) == []
+    wait_until_group_is_gone(process.pid)
+
+
+def test_workers_leave_ctrl_c_to_their_parent(tokenizer_path: Path, tmp_path: Path) -> None:
+    process = started(tmp_path, tokenizer_path, tmp_path / "out" / "a")
+    for worker in psutil.Process(process.pid).children():
+        worker.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    assert IndexedDataset(tmp_path / "out" / "a").documents == 1000
+
+
+def test_workers_end_with_a_killed_parent(tokenizer_path: Path, tmp_path: Path) -> None:
+    process = started(tmp_path, tokenizer_path, tmp_path / "out" / "a")
+    process.kill()
+    process.communicate(timeout=60)
+    wait_until_group_is_gone(process.pid)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.bin.partial"]  # nothing that looks complete
+    with pytest.raises(DataError, match="does not exist"):
+        IndexedDataset(tmp_path / "out" / "a")
