@@ -51,6 +51,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return config
 
 
+def parse_config(values: dict[str, Any]) -> Config:
+    """A configuration from plain values, such as a checkpoint's manifest holds; conflicts are not looked for.
+
+    Raises:
+        ConfigError: one line for each value that is not valid.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        fail("configuration", explain(error, values))
+        raise
+
+
 def dump_config(config: Config) -> str:
     """The whole configuration as YAML, every field resolved; :func:`load_config` makes the same of it."""
     return dump(config.model_dump(mode="json"))

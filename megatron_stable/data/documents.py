@@ -27,6 +27,14 @@ JSON_LINES = (".jsonl", ".ndjson")
 class UndecodableError(DataError):
     """A document that is not text: not UTF-8, binary, or a line that is no JSON object with a string under the key."""
 
+    def __str__(self) -> str:
+        return f"{self.reason}; convert or remove it, or skip such documents with --skip-undecodable"
+
+    @property
+    def reason(self) -> str:
+        """Which document, and why, without the remedy."""
+        return str(self.args[0])
+
 
 @dataclass(frozen=True)
 class RawDocument:
@@ -76,9 +84,7 @@ class RawDocument:
         return f"{self.source}, {self.record}" if self.record else self.source
 
     def _undecodable(self, reason: str) -> UndecodableError:
-        return UndecodableError(
-            f"{self._where()}: {reason}; convert or remove it, or skip such documents with --skip-undecodable"
-        )
+        return UndecodableError(f"{self._where()}: {reason}")
 
 
 class DocumentReader:

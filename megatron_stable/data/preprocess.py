@@ -178,7 +178,7 @@ class _Work:
             except UndecodableError as error:
                 if not self.skip_undecodable:
                     raise
-                result.skipped.append(str(error))
+                result.skipped.append(error.reason)
             if text:
                 result.bytes += len(text.encode())
                 parts += [self.tokenizer.encode_array(text).astype(self._dtype), self._separator.astype(self._dtype)]

@@ -66,12 +66,15 @@ def project(module: Head | VocabParallelEmbedding, x: Tensor) -> Tensor:
     return column_linear(x, module.weight, module.tp)
 
 
-def layer_list(config: ModelConfig, tp: TensorParallel, seed: int, device: str = "cpu") -> list[Layer]:
+def layer_list(
+    config: ModelConfig, tp: TensorParallel, seed: int, device: str = "cpu", draw: bool = True
+) -> list[Layer]:
     """The layers of the model, in order; ``config.vocab_size`` must be known.
 
     Args:
         seed: Of initialisation.
         device: "cpu" or "cuda": where it will run, which decides the attention backend.
+        draw: Whether to draw the parameters, which takes time; without it they are to be filled from a checkpoint.
     """
     assert config.vocab_size is not None
     h, s, vocab_size = config.hidden, config.sequence_length, config.vocab_size
@@ -82,7 +85,8 @@ def layer_list(config: ModelConfig, tp: TensorParallel, seed: int, device: str =
         def build() -> nn.Module:
             module = make()
             name_parameters(module, name)
-            initialize(module, seed)
+            if draw:
+                initialize(module, seed)
             return module
 
         return Layer(name, build, cost, tied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import resource
@@ -82,7 +83,8 @@ def test_same_bytes_whatever_the_workers(mixed: list[Path], tokenizer_path: Path
 
 def test_batches_do_not_show(mixed: list[Path], tokenizer_path: Path, tmp_path: Path, monkeypatch) -> None:
     preprocess(mixed, tokenizer_path, tmp_path / "1" / "a", validation_fraction=0.1)
-    monkeypatch.setattr("megatron_stable.data.preprocess.BATCH_DOCUMENTS", 7)
+    module = importlib.import_module("megatron_stable.data.preprocess")  # the package's attribute is the function
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 7)
     preprocess(mixed, tokenizer_path, tmp_path / "2" / "a", validation_fraction=0.1)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
@@ -123,7 +125,7 @@ def bad(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_undecodable_text(bad: Path, tokenizer_path: Path, tmp_path: Path, workers: int) -> None:
-    with pytest.raises(DataError, match=r"b\.txt: not UTF-8 at byte 3"):
+    with pytest.raises(DataError, match=r"b\.txt: not UTF-8 at byte 3; convert or remove it, or skip [^;]*$"):
         preprocess([bad], tokenizer_path, tmp_path / "out" / "a", workers)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -131,7 +133,7 @@ def test_undecodable_text(bad: Path, tokenizer_path: Path, tmp_path: Path, worke
 def test_skipping_undecodable_text(bad: Path, tokenizer_path: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     summary = preprocess([bad], tokenizer_path, tmp_path / "a", skip_undecodable=True)
     assert (summary.documents, summary.skipped) == (1, 2)
-    assert "b.txt: not UTF-8 at byte 3" in summary.skipped_first[0]
+    assert summary.skipped_first[0] == f"{bad / 'b.txt'}: not UTF-8 at byte 3"
     assert "c.pyc: binary" in summary.skipped_first[1]
     assert texts(tmp_path / "a", tokenizer) == ["good"]
 
