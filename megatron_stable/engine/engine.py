@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.deepspeed_config import deepspeed_config
 from megatron_stable.engine.pipeline import TransformerPipeline
-from megatron_stable.model.loss import Losses, language_model_loss
+from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.optim.adamw import build_optimizer
 from megatron_stable.parallel.random import seed_step
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import quiet
 
-MicroBatches = Iterable[Tensor]  # each [micro, s + 1] int64: inputs are all but the last token, targets all but the first
+MicroBatches = Iterable[
+    Tensor
+]  # each [micro, s + 1] int64: inputs are all but the last token, targets all but the first
 
 
 @dataclass(frozen=True)

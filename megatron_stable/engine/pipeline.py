@@ -14,7 +14,7 @@ from megatron_stable.model.transformer import Layer, project
 from megatron_stable.parallel.topology import Topology
 
 
-class _Spec(LayerSpec):  # type: ignore[misc]
+class _Spec(LayerSpec):
     """A layer that is built on the stage that holds it, and nowhere else."""
 
     def __init__(self, layer: Layer) -> None:
@@ -25,7 +25,7 @@ class _Spec(LayerSpec):  # type: ignore[misc]
         return self.layer.build()
 
 
-class _TiedSpec(TiedLayerSpec):  # type: ignore[misc]
+class _TiedSpec(TiedLayerSpec):
     """A layer whose weight is shared between stages; DeepSpeed sums its gradients over them."""
 
     def __init__(self, layer: Layer, forward: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
@@ -68,7 +68,7 @@ def stage_bounds(costs: list[float], blocks: list[bool], stages: int) -> list[in
     return best[n][1]
 
 
-class TransformerPipeline(PipelineModule):  # type: ignore[misc]
+class TransformerPipeline(PipelineModule):
     """The layers of this rank's stage, scheduled 1F1B by DeepSpeed.
 
     Args:

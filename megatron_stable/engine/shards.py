@@ -51,7 +51,9 @@ def local_shards(engine: Any, module: nn.Module) -> list[Shard]:
     shards = []
     for weight in module.parameters():
         known = place(weight)
-        owned = (known.dim is not None or _tensor_rank(engine) == 0) and not getattr(weight, "ds_pipe_replicated", False)
+        owned = (known.dim is not None or _tensor_rank(engine) == 0) and not getattr(
+            weight, "ds_pipe_replicated", False
+        )
         for flat, offset, start, numel in locate(engine, weight):
             tensors = {"weight": flat.detach().narrow(0, offset, numel)}
             tensors |= {key: base.state[flat][key].narrow(0, offset, numel) for key in MOMENTS}

@@ -48,7 +48,7 @@ class _CrossEntropy(torch.autograd.Function):
         return log_z - sums[1], log_z
 
     @staticmethod
-    def backward(ctx: Any, grad_nll: Tensor, grad_log_z: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nll: Tensor, grad_log_z: Tensor) -> tuple[Tensor, None, None, None]:
         logits, log_z, local, mine = ctx.saved_tensors
         grad = torch.empty_like(logits)
         grad[:, ctx.valid :] = 0
@@ -90,9 +90,7 @@ class Losses(NamedTuple):
     z_loss: Tensor  # coefficient included
 
 
-def language_model_loss(
-    logits: Tensor, targets: Tensor, tp: TensorParallel, vocab_size: int, z_loss: float
-) -> Losses:
+def language_model_loss(logits: Tensor, targets: Tensor, tp: TensorParallel, vocab_size: int, z_loss: float) -> Losses:
     """Mean cross-entropy and ``z_loss`` x mean log(Z)^2 (PaLM, arXiv 2204.02311) over ``[b, s]`` targets."""
     nll, log_z = vocab_parallel_cross_entropy(logits, targets, tp, vocab_size)
     return Losses(nll.mean(), z_loss * log_z.square().mean())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ class Layer:
     Attributes:
         name: Prefix of the global names of its parameters.
         build: Makes the module, with parameters named and drawn.
-        cost: Floating-point operations per token in forward, attention counted over the full s x s (PaLM, App. B); balances
-            pipeline stages and gives MFU.
+        cost: Floating-point operations per token in forward, attention over the full s x s (PaLM, App. B);
+            balances pipeline stages and gives MFU.
         tied: Name of the layer whose module this one shares.
     """
 
@@ -61,8 +62,8 @@ class Head(nn.Module):
         return project(self, x)
 
 
-def project(module: Head | VocabParallelEmbedding, x: Tensor) -> Tensor:
-    """Logits from the final hidden state, with the weight of a head or of a tied embedding."""
+def project(module: Any, x: Tensor) -> Tensor:
+    """Logits from the final hidden state, with the weight of a :class:`Head` or of a tied embedding."""
     return column_linear(x, module.weight, module.tp)
 
 

@@ -18,7 +18,8 @@ def decays(weight: nn.Parameter) -> bool:
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) in two groups, with and without weight decay. The learning rate is set at each step."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for weight in parameters:
         (matrices if decays(weight) else vectors).append(weight)
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""Column-, row- and vocab-parallel layers (Megatron-LM, arXiv 1909.08053), with sequence parallelism (arXiv 2205.05198).
+"""Column-, row- and vocab-parallel layers (arXiv 1909.08053), with sequence parallelism (arXiv 2205.05198).
 
 The math above them does not know that weights are sharded: a column-parallel layer takes ``[b, s, h]`` (under SP
 ``[b, s/tp, h]``) and returns features/tp; a row-parallel layer takes features/tp and returns what the first took.
@@ -31,7 +31,7 @@ class _ColumnLinear(torch.autograd.Function):
         return F.linear(all_gather_sequence(x, tp) if tp.sequence else x, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         tp: TensorParallel = ctx.tp
         if tp.sequence:
@@ -76,7 +76,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = parameter(shape, ZEROS, tp, dim) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[b, s, in]``, under SP ``[b, s/tp, in]`` -> ``[b, s, out/tp]``; parts follow one another in the last dim."""
+        """``[b, s, in]``, under SP ``[b, s/tp, in]`` -> ``[b, s, out/tp]``; parts follow one another."""
         y = column_linear(x, self.weight.flatten(0, -2), self.tp)
         return y if self.bias is None else y + self.bias.flatten()
 

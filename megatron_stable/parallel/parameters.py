@@ -73,7 +73,9 @@ class Place:
         return full if self.dim is None else full.chunk(self.size, self.dim)[self.rank]
 
 
-def parameter(shape: tuple[int, ...], init: Init, tp: TensorParallel | None = None, dim: int | None = None) -> nn.Parameter:
+def parameter(
+    shape: tuple[int, ...], init: Init, tp: TensorParallel | None = None, dim: int | None = None
+) -> nn.Parameter:
     """An empty parameter of full ``shape``, of which dimension ``dim`` is sharded over ``tp``.
 
     Raises:
@@ -99,7 +101,7 @@ def place(weight: nn.Parameter) -> Place:
 
 
 def name_parameters(module: nn.Module, prefix: str) -> None:
-    """Give each parameter of ``module`` its global name, ``prefix`` + its name in the module; a tied one keeps its first."""
+    """Give each parameter of ``module`` its global name: ``prefix`` and its own; a tied one keeps its first."""
     for name, weight in module.named_parameters():
         known = place(weight)
         if not known.name:

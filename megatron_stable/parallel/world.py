@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +62,7 @@ def join_world() -> None:
 def quiet() -> Iterator[None]:
     """Keep what DeepSpeed prints about itself from the user; errors are exceptions and come through."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
 
 
@@ -129,5 +131,5 @@ def crash_is_known() -> bool:
         return False
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()

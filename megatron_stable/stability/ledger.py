@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Ledger:
-    """``ledger.jsonl`` of a run: one JSON object per line, with ``time``, ``event``, ``step`` and what belongs to it."""
+    """``ledger.jsonl`` of a run: a JSON object per line, with ``time``, ``event``, ``step`` and what belongs to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from megatron_stable.config.schema import Config
 from megatron_stable.stability.ledger import append_line
@@ -50,7 +50,7 @@ class TensorBoard:
         first_step: The step to begin with; what an earlier process wrote from there on is superseded.
     """
 
-    TAGS = {
+    TAGS: ClassVar = {
         "loss": "train/loss",
         "z_loss": "train/z_loss",
         "grad_norm": "train/grad_norm",
@@ -65,25 +65,25 @@ class TensorBoard:
     def __init__(self, directory: Path, first_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second, and only rank 0 needs it
 
-        self.writer = SummaryWriter(str(directory), purge_step=first_step if first_step > 1 else None)  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(directory), purge_step=first_step if first_step > 1 else None)
         charts = {
             "loss": ["Multiline", ["train/loss", "validation/loss"]],
             "gradient norm": ["Multiline", ["train/grad_norm"]],
             "z-loss": ["Multiline", ["train/z_loss"]],
             "learning rate": ["Multiline", ["train/learning_rate"]],
         }
-        self.writer.add_custom_scalars({"stability": charts})  # type: ignore[no-untyped-call]
+        self.writer.add_custom_scalars({"stability": charts})
 
     def record(self, record: Record) -> None:
         for key, tag in self.TAGS.items():
             if record.get(key) is not None:
-                self.writer.add_scalar(tag, record[key], record["step"])  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(tag, record[key], record["step"])
 
     def message(self, text: str) -> None:
         pass
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class ProgressLine:
@@ -111,7 +111,11 @@ class ProgressLine:
 
     def _line(self, record: Record, now: float) -> str:
         step = record["step"]
-        parts = [f"step {step:{self.width}}/{self.steps}", f"loss {record['loss']:.4f}", f"grad norm {record['grad_norm']:.3g}"]
+        parts = [
+            f"step {step:{self.width}}/{self.steps}",
+            f"loss {record['loss']:.4f}",
+            f"grad norm {record['grad_norm']:.3g}",
+        ]
         if "validation_loss" in record:
             parts.insert(2, f"validation {record['validation_loss']:.4f}")
         if record["tokens_per_second"] is not None:
@@ -144,7 +148,7 @@ class ProgressLine:
 
 
 class Callbacks:
-    """Several callbacks as one, of which none can stop the run: what cannot be written is reported once and left out."""
+    """Several callbacks as one, of which none can stop the run: what cannot be written is reported once."""
 
     def __init__(self, *callbacks: Callback) -> None:
         self.callbacks = callbacks

@@ -72,7 +72,9 @@ def differences(before: Config, now: Config) -> dict[str, list[Any]]:
 
 def refuse_other_model(changed: dict[str, list[Any]], what: str) -> None:
     """Raise ConfigError if anything changed that makes it another model."""
-    wrong = {key: values for key, values in changed.items() if key.startswith("model.") and key.split(".")[1] not in FREE}
+    wrong = {
+        key: values for key, values in changed.items() if key.startswith("model.") and key.split(".")[1] not in FREE
+    }
     if wrong:
         lines = "\n".join(f"  {key}: {before} there, {now} here" for key, (before, now) in wrong.items())
         raise ConfigError(f"{what}:\n{lines}\nset these as they were, or choose another run.directory")

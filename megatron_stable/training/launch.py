@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -44,10 +44,10 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         error = Path(environment[ERROR_FILE])
         if error.is_file():
             print(error.read_text(encoding="utf-8"), file=sys.stderr, end="", flush=True)
-    return code if code >= 0 else 1
+    return code if code in range(6) else 1  # a rank that was killed gives a code of its own
 
 
-def _forwarder(launcher: int):  # type: ignore[no-untyped-def]
+def _forwarder(launcher: int) -> Callable[[int, FrameType | None], None]:
     def forward(number: int, frame: FrameType | None) -> None:
         try:
             children = psutil.Process(launcher).children(recursive=True)

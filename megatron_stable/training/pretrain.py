@@ -7,12 +7,13 @@ import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, MegatronStableError
 
-ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank also leaves its error, for the process that started all
+ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # a crashing rank leaves its error there too
 
 
 def pretrain(config: Config) -> None:
@@ -122,13 +123,16 @@ def guarded(config: Config) -> int:
         if crash_is_known() or _lost_connection(error):
             time.sleep(1.0)  # another rank is to blame; its error is the one to read
             if not crash_is_known():
-                print(f"rank {environment_rank()}: lost the connection to another rank; stopping", file=sys.stderr, flush=True)
+                print(
+                    f"rank {environment_rank()}: lost the connection to another rank; stopping",
+                    file=sys.stderr,
+                    flush=True,
+                )
         else:
             announce_crash()
             text = f"rank {environment_rank()} failed:\n{''.join(traceback.format_exception(error))}"
             if path := os.environ.get(ERROR_FILE):
-                with open(path, "w", encoding="utf-8") as file:
-                    file.write(text)
+                Path(path).write_text(text, encoding="utf-8")
             print(text, file=sys.stderr, flush=True)
             time.sleep(2.0)  # rank 0 holds the store from which the others learn of it
         sys.stdout.flush()

@@ -41,7 +41,9 @@ class Trainer:
         report: Called on rank 0 with lines for the user.
     """
 
-    def __init__(self, config: Config, topology: Topology, directory: RunDirectory, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, directory: RunDirectory, report: Callable[[str], None]
+    ) -> None:
         self.config, self.topology, self.directory, self.report = config, topology, directory, report
         self.step = 0  # the last one that was trained
         self.skip = SkipWindows()

@@ -33,15 +33,14 @@ def load_model(run: str | Path, step: int | None = None, device: str = "cpu") ->
     """
     root = Path(run) / "checkpoints"
     found = [entry for entry in store.entries(root) if step is None or entry.step == step]
-    whole = [entry for entry in found if entry.manifest is not None and store.damage(entry) is None]
-    if not whole or whole[-1].manifest is None:
+    whole = next((entry for entry in reversed(found) if entry.manifest and store.damage(entry) is None), None)
+    if whole is None or whole.manifest is None:
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         problem = f": {store.damage(found[-1])}" if found else "; `megatron-stable pretrain` writes them"
         raise DataError(f"{root} holds {wanted} that can be used{problem}")
-    entry = whole[-1]
-    config = parse_config(entry.manifest.config)
+    config = parse_config(whole.manifest.config)
     model = Transformer(layer_list(config.model, TensorParallel(), config.run.seed, device, draw=False))
-    reader = Reader(entry.directory, entry.manifest)
+    reader = Reader(whole.directory, whole.manifest)
     for weight in model.parameters():
         weight.copy_(reader.full(place(weight).name, "weight", place(weight).full_shape))
-    return config, model.to(device).eval(), entry.step
+    return config, model.to(device).eval(), whole.step

@@ -112,7 +112,9 @@ class Reader:
             file = self._files[name] = safe_open(str(path), "pt")
             index = json.loads((file.metadata() or {})["index"])
             for parameter, fields in index.items():
-                piece = Piece(tuple(fields["shape"]), *(fields[key] for key in ("dim", "low", "high", "start", "numel")))
+                piece = Piece(
+                    tuple(fields["shape"]), *(fields[key] for key in ("dim", "low", "high", "start", "numel"))
+                )
                 _check(piece)
                 known = self.pieces[str(parameter)]
                 if known and known[0][1].shape != piece.shape:
@@ -127,7 +129,9 @@ def _check(piece: Piece) -> None:
     if not all(type(n) is int and 0 <= n < 2**48 for n in numbers) or not piece.shape:
         raise ValueError("absurd shape")
     if piece.dim is not None and not (
-        type(piece.dim) is int and 0 <= piece.dim < len(piece.shape) and piece.low < piece.high <= piece.shape[piece.dim]
+        type(piece.dim) is int
+        and 0 <= piece.dim < len(piece.shape)
+        and piece.low < piece.high <= piece.shape[piece.dim]
     ):
         raise ValueError("absurd slice")
     if piece.start + piece.numel > piece.slice_numel():

@@ -54,7 +54,9 @@ class Saver:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._thread: threading.Thread | None = None
 
-    def save(self, step: int, shards: list[Shard], layout: dict[str, Any], config: dict[str, Any], state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, shards: list[Shard], layout: dict[str, Any], config: dict[str, Any], state: dict[str, Any]
+    ) -> None:
         """Copy the shards and start writing. Collective; waits for this rank's last save."""
         self.wait()
         attempt = [os.urandom(4).hex()]
@@ -93,7 +95,7 @@ class Saver:
         beside.mkdir(parents=True, exist_ok=True)
         path = beside / rank_file(self.rank)
         save_file(copies, str(path), metadata={"format": "pt", "index": json.dumps(index)})
-        path.chmod((beside.stat().st_mode & 0o666))  # safetensors makes its files private
+        path.chmod(beside.stat().st_mode & 0o666)  # safetensors makes its files private
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -35,7 +35,9 @@ def entries(root: Path) -> list[Entry]:
             if directory.is_symlink():
                 raise DataError(f"{directory}: a symbolic link, which is not a checkpoint")
             manifest = read_manifest(directory)
-            problem = next(filter(None, (verify_file(directory, *item, checksum=False) for item in manifest.files.items())), None)
+            problem = next(
+                filter(None, (verify_file(directory, *item, checksum=False) for item in manifest.files.items())), None
+            )
             if manifest.step != int(match[1]):
                 problem = f"{directory}: its manifest is that of step {manifest.step}"
         except (DataError, OSError) as error:
