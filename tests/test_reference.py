@@ -243,6 +243,21 @@ def test_training_equals_torch_adamw() -> None:
         assert not torch.equal(leaf, params[name]), name
 
 
+@pytest.mark.parametrize("limit", [0.5, 1e3])
+def test_clipping_equals_torch(limit: float) -> None:
+    """On its own, because Adam hides a gradient's scale."""
+    params, _, _ = sample(config())
+    leaves = [value.clone().requires_grad_() for value in params.values()]
+    for leaf, value in zip(leaves, params.values(), strict=True):
+        leaf.grad = value.clone()
+    expected_norm = torch.nn.utils.clip_grad_norm_(leaves, limit)
+    clipped, norm = optimizer.clip(params, limit)
+    assert norm == pytest.approx(expected_norm.item(), rel=1e-12)
+    for leaf, gradient in zip(leaves, clipped.values(), strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-12, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(optimizer.clip(params, 0)[0].values(), params.values(), strict=True))
+
+
 def test_training_learns_a_batch_by_heart() -> None:
     cfg = Config(
         model=config().model_dump(),

@@ -22,7 +22,7 @@ def learning_rate(config: Config, step: int) -> float:
         return peak
     if kind == "inverse_sqrt":
         return max(low, peak * sqrt(max(warmup, 1) / step))
-    start = warmup if kind != "wsd" else max(warmup, steps - round(config.schedule.decay_fraction * steps))
-    progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    start = warmup if kind != "wsd" else max(warmup, steps - config.schedule.decay_fraction * steps)
+    progress = min(1.0, max(0.0, (step - start) / max(1e-9, steps - start)))
     remaining = (1 + cos(pi * progress)) / 2 if kind == "cosine" else 1 - progress
     return low + (peak - low) * remaining

@@ -1,0 +1,114 @@
+"""Train a tiny model on a layout, and the same by the plain reference: what the equivalence tests compare."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_stable.config.schema import Config
+from tests.harness.fp16 import fp16_on_cpu
+from tests.reference import optimizer as reference
+
+VOCAB, SEQUENCE, GLOBAL, MICRO = 61, 16, 8, 1
+SMALL = {
+    "size": None, "layers": 4, "hidden": 32, "heads": 4, "sequence_length": SEQUENCE, "vocab_size": VOCAB,
+}  # fmt: skip
+
+
+def make_config(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
+    """A configuration of the tiny model; keyword arguments are sections."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"steps": 6, "seed": 3},
+        "batch": {"global_size": GLOBAL, "micro_size": MICRO},
+        # Adam with a small eps hides errors in the scale of gradients, and blows noise up where they are zero
+        "optimizer": {"eps": 1e-3, "learning_rate": 3e-3, "weight_decay": 0.1, "clip_grad": 1.0},
+        "schedule": {"kind": "cosine", "warmup_steps": 2, "min_learning_rate": 3e-4},
+        "loss": {"z_loss": 1e-3},
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields}
+    return Config.model_validate({"model": {**SMALL, **(model or {})}, **values})
+
+
+def global_batches(steps: int, seed: int = 0) -> list[Tensor]:
+    """Token ids ``[GLOBAL, SEQUENCE + 1]`` of each step, skewed so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.rand(GLOBAL, SEQUENCE + 1, generator=generator).square() * VOCAB).long() for _ in range(steps)]
+
+
+def initial_parameters(config: Config) -> dict[str, Tensor]:
+    """Full-size initial parameters by global name, without vocabulary padding."""
+    from megatron_stable.model.transformer import Transformer, layer_list
+    from megatron_stable.parallel.parameters import place
+    from megatron_stable.parallel.topology import TensorParallel
+
+    model = Transformer(layer_list(config.model, TensorParallel(), config.run.seed))
+    return {place(p).name: unpadded(place(p).name, p.detach()) for p in model.parameters()}
+
+
+def unpadded(name: str, full: Tensor) -> Tensor:
+    """A full parameter without the padded rows of the vocabulary."""
+    return full[:VOCAB] if name in ("embedding.weight", "head.weight") else full
+
+
+def train_reference(config: Config, steps: int) -> reference.Trained:
+    """The same training by the plain model, in float64."""
+    parameters = {name: value.double() for name, value in initial_parameters(config).items()}
+    batches = [(tokens[:, :-1], tokens[:, 1:]) for tokens in global_batches(steps)]
+    return reference.train(parameters, batches, config, steps)
+
+
+def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
+    """On a rank: train with the engine; returns metrics per step and this rank's shards of the final parameters."""
+    from megatron_stable.engine.engine import Engine
+    from megatron_stable.engine.shards import local_shards
+    from megatron_stable.optim.schedule import learning_rate
+    from megatron_stable.parallel.topology import Topology
+
+    config = Config.model_validate(values)
+    topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+    with ExitStack() as stack:
+        if config.precision.dtype == "fp16":
+            stack.enter_context(fp16_on_cpu())
+        engine = Engine(config, topology)
+        metrics = []
+        for step, tokens in enumerate(global_batches(steps), start=1):
+            engine.train_step(step, micro_batches(tokens, config, topology), learning_rate(config, step))
+            metrics.append(vars(engine.metrics()))
+        evaluation = engine.evaluate([micro_batches(global_batches(1, seed=9)[0], config, topology)])
+        shards = [
+            (shard.place.name, shard.place.full_shape, shard.place.dim, shard.place.bounds, shard.start, shard.owned,
+             {key: tensor.clone() for key, tensor in shard.tensors.items()})
+            for shard in local_shards(engine.deepspeed, engine.module)
+        ]  # fmt: skip
+    return {"metrics": metrics, "evaluation": evaluation, "shards": shards}
+
+
+def micro_batches(tokens: Tensor, config: Config, topology: Any) -> list[Tensor]:
+    """This replica's micro batches of a global batch."""
+    micro, replicas = config.batch.micro_size, topology.data_size
+    starts = range(topology.data_rank * micro, len(tokens), replicas * micro)
+    return [tokens[start : start + micro] for start in starts]
+
+
+def assemble(results: list[dict[str, Any]], kind: str = "weight") -> dict[str, Tensor]:
+    """Full parameters from the shards of all ranks; every element must be owned exactly once."""
+    full: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for result in results:
+        for name, shape, dim, (low, high), start, owned, tensors in result["shards"]:
+            whole = full.setdefault(name, torch.zeros(shape))
+            count = seen.setdefault(name, torch.zeros(shape))
+            local = whole if dim is None else whole.narrow(dim, low, high - low)
+            mark = count if dim is None else count.narrow(dim, low, high - low)
+            flat, flat_mark = local.flatten(), mark.flatten()
+            flat[start : start + tensors[kind].numel()] = tensors[kind]
+            flat_mark[start : start + tensors[kind].numel()] += float(owned)
+            local.copy_(flat.view_as(local))
+            mark.copy_(flat_mark.view_as(mark))
+    for name, count in seen.items():
+        assert (count == 1).all(), f"{name}: some elements are owned by {count.min()} to {count.max()} ranks"
+    return full
