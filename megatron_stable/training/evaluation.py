@@ -55,7 +55,7 @@ def open_data(trained: Trained, prefix: str | None = None) -> Samples:
     return dataset
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     trained: Trained,
     dataset: Samples,
@@ -73,13 +73,14 @@ def evaluate(
         progress: Called with the windows done, and their number in all.
     """
     vocab_size, batch = trained.config.model.vocab_size, trained.config.batch
+    assert vocab_size is not None
     size = micro_size or batch.micro_size
     total = sum(part.windows for part in dataset.parts)
     windows = _all(dataset)
     if batches is not None:
         total = min(batches * batch.global_size, total)
         windows = (where for where in map(dataset.locate, range(total)) if where.epoch == 0)
-    lengths = byte_lengths(trained.tokenizer) if trained.tokenizer else None
+    lengths = byte_lengths(trained.tokenizer, vocab_size) if trained.tokenizer else None
     loss, tokens, text_bytes, done = 0.0, 0, 0, 0
     for chunk in _chunks(windows, size):
         samples = np.stack([_read(where, vocab_size) for where in chunk])
@@ -95,8 +96,8 @@ def evaluate(
     return Evaluation(loss / tokens, tokens, text_bytes if lengths is not None else None)
 
 
-def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int64 ``[vocabulary]``; 0 for control tokens."""
+def byte_lengths(tokenizer: Tokenizer, vocab_size: int = 0) -> np.ndarray:
+    """UTF-8 bytes that each token stands for, int64 ``[vocabulary]``; 0 for control tokens, and up to ``vocab_size``."""
     anchor = tokenizer.encode("a")  # before it, a tokenizer of other origin would drop a leading space
     before = tokenizer.decode(anchor)
     texts = [tokenizer.decode([*anchor, token]).removeprefix(before) for token in range(tokenizer.vocab_size)]
@@ -106,7 +107,7 @@ def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     for token, text in enumerate(texts):
         if text == "\ufffd" and character[-1:] != [token]:
             lengths[token] = 1
-    return lengths
+    return np.pad(lengths, (0, max(0, vocab_size - len(lengths))))
 
 
 def _all(dataset: Samples) -> Iterator[Location]:
@@ -126,8 +127,7 @@ def _chunks(windows: Iterator[Location], size: int) -> Iterator[list[Location]]:
         yield chunk
 
 
-def _read(where: Location, vocab_size: int | None) -> np.ndarray:
+def _read(where: Location, vocab_size: int) -> np.ndarray:
     tokens = where.read()
-    if vocab_size is not None:
-        check_ids(tokens, vocab_size, where.dataset.indexed, where.start)
+    check_ids(tokens, vocab_size, where.dataset.indexed, where.start)
     return tokens

@@ -51,7 +51,6 @@ def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator)
     return int(tokens[torch.multinomial(ordered, 1, generator=generator)])
 
 
-@torch.inference_mode()
 def generate(trained: Trained, prompt: str, tokens: int, sampling: Sampling) -> Iterator[int]:
     """Token ids that continue ``prompt``, which is taken as the beginning of a document.
 
@@ -59,29 +58,41 @@ def generate(trained: Trained, prompt: str, tokens: int, sampling: Sampling) -> 
     ``sequence_length`` tokens; there is no cache, each token costs a forward pass over them.
 
     Raises:
-        DataError: The run has no tokenizer, or the model's logits are not finite.
+        DataError: There is no tokenizer, it does not fit the model, or (later) the model's logits are not finite.
         ConfigError: The prompt is not text.
     """
     tokenizer = need_tokenizer(trained)
-    end, length = tokenizer.end_of_document, trained.config.model.sequence_length
-    ids = [end, *_encode(tokenizer, prompt)]  # in the data, too, a document follows the end of another
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("the prompt is not UTF-8 text") from None
+    # in the data, too, a document follows the end of another
+    return _continue(trained, tokenizer, [tokenizer.end_of_document, *tokenizer.encode(prompt)], tokens, sampling)
+
+
+def _continue(trained: Trained, tokenizer: Tokenizer, ids: list[int], tokens: int, sampling: Sampling) -> Iterator[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
-    assert trained.config.model.vocab_size is not None
-    known = min(tokenizer.vocab_size, trained.config.model.vocab_size)  # what is above is padding
     for _ in range(tokens):
-        logits = _next_logits(trained, ids[-length:])[:known]
-        token = choose_token(logits.float().cpu(), sampling, generator)
-        if token == end:
+        logits = _next_logits(trained, ids[-trained.config.model.sequence_length :])
+        token = choose_token(logits[: tokenizer.vocab_size].float().cpu(), sampling, generator)
+        if token == tokenizer.end_of_document:
             return
         ids.append(token)
         yield token
 
 
 def need_tokenizer(trained: Trained) -> Tokenizer:
-    """The tokenizer; DataError if the run was trained without one, or with one that the model is too small for."""
-    if trained.tokenizer is None:
+    """The tokenizer; raises DataError if there is none, or one with more tokens than the model knows."""
+    tokenizer, vocab_size = trained.tokenizer, trained.config.model.vocab_size
+    if tokenizer is None:
         raise DataError("the run was trained without data.tokenizer: name the SentencePiece model with --tokenizer")
-    return trained.tokenizer
+    assert vocab_size is not None
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {vocab_size}: they do not belong together; "
+            "name the tokenizer that the run was trained with"
+        )
+    return tokenizer
 
 
 def text_pieces(tokenizer: Tokenizer, prompt: str, tokens: Iterable[int]) -> Iterator[str]:
@@ -102,14 +113,7 @@ def text_pieces(tokenizer: Tokenizer, prompt: str, tokens: Iterable[int]) -> Ite
         yield text[len(shown) :]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ConfigError("the prompt is not UTF-8 text") from None
-    return tokenizer.encode(prompt)
-
-
+@torch.no_grad()
 def _next_logits(trained: Trained, ids: list[int]) -> Tensor:
     """Logits ``[v]`` of the token after ``ids``."""
     last, config = len(ids) - 1, trained.config.model

@@ -1,0 +1,55 @@
+"""`megatron-stable generate`: text from a trained run."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")],
+    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens at most; a document may end earlier.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token; 1: as the model says.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the most probable tokens that together have this probability.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    step: Annotated[int | None, typer.Option(min=1, help="Checkpoint to use; default: the newest.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The SentencePiece model, if it is not where the run's configuration says.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+) -> None:
+    """Sample text from a trained run, in one process, on the GPU if there is one.
+
+    \b
+    Example:
+      megatron-stable generate runs/first --prompt 'def ' --tokens 100 --temperature 0.7
+      megatron-stable generate runs/first --prompt 'import' --temperature 0 --json
+    """
+    from megatron_stable.training.generation import Sampling, need_tokenizer, text_pieces
+    from megatron_stable.training.generation import generate as continuation
+    from megatron_stable.training.trained import open_run
+
+    sampling = Sampling(temperature, top_p, seed)
+    trained = open_run(run, step, tokenizer)
+    ids: list[int] = []
+
+    def counted(token: int) -> int:
+        ids.append(token)
+        return token
+
+    stream = map(counted, continuation(trained, prompt, tokens, sampling))
+    pieces = text_pieces(need_tokenizer(trained), prompt, stream)
+    if as_json:
+        text = "".join(pieces)
+        ended = "length" if len(ids) == tokens else "end_of_document"
+        facts = {"run": str(run), "step": trained.step, "prompt": prompt, "text": text, "tokens": len(ids), "ended": ended}
+        typer.echo(json.dumps(facts))
+        return
+    typer.echo(prompt, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
