@@ -136,7 +136,9 @@ def one_rank(args: argparse.Namespace) -> None:
     rate = tokens / statistics.median(ours)
     show("bare PyTorch loop, 1 rank", tokens / statistics.median(theirs), None, config)
     show("engine, 1 rank", rate, statistics.median(ratios), config)
-    print(f"    ratio engine / bare, pair by pair: median {statistics.median(ratios):.3f}, 10%..90% {low:.3f}..{high:.3f}")
+    print(
+        f"    ratio engine / bare, pair by pair: median {statistics.median(ratios):.3f}, 10%..90% {low:.3f}..{high:.3f}"
+    )
 
 
 def show(what: str, rate: float, ratio: float | None, config: Config) -> None:
@@ -196,7 +198,11 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     device = torch.cuda.get_device_name() if gpus else f"CPU, {os.cpu_count()} cores, 1 thread a rank"
     print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; {vars(args)}")
-    two_ranks = {} if gpus == 1 else {f"engine, 2 ranks, {name}": launch(args, tensor) for name, tensor in (("TP 2", 2), ("DP 2", 1))}
+    two_ranks = (
+        {}
+        if gpus == 1
+        else {f"engine, 2 ranks, {name}": launch(args, tensor) for name, tensor in (("TP 2", 2), ("DP 2", 1))}
+    )
     one_rank(args)
     for name, rate in two_ranks.items():
         show(name, rate, None, make_config(args))

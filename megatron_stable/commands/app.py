@@ -1,7 +1,6 @@
 """The program `megatron-stable`: its verbs, its version, and how errors end it."""
 
 import importlib
-import importlib.util
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 from megatron_stable.errors import MegatronStableError
 
 # in the order in which a newcomer meets them; each is the function of its name in the module of its name
-VERBS = ["demo", "init", "tokenizer", "preprocess", "pretrain", "evaluate", "generate"]
+VERBS = ["demo", "init", "tokenizer", "preprocess", "pretrain", "evaluate", "generate", "checkpoints", "convert"]
 
 app = typer.Typer(
     name="megatron-stable",
@@ -44,7 +43,7 @@ def _program(
     pass
 
 
-for _verb in filter(lambda verb: importlib.util.find_spec(f"megatron_stable.commands.{verb}"), VERBS):
+for _verb in VERBS:
     app.command(_verb)(getattr(importlib.import_module(f"megatron_stable.commands.{_verb}"), _verb))
 
 

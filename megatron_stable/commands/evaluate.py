@@ -40,7 +40,9 @@ def evaluate(
     dataset = open_data(trained, data)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("evaluate", total=None)
-        result = measure(trained, dataset, batches, progress=lambda n, total: bar.update(task, completed=n, total=total))
+        result = measure(
+            trained, dataset, batches, progress=lambda n, total: bar.update(task, completed=n, total=total)
+        )
     if as_json:
         facts = {
             "run": str(run),

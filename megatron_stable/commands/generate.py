@@ -46,7 +46,14 @@ def generate(
     if as_json:
         text = "".join(pieces)
         ended = "length" if len(ids) == tokens else "end_of_document"
-        facts = {"run": str(run), "step": trained.step, "prompt": prompt, "text": text, "tokens": len(ids), "ended": ended}
+        facts = {
+            "run": str(run),
+            "step": trained.step,
+            "prompt": prompt,
+            "text": text,
+            "tokens": len(ids),
+            "ended": ended,
+        }
         typer.echo(json.dumps(facts))
         return
     typer.echo(prompt, nl=False)

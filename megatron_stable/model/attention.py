@@ -23,13 +23,14 @@ Backend = Callable[[Tensor, Tensor, Tensor, float | None, float], Tensor]
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, cap: float | None, dropout: float) -> Tensor:
-    """The reference: every step in plain sight, the s x s probabilities in memory; the softmax is fp32."""
+    """The reference: every step in plain sight, the s x s probabilities in memory; logits and softmax are fp32."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # [b, heads, s, s]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * q.shape[-1] ** -0.5  # [b, heads, s, s]
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    probabilities = logits.float().masked_fill(future, -torch.inf).softmax(-1)
+    probabilities = logits.masked_fill(future, -torch.inf).softmax(-1)
     return F.dropout(probabilities, dropout).to(v.dtype) @ v
 
 

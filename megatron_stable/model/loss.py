@@ -51,13 +51,13 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor, grad_log_z: Tensor) -> tuple[Tensor, None, None, None]:
         logits, log_z, local, mine = ctx.saved_tensors
         grad = torch.empty_like(logits)
-        grad[:, ctx.valid :] = 0
-        both = grad_nll + grad_log_z
+        both = (grad_nll + grad_log_z)[:, None]
+        target = grad_nll.masked_fill(~mine, 0)[:, None]
         for rows in _chunks(logits):
-            softmax = (logits[rows, : ctx.valid].to(log_z.dtype) - log_z[rows, None]).exp_()
-            grad[rows, : ctx.valid] = softmax.mul_(both[rows, None])
-        target = torch.where(mine, grad_nll, torch.zeros_like(grad_nll))
-        grad.scatter_add_(1, local[:, None], -target[:, None].to(grad.dtype))
+            part = (logits[rows].to(log_z.dtype) - log_z[rows, None]).exp_().mul_(both[rows])
+            part[:, ctx.valid :] = 0
+            # before rounding to the logits' dtype: the two terms cancel where the model is sure of itself
+            grad[rows] = part.scatter_add_(1, local[rows, None], -target[rows])
         return grad, None, None, None
 
 

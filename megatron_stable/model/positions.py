@@ -15,17 +15,22 @@ from megatron_stable.parallel.random import dropout
 from megatron_stable.parallel.topology import TensorParallel
 
 
+@torch.compiler.assume_constant_result  # else torch.compile would compute it anew in each forward
+def rotary_table(length: int, width: int, theta: float, device: torch.device) -> Tensor:
+    """cos and sin ``[2, length, width]`` in fp32 of the angles position x theta^(-2i/width) (arXiv 2104.09864)."""
+    return _rotary_table(length, width, theta, device)
+
+
 @lru_cache(maxsize=8)
-def rotary_table(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[length, width]`` in fp32 of the angles position x theta^(-2i/width) (arXiv 2104.09864)."""
+def _rotary_table(length: int, width: int, theta: float, device: torch.device) -> Tensor:
     frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies).repeat(1, 2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    return torch.stack((angles.cos(), angles.sin())).float().to(device)
 
 
 def rotate(x: Tensor, theta: float) -> Tensor:
     """Rotary embedding of ``[b, s, heads, d]``: dimension i is paired with i + d/2; computed in fp32."""
-    cos, sin = (table.unsqueeze(1) for table in rotary_table(x.shape[1], x.shape[-1], theta, x.device))
+    cos, sin = rotary_table(x.shape[1], x.shape[-1], theta, x.device).unsqueeze(2)
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 

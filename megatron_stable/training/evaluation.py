@@ -97,7 +97,10 @@ def evaluate(
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int = 0) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int64 ``[vocabulary]``; 0 for control tokens, and up to ``vocab_size``."""
+    """UTF-8 bytes that each token stands for, int64 ``[vocabulary]``; 0 for control tokens.
+
+    With ``vocab_size``, zeros follow for ids up to that of a larger model.
+    """
     anchor = tokenizer.encode("a")  # before it, a tokenizer of other origin would drop a leading space
     before = tokenizer.decode(anchor)
     texts = [tokenizer.decode([*anchor, token]).removeprefix(before) for token in range(tokenizer.vocab_size)]

@@ -41,7 +41,9 @@ class Sampling:
 def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw a token from logits ``[v]`` on the CPU."""
     if not torch.isfinite(logits).all():
-        raise DataError("the model's logits are not finite: this checkpoint is of a run that diverged; try an earlier --step")
+        raise DataError(
+            "the model's logits are not finite: this checkpoint is of a run that diverged; try an earlier --step"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities = (logits.double() / sampling.temperature).softmax(0)

@@ -54,5 +54,6 @@ def _open_tokenizer(given: str | Path | None, config: Config, run: str | Path) -
         return Tokenizer(config.data.tokenizer)
     except DataError as error:
         raise DataError(
-            f"{error}. {run} names it in data.tokenizer: start where the run was started, or name the file with --tokenizer"
+            f"{error}. {run} names it in data.tokenizer: "
+            "start where the run was started, or name the file with --tokenizer"
         ) from None

@@ -1,0 +1,117 @@
+"""What saving costs: the stall of an asynchronous save against a synchronous one, and MB/s against ``torch.save``.
+
+    python benchmarks/checkpoint.py                          # 10m: 3 x 512, here with a vocabulary of 8192
+    python benchmarks/checkpoint.py --size 830m --dtype bf16  # on a GPU
+
+Asynchronous saves overlap with training steps, so the steps are run while they write, and what they take longer is
+counted as stall too. The bytes that ``torch.save`` writes are the same tensors; it computes no checksum and does not
+fsync, so it is also timed with an fsync. Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from megatron_stable.config.schema import Config
+from megatron_stable.engine.checkpoint.saver import Saver
+from megatron_stable.engine.engine import Engine
+from megatron_stable.engine.shards import local_shards
+from megatron_stable.parallel.topology import Topology
+from megatron_stable.parallel.world import join_world
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="10m")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="training steps between saves")
+    parser.add_argument("--directory", type=Path, help="where to write; default: a temporary directory")
+    args = parser.parse_args()
+    join_world()
+    model = {"size": args.size} | (
+        {} if args.size == "830m" else {"vocab_size": args.vocabulary, "sequence_length": 128}
+    )
+    config = Config.model_validate(
+        {"model": model, "precision": {"dtype": args.dtype}, "batch": {"global_size": 1, "micro_size": 1}}
+    )
+    engine = Engine(config, Topology())
+    assert config.model.vocab_size is not None
+    tokens = torch.randint(config.model.vocab_size, (1, config.model.sequence_length + 1))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, 1 thread"
+    print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; size {args.size}, {args.dtype}")
+    with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+        measure(args, config, engine, tokens, Path(scratch))
+
+
+def measure(args: argparse.Namespace, config: Config, engine: Engine, tokens: torch.Tensor, root: Path) -> None:
+    """Print the table."""
+    count = iter(range(1, 10**9))
+
+    def steps() -> float:
+        began = time.perf_counter()
+        for _ in range(args.steps):
+            engine.train_step(next(count), [tokens], 1e-4)
+        engine.metrics()  # waits for the device
+        return (time.perf_counter() - began) / args.steps
+
+    steps()
+    shards = local_shards(engine.deepspeed, engine.module)
+    size = sum(t.numel() * t.element_size() for shard in shards for t in shard.tensors.values())
+    saver = Saver(root / "checkpoints", keep=1, report=lambda text: None)
+    plain, during, stalls, synchronous = [], [], [], []
+    for turn in range(args.saves + 1):
+        idle = steps()
+        began = time.perf_counter()
+        saver.save(2 * turn, shards, {}, {}, {})
+        stall = time.perf_counter() - began
+        busy = steps()
+        saver.wait()
+        began = time.perf_counter()
+        saver.save(2 * turn + 1, shards, {}, {}, {})
+        saver.wait()
+        whole = time.perf_counter() - began
+        if turn:  # the first warms up
+            plain.append(idle)
+            during.append(busy)
+            stalls.append(stall)
+            synchronous.append(whole)
+    tensors = {f"{i}:{kind}": t.cpu().clone() for i, s in enumerate(shards) for kind, t in s.tensors.items()}
+    saves, synced = [], []
+    for _ in range(args.saves):
+        began = time.perf_counter()
+        torch.save(tensors, root / "plain.pt")
+        saves.append(time.perf_counter() - began)
+        with (root / "plain.pt").open("rb+") as file:
+            os.fsync(file.fileno())
+        synced.append(time.perf_counter() - began)
+    middle = statistics.median
+    stall, slower = middle(stalls), (middle(during) - middle(plain)) * args.steps
+    print(f"{size / 1e6:.1f} MB of tensors; a training step takes {middle(plain) * 1e3:.1f} ms")
+    print(
+        f"synchronous save                 {middle(synchronous) * 1e3:9.1f} ms  {size / 1e6 / middle(synchronous):8.0f} MB/s"
+    )
+    print(f"asynchronous save, loop stopped  {stall * 1e3:9.1f} ms  {stall / middle(synchronous):8.3f} x synchronous")
+    print(
+        f"  and the next {args.steps} steps longer by {slower * 1e3:7.1f} ms  {(stall + slower) / middle(synchronous):8.3f} x with both"
+    )
+    print(f"torch.save                       {middle(saves) * 1e3:9.1f} ms  {size / 1e6 / middle(saves):8.0f} MB/s")
+    print(f"torch.save and fsync             {middle(synced) * 1e3:9.1f} ms  {size / 1e6 / middle(synced):8.0f} MB/s")
+    print(
+        f"ratio of MB/s, ours / torch.save: {middle(saves) / middle(synchronous):.2f}, with fsync: {middle(synced) / middle(synchronous):.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

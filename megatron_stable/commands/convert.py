@@ -1,0 +1,56 @@
+"""`megatron-stable convert`: a checkpoint for another layout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")],
+    output: Annotated[Path, typer.Option(help="The new run's directory.")],
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
+    data: Annotated[int, typer.Option(min=1, help="Data-parallel replicas that share each parameter's state.")] = 1,
+    step: Annotated[int | None, typer.Option(help="The checkpoint; the newest that is whole if not given.")] = None,
+) -> None:
+    """Rewrite a checkpoint, optimizer state included, for another layout.
+
+    It runs offline and without a GPU and holds one tensor in memory at a time. `pretrain` reads any layout by
+    itself, so this is only needed where each rank should find just its own part.
+
+    \b
+    Example:
+      megatron-stable convert runs/first --output runs/first-tp4 --tensor 4 --data 2
+      megatron-stable pretrain --config runs/first-tp4/config.yaml --ranks 8
+    """
+    from rich.progress import Progress
+
+    from megatron_stable.config.load import parse_config
+    from megatron_stable.convert.reshard import Layout, reshard
+    from megatron_stable.engine.checkpoint.catalog import newest_whole
+    from megatron_stable.training.directory import RunDirectory
+
+    entry = newest_whole(run, step)
+    layout = Layout(tensor, pipeline, data)
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"step {entry.step} to {layout.ranks} ranks", total=None)
+        final = reshard(
+            entry.directory,
+            entry.manifest,
+            output / "checkpoints",
+            layout,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    config = parse_config(entry.manifest.config)
+    parallel = config.parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline})
+    if pipeline > 1:
+        parallel = parallel.model_copy(update={"zero_stage": 1})
+    new = config.model_copy(
+        update={"parallel": parallel, "run": config.run.model_copy(update={"directory": str(output)})}
+    )
+    directory = RunDirectory(output)
+    directory.claim(new)
+    directory.ledger.write("converted", entry.step, source=str(entry.directory), layout=vars(layout))
+    print(f"{final}: step {entry.step} for TP {tensor} x PP {pipeline} x DP {data}; go on with")
+    print(f"  megatron-stable pretrain --config {directory.config} --ranks {layout.ranks}")

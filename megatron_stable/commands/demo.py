@@ -1,0 +1,27 @@
+"""`megatron-stable demo`: a first run, from text to a trained model, in minutes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    directory: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that train; with an even number, TP 2.")] = 2,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove what an earlier demo left there, and start anew.")
+    ] = False,
+) -> None:
+    """A first run, offline: prepare text, train a tokenizer and a small model, show a sample and the curves.
+
+    The text is the source of Python's standard library. A second call goes on with what the first has left.
+
+    \b
+    Example:
+      megatron-stable demo
+      megatron-stable demo --directory /tmp/demo --ranks 1 --fresh
+    """
+    from megatron_stable.training.demo import Demo
+
+    raise typer.Exit(Demo(directory, ranks)(fresh))

@@ -1,0 +1,58 @@
+"""A run's checkpoints for people and tools: pick one, describe them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_stable.engine.checkpoint import store
+from megatron_stable.engine.checkpoint.format import MANIFEST, Manifest
+from megatron_stable.errors import DataError
+
+
+class Whole(NamedTuple):
+    """A checkpoint that is complete and whose checksums hold."""
+
+    directory: Path
+    step: int
+    manifest: Manifest
+
+
+def newest_whole(run: str | Path, step: int | None = None) -> Whole:
+    """The newest checkpoint of a run that is whole, or the one of ``step``; in one process.
+
+    Raises:
+        DataError: There is none, or it is damaged.
+    """
+    root = Path(run) / "checkpoints"
+    if not root.is_dir():
+        raise DataError(f"{run} is no run's directory: it has no checkpoints/; name the run.directory of a run")
+    found = [entry for entry in store.entries(root) if step is None or entry.step == step]
+    problem = None
+    for entry in reversed(found):
+        wrong = store.damage(entry)
+        if wrong is None and entry.manifest is not None:
+            return Whole(entry.directory, entry.step, entry.manifest)
+        problem = problem or wrong
+    if problem:
+        raise DataError(f"no checkpoint of {run} can be used: {problem}")
+    have = ", ".join(str(entry.step) for entry in store.entries(root)) or "none; `megatron-stable pretrain` writes them"
+    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+    raise DataError(f"{run} has {wanted}; it has {have}")
+
+
+def summary(entry: store.Entry, problem: str | None, verified: bool) -> dict[str, Any]:
+    """A checkpoint in plain values, for ``checkpoints --json``."""
+    manifest = entry.manifest
+    size = None
+    if manifest is not None:
+        size = sum(file["bytes"] for file in manifest.files.values()) + (entry.directory / MANIFEST).stat().st_size
+    return {
+        "step": entry.step,
+        "directory": str(entry.directory),
+        "bytes": size,
+        "layout": manifest.layout if manifest else None,
+        "complete": problem is None,
+        "verified": verified and problem is None,
+        "problem": problem,
+    }

@@ -1,0 +1,37 @@
+"""Compiled blocks train like plain ones, alone and with their collectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.layouts import assemble, make_config, train_on_ranks
+from tests.harness.ranks import Ranks
+
+STEPS = 2
+
+
+def both(ranks: Ranks, world: int, model: dict[str, Any], parallel: dict[str, Any]) -> None:
+    runs = []
+    for compiled in (False, True):
+        config = make_config({"layers": 2, "recipe": "qk_norm_cap", **model, "compile": compiled}, parallel=parallel)
+        runs.append(ranks.run(world, train_on_ranks, config.model_dump(mode="json"), STEPS, timeout=240))
+    plain, compiled_run = runs
+    for before, after in zip(plain[0]["metrics"], compiled_run[0]["metrics"], strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
+    assert compiled_run[0]["evaluation"] == pytest.approx(plain[0]["evaluation"], rel=1e-5)
+    weights = assemble(compiled_run)
+    for name, weight in assemble(plain).items():
+        assert (weights[name] - weight).norm() < 1e-4 * weight.norm() + 1e-5, name
+
+
+def test_compiled_model_trains_like_the_plain_one(ranks: Ranks) -> None:
+    both(ranks, 1, {"kv_heads": 2, "activation": "swiglu"}, {})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_compiled_model_trains_like_the_plain_one_on_tensor_parallel_ranks(ranks: Ranks, recompute: str) -> None:
+    both(ranks, 2, {"activation_checkpointing": recompute, "bias": True}, {"tensor": 2, "sequence": True})
