@@ -96,21 +96,21 @@ def measure(args: argparse.Namespace, config: Config, engine: Engine, tokens: to
         with (root / "plain.pt").open("rb+") as file:
             os.fsync(file.fileno())
         synced.append(time.perf_counter() - began)
-    middle = statistics.median
-    stall, slower = middle(stalls), (middle(during) - middle(plain)) * args.steps
-    print(f"{size / 1e6:.1f} MB of tensors; a training step takes {middle(plain) * 1e3:.1f} ms")
-    print(
-        f"synchronous save                 {middle(synchronous) * 1e3:9.1f} ms  {size / 1e6 / middle(synchronous):8.0f} MB/s"
+    median = statistics.median
+    stall, slower = median(stalls), (median(during) - median(plain)) * args.steps
+    ours, theirs, durable = median(synchronous), median(saves), median(synced)
+    print(f"{size / 1e6:.1f} MB of tensors; a training step takes {median(plain) * 1e3:.1f} ms")
+
+    def show(what: str, seconds: float, note: str) -> None:
+        print(f"{what:40} {seconds * 1e3:9.1f} ms   {note}")
+
+    show("synchronous save", ours, f"{size / 1e6 / ours:.0f} MB/s")
+    show("asynchronous save, loop stopped", stall, f"{stall / ours:.3f} x synchronous")
+    show(
+        f"  and the next {args.steps} steps longer by", slower, f"{(stall + slower) / ours:.3f} x synchronous with both"
     )
-    print(f"asynchronous save, loop stopped  {stall * 1e3:9.1f} ms  {stall / middle(synchronous):8.3f} x synchronous")
-    print(
-        f"  and the next {args.steps} steps longer by {slower * 1e3:7.1f} ms  {(stall + slower) / middle(synchronous):8.3f} x with both"
-    )
-    print(f"torch.save                       {middle(saves) * 1e3:9.1f} ms  {size / 1e6 / middle(saves):8.0f} MB/s")
-    print(f"torch.save and fsync             {middle(synced) * 1e3:9.1f} ms  {size / 1e6 / middle(synced):8.0f} MB/s")
-    print(
-        f"ratio of MB/s, ours / torch.save: {middle(saves) / middle(synchronous):.2f}, with fsync: {middle(synced) / middle(synchronous):.2f}"
-    )
+    show("torch.save", theirs, f"{size / 1e6 / theirs:.0f} MB/s, ours {theirs / ours:.2f} x that")
+    show("torch.save and fsync", durable, f"{size / 1e6 / durable:.0f} MB/s, ours {durable / ours:.2f} x that")
 
 
 if __name__ == "__main__":
