@@ -26,12 +26,16 @@ class Shard:
     Attributes:
         place: Where the parameter sits in the whole model.
         start: First element, in the flattened local slice.
+        flat: The partition of DeepSpeed's that holds it, a parameter of the base optimizer.
+        offset: First element, in ``flat``.
         owned: Whether this rank is the one to write it (replicated and tied parameters have several holders).
         tensors: 1-d fp32 views: ``weight`` (the master), ``exp_avg``, ``exp_avg_sq``.
     """
 
     place: Place
     start: int
+    flat: Tensor
+    offset: int
     owned: bool
     tensors: dict[str, Tensor]
 
@@ -57,7 +61,7 @@ def local_shards(engine: Any, module: nn.Module) -> list[Shard]:
         for flat, offset, start, numel in locate(engine, weight):
             tensors = {"weight": flat.detach().narrow(0, offset, numel)}
             tensors |= {key: base.state[flat][key].narrow(0, offset, numel) for key in MOMENTS}
-            shards.append(Shard(known, start, owned, tensors))
+            shards.append(Shard(known, start, flat, offset, owned, tensors))
     return shards
 
 

@@ -35,6 +35,7 @@ from megatron_stable.training.trained import open_run
 
 PROGRAM = "megatron-stable"
 PROMPT, SAMPLE_TOKENS = "def ", 100
+BATCH = 8  # sequences
 VALIDATION = 0.05  # of the documents
 # fp32, because it is fast on every CPU: bf16 is 2.5 times as fast where the CPU has instructions for it, and
 # several times slower where it has not
@@ -42,8 +43,7 @@ SETTINGS = (
     "model.size=tiny",
     "model.recipe=qk_norm",
     "precision.dtype=fp32",
-    "batch.global_size=8",
-    "batch.micro_size=8",
+    f"batch.global_size={BATCH}",
     "optimizer.learning_rate=4.0e-3",
     "schedule.min_learning_rate=2.0e-4",
     "schedule.warmup_steps=20",
@@ -159,12 +159,14 @@ class Demo:
     def _configure(self) -> Config:
         path = self.directory / "config.yaml"
         if not path.is_file():
+            tensor = 2 if self.ranks % 2 == 0 else 1
             files = [
                 f"run.directory={self.directory / 'run'}",
                 f"data.tokenizer={self._tokenizer}",
                 f"data.train={self._prefixes[0]}",
                 f"data.validation={self._prefixes[1]}",
-                f"parallel.tensor={2 if self.ranks % 2 == 0 else 1}",
+                f"parallel.tensor={tensor}",
+                f"batch.micro_size={max(1, BATCH * tensor // self.ranks)}",
             ]
             config = load_config(None, [*files, *self.settings])
             check(config, self.ranks)

@@ -108,7 +108,7 @@ def byte_lengths(tokenizer: Tokenizer, vocab_size: int = 0) -> np.ndarray:
     # the token of a single byte that is no character decodes to U+FFFD; so may a token of that character
     character = tokenizer.encode("\ufffd")
     for token, text in enumerate(texts):
-        if text == "\ufffd" and character[-1:] != [token]:
+        if text == "\ufffd" and not (len(character) < 3 and token == character[-1]):
             lengths[token] = 1
     return np.pad(lengths, (0, max(0, vocab_size - len(lengths))))
 

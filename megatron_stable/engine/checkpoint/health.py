@@ -1,0 +1,59 @@
+"""Which checkpoints are healthy, and so which may be deleted.
+
+A checkpoint is a candidate until the run has gone ``healthy_after`` steps past it without a spike verdict; then it
+is healthy. Rotation never deletes the newest healthy one, nor the one a rollback would need: a spike may yet be
+found right after the newest healthy checkpoint, and recovery then goes ``rollback_steps`` further back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_stable.engine.checkpoint.format import read_json, write_synced
+from megatron_stable.errors import DataError
+
+HEALTH = "health.json"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What to keep.
+
+    Attributes:
+        keep: The newest so many checkpoints, healthy or not.
+        keep_every: Those at multiples of this step for ever; ``None``: none.
+        rollback_steps: How far before a spike a rollback goes.
+    """
+
+    keep: int
+    keep_every: int | None = None
+    rollback_steps: int = 100
+
+
+def doomed(steps: Collection[int], healthy: Collection[int], rule: Retention) -> list[int]:
+    """Which of the checkpoints at ``steps`` to delete, oldest first; ``healthy`` are those known to be."""
+    kept = set(sorted(steps)[-rule.keep :])
+    if rule.keep_every is not None:
+        kept |= {step for step in steps if step % rule.keep_every == 0}
+    well = sorted(set(steps) & set(healthy))
+    if well:
+        far_enough = [step for step in well if step <= well[-1] - rule.rollback_steps]
+        # without one that is far enough back, the oldest healthy one is the best there is
+        kept |= {well[-1], far_enough[-1] if far_enough else well[0]}
+    return sorted(set(steps) - kept)
+
+
+def mark_healthy(directory: Path, judged_at: int) -> None:
+    """Record that the run had trained well up to step ``judged_at``."""
+    write_synced(directory / HEALTH, json.dumps({"healthy": True, "judged_at_step": judged_at}) + "\n")
+
+
+def is_healthy(directory: Path) -> bool:
+    """Whether a checkpoint was found healthy; one that was not yet judged is a candidate."""
+    try:
+        return read_json(directory / HEALTH).get("healthy") is True
+    except DataError:
+        return False

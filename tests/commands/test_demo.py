@@ -1,0 +1,207 @@
+"""`megatron-stable demo`: what it makes, what it says, and what a second call does; and the figure."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_stable.config.checks import check
+from megatron_stable.config.load import load_config
+from megatron_stable.data.preprocess import preprocess
+from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.model.transformer import parameter_count
+from megatron_stable.training.demo import SETTINGS, Demo, newest_step
+from megatron_stable.training.demo_text import write_standard_library
+from megatron_stable.training.figure import draw, read_metrics
+from tests.commands.conftest import SmallDemo, small_demo
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def command(small: SmallDemo, verb: str) -> list[str]:
+    """The arguments of a verb's command as the demo printed it."""
+    lines = [line.strip() for text in small.said for line in text.splitlines()]
+    return next(shlex.split(line)[2:] for line in lines if line.startswith("$ ") and f" {verb} " in line)
+
+
+def verb(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_stable", *arguments], capture_output=True, text=True, timeout=200
+    )
+
+
+def test_makes_a_trained_model_its_curves_and_a_sample(small: SmallDemo) -> None:
+    assert small.code == 0
+    assert newest_step(small.run) == 12
+    losses = [record.get("validation_loss") for record in read_metrics(small.run / "metrics.jsonl")]
+    measured = [loss for loss in losses if loss is not None]
+    assert len(measured) == 3 and measured[-1] < measured[0]
+    assert (small.directory / "training.png").read_bytes().startswith(PNG)
+    said = "\n".join(small.said)
+    assert f"validation loss {measured[0]:.2f} -> {measured[-1]:.2f}" in said
+    assert "| def " in said
+    assert f"tensorboard --logdir {small.run / 'tensorboard'}" in said
+    assert list((small.run / "tensorboard").glob("events.*"))
+    manifest = next(small.run.glob("checkpoints/step_00000012/*.json")).read_text()
+    assert json.loads(manifest)["layout"]["tensor"] == 2
+
+
+def test_the_commands_that_it_prints_do_the_same(small: SmallDemo, tmp_path: Path) -> None:
+    tokenizer = command(small, "tokenizer")
+    tokenizer[-1] = str(tmp_path / "again.model")
+    assert verb(tokenizer).returncode == 0
+    assert (tmp_path / "again.model").read_bytes() == (small.directory / "tokenizer.model").read_bytes()
+
+    data = command(small, "preprocess")
+    data[data.index("--output") + 1] = str(tmp_path / "again")
+    assert verb([*data, "--workers", "2"]).returncode == 0
+    for name in ("train.bin", "train.idx", "train_validation.bin", "train_validation.idx"):
+        again = tmp_path / name.replace("train", "again")
+        assert again.read_bytes() == (small.directory / name).read_bytes()
+
+    sample = verb(command(small, "generate"))
+    text = next(text for text in small.said if text.startswith("   | "))
+    assert sample.stdout == "\n".join(line.removeprefix("   | ") for line in text.split("\n")) + "\n"
+
+
+def test_a_second_call_uses_what_is_there(small: SmallDemo) -> None:
+    kept = [small.directory / name for name in ("text.jsonl", "tokenizer.model", "train.bin", "config.yaml")]
+    before = [path.stat().st_mtime_ns for path in kept]
+    said: list[str] = []
+    assert small_demo(small.directory, said)() == 0
+    assert sum("is there already" in text for text in said) == 4
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert next(t for t in said if t.startswith("   | ")) == next(t for t in small.said if t.startswith("   | "))
+
+
+def copied(small: SmallDemo, tmp_path: Path, said: list[str]) -> Demo:
+    """The small demo, moved to a directory where a test may change it."""
+    directory = tmp_path / "demo"
+    shutil.copytree(small.directory, directory)
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace(str(small.directory), str(directory)))
+    return replace(small_demo(directory, said))
+
+
+def test_goes_on_with_training_that_is_not_finished(small: SmallDemo, tmp_path: Path) -> None:
+    said: list[str] = []
+    demo = copied(small, tmp_path, said)
+    config = demo.directory / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 12\n", "steps: 14\n"))
+    assert demo() == 0
+    records = (demo.directory / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in records] == list(range(1, 15))
+
+
+def test_the_exit_code_of_failed_training_is_passed_on(
+    small: SmallDemo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    demo = copied(small, tmp_path, [])
+    shutil.rmtree(demo.directory / "run")
+    config = demo.directory / "config.yaml"
+    config.write_text(config.read_text().replace("demo/train_validation", "demo/nowhere"))
+    assert demo() == 5
+    captured = capfd.readouterr().err
+    assert "nowhere.idx does not exist" in captured and "Traceback" not in captured
+    assert not (demo.directory / "run" / "checkpoints" / "step_00000012").exists()
+
+
+def test_data_of_another_tokenizer_are_made_anew(small: SmallDemo, tmp_path: Path) -> None:
+    said: list[str] = []
+    demo = copied(small, tmp_path, said)
+    assert demo._tokens_there() > 0
+    (demo.directory / "train.idx").write_bytes(b"broken")
+    assert demo._tokens_there() == 0
+    preprocess([demo.directory / "text.jsonl"], demo.directory / "tokenizer.model", demo.directory / "train")
+    (demo.directory / "tokenizer.model").unlink()
+    replace(demo, vocab_size=390)._train_tokenizer()
+    assert demo._tokens_there() == 0
+
+
+def test_fresh_removes_what_the_demo_made_and_nothing_else(small: SmallDemo, tmp_path: Path) -> None:
+    demo = copied(small, tmp_path, [])
+    (demo.directory / "notes.txt").write_text("mine")
+    demo._remove()
+    assert [path.name for path in demo.directory.iterdir()] == ["notes.txt"]
+    (demo.directory / "run").mkdir()  # of something else: there is no text of a demo beside it
+    (demo.directory / "config.yaml").write_text("mine")
+    demo._remove()
+    assert sorted(path.name for path in demo.directory.iterdir()) == ["config.yaml", "notes.txt", "run"]
+
+
+def test_ranks_that_cannot_share_the_batch(small: SmallDemo, tmp_path: Path) -> None:
+    demo = replace(copied(small, tmp_path, []), ranks=3)
+    (demo.directory / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"batch\.global_size 8 is not divisible"):
+        demo()
+    assert not (demo.directory / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "micro"), [(1, 1, 8), (2, 2, 8), (4, 2, 4), (8, 2, 2)])
+def test_any_number_of_ranks_that_divides_the_batch(tmp_path: Path, ranks: int, tensor: int, micro: int) -> None:
+    config = small_demo(tmp_path, [], ranks)._configure()
+    assert (config.parallel.tensor, config.batch.micro_size) == (tensor, micro)
+
+
+def test_the_real_demo_is_of_the_promised_size() -> None:
+    config = load_config(None, [*SETTINGS, "parallel.tensor=2", "batch.micro_size=8"])
+    check(config, 2)
+    total, _ = parameter_count(config.model, Demo(Path("demo")).vocab_size)
+    assert total >= 3_000_000
+    assert (config.model.layers, config.model.hidden, config.model.recipe) == (4, 256, "qk_norm")
+
+
+def test_text_of_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "lib"
+    files = {
+        "b.py": b"b = 1\n",
+        "a.py": "a = 'é'\n".encode(),
+        "empty.py": b"",
+        "package/__init__.py": b"c = 3\n",
+        "latin.py": b"# -*- coding: latin-1 -*-\n'\xe9'\n",
+        "package/tests/x.py": b"no",
+        "site-packages/y.py": b"no",
+        "test/z.py": b"no",
+        "notes.txt": b"no",
+    }
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(root)})
+    assert write_standard_library(tmp_path / "text.jsonl") == (3, 9 + 6 + 6)
+    lines = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    assert [line["source"] for line in lines] == ["a.py", "b.py", "package/__init__.py"]
+    assert lines[0]["text"] == "a = 'é'\n"
+    assert write_standard_library(tmp_path / "text.jsonl", most_bytes=16) == (2, 15)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "nothing")})
+    with pytest.raises(DataError, match="carries no source"):
+        write_standard_library(tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_of_several_records_of_a_step_the_last_counts(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": 9}\n{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}]
+    assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_figure_of_one_and_of_several_runs(tmp_path: Path) -> None:
+    records = [{"step": n, "loss": 8 / n, "grad_norm": 1 / n} for n in range(1, 30)]
+    records[4]["loss"] = None  # was not finite
+    records[9]["validation_loss"] = 1.0
+    draw({"one": records}, tmp_path / "one.png", "title")
+    draw({"one": records, "two": records[:7]}, tmp_path / "two.png")
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.png", "two.png"))
+    assert one.startswith(PNG) and two.startswith(PNG) and one != two
+    with pytest.raises(DataError, match="no step yet"):
+        draw({"none": []}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
