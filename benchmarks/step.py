@@ -29,7 +29,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.engine.engine import Engine
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.transformer import Transformer, layer_list
-from megatron_stable.optim.adamw import build_optimizer
+from megatron_stable.optim.groups import parameter_groups
 from megatron_stable.parallel.topology import TensorParallel, Topology
 from megatron_stable.parallel.world import join_world
 from megatron_stable.training.flops import flops_per_token, peak_flops
@@ -70,7 +70,7 @@ class Bare:
                 master.place = weight.place  # type: ignore[attr-defined]
                 master.grad = torch.zeros_like(master)
             self.model.to(self.dtype)
-        self.optimizer = build_optimizer(self.masters, config.optimizer)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.masters, config), fused=True)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4
 

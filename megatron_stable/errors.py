@@ -5,6 +5,7 @@ class MegatronStableError(Exception):
     """Base of all errors whose message is for the user: printed without a traceback."""
 
     exit_code = 1
+    agreed = False  # set where every rank of a run raises the same, so that they can leave in order
 
 
 class ConfigError(MegatronStableError):

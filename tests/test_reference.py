@@ -58,7 +58,7 @@ def logits_by_torch(params: model.Parameters, tokens: Tensor, cfg: ModelConfig) 
     for i in range(cfg.layers):
         name = f"blocks.{i}.attention"
         weight, bias = params[f"{name}.qkv.weight"], params.get(f"{name}.qkv.bias")
-        y = norm(f"{name}_norm", x)
+        y = norm(f"{name}_input_norm", x)
         heads = []
         for head in range(cfg.heads):
             group = head // r
@@ -77,7 +77,7 @@ def logits_by_torch(params: model.Parameters, tokens: Tensor, cfg: ModelConfig) 
         assert g * r == len(heads)
         x = x + F.linear(torch.cat(heads, -1), params[f"{name}.proj.weight"], params.get(f"{name}.proj.bias"))
         name = f"blocks.{i}.mlp"
-        y = norm(f"{name}_norm", x)
+        y = norm(f"{name}_input_norm", x)
         weight, bias = params[f"{name}.fc1.weight"], params.get(f"{name}.fc1.bias")
         if cfg.activation == "swiglu":
             gate = F.linear(y, weight[0], None if bias is None else bias[0])

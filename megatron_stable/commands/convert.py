@@ -51,6 +51,7 @@ def convert(
     )
     directory = RunDirectory(output)
     directory.claim(new)
+    directory.commit(new)
     directory.ledger.write("converted", entry.step, source=str(entry.directory), layout=vars(layout))
     print(f"{final}: step {entry.step} for TP {tensor} x PP {pipeline} x DP {data}; go on with")
     print(f"  megatron-stable pretrain --config {directory.config} --ranks {layout.ranks}")

@@ -1,5 +1,6 @@
 """Conflicts between fields that are each valid: both fields, their values, and what to do about it."""
 
+from megatron_stable.config.notation import inline
 from megatron_stable.config.problems import Problem, fail
 from megatron_stable.config.schema import Config
 
@@ -36,22 +37,7 @@ def _model(config: Config) -> list[Problem]:
         )
     if model.heads % model.groups:
         found.append(_indivisible("model.heads", model.heads, "model.kv_heads", model.groups))
-    if model.attention == "sdpa" and model.attention_cap is not None:
-        found.append(
-            Problem(
-                ("model.attention", "model.attention_cap"),
-                f"model.attention sdpa cannot compute model.attention_cap {model.attention_cap:g}: "
-                "set model.attention=auto, or model.attention_cap=null",
-            )
-        )
-    if model.attention == "flex" and model.attention_dropout > 0:
-        found.append(
-            Problem(
-                ("model.attention", "model.attention_dropout"),
-                f"model.attention flex cannot compute model.attention_dropout {model.attention_dropout:g}: "
-                "set model.attention=auto, or model.attention_dropout=0",
-            )
-        )
+    found += [*_backend(config), *_recipe(config)]
     every = model.activation_checkpointing
     if isinstance(every, int) and every > model.layers:
         found.append(
@@ -61,6 +47,60 @@ def _model(config: Config) -> list[Problem]:
                 f"set it to 1..{model.layers}, or to none",
             )
         )
+    return found
+
+
+def _backend(config: Config) -> list[Problem]:
+    """What the chosen attention backend cannot compute."""
+    model, found = config.model, []
+    name, cap, dropout = model.attention, model.attention_cap, model.attention_dropout
+
+    def cannot(key: str, value: str, off: str) -> None:
+        message = f"model.attention {name} cannot compute {key} {value}: set model.attention=auto, or {key}={off}"
+        found.append(Problem(("model.attention", key), message))
+
+    if name == "sdpa" and cap is not None:
+        cannot("model.attention_cap", f"{cap:g}", "null")
+    if name in ("sdpa", "flex", "flash") and model.attention_clip is not None:
+        cannot("model.attention_clip", f"{list(model.attention_clip)}", "null")
+    if name == "flex" and dropout > 0:
+        cannot("model.attention_dropout", f"{dropout:g}", "0")
+    if name == "flash" and dropout > 0 and cap is not None:
+        cannot("model.attention_dropout", f"{dropout:g} with model.attention_cap {cap:g}", "0")
+    if name == "flash" and config.precision.dtype == "fp32":
+        cannot("precision.dtype", "fp32", "bf16")
+    return found
+
+
+def _recipe(config: Config) -> list[Problem]:
+    """Stability knobs that contradict each other, or the layout."""
+    model, found = config.model, []
+
+    def contradict(keys: tuple[str, ...], why: str, remedy: str) -> None:
+        values = [config.model_dump(mode="json")[key.split(".")[0]][key.split(".")[1]] for key in keys]
+        named = " and ".join(f"{key} {inline(value)}" for key, value in zip(keys, values, strict=True))
+        found.append(Problem(keys, f"{named} {why}: {remedy}"))
+
+    for key in ("model.attention_input_norm", "model.mlp_input_norm"):
+        if model.deepnorm and getattr(model, key.split(".")[1]):
+            why = "contradict each other, as DeepNorm normalises after the residual, not before it"
+            contradict(("model.deepnorm", key), why, f"set {key}=false (as model.recipe=deepnorm does)")
+    if model.qk_norm_scope == "full" and not (model.qk_norm or model.v_norm):
+        why = "leave no norm that the scope is of"
+        contradict(("model.qk_norm_scope", "model.qk_norm"), why, "set model.qk_norm=true, or model.qk_norm_scope=head")
+    if model.embedding_scale and model.embedding_norm:
+        why = "contradict each other, as a norm takes every factor out again"
+        contradict(("model.embedding_scale", "model.embedding_norm"), why, "set one of them to false")
+    if model.sigma_reparam and config.parallel.zero_stage == 3:
+        why = "cannot go together, as the spectral norm needs whole weights before a step"
+        contradict(("model.sigma_reparam", "parallel.zero_stage"), why, "set parallel.zero_stage=2 or 1")
+    if config.loss.mu_loss and config.parallel.zero_stage == 3:
+        why = "cannot go together, as the loss needs the whole output embedding"
+        remedy = "set parallel.zero_stage=2 or 1, or optimizer.mu_centering=true in place of loss.mu_loss"
+        contradict(("loss.mu_loss", "parallel.zero_stage"), why, remedy)
+    if config.loss.mu_loss and config.optimizer.mu_centering:
+        why = "leave the loss nothing to do, as the mean is zero already"
+        contradict(("loss.mu_loss", "optimizer.mu_centering"), why, "set one of them only")
     return found
 
 
@@ -125,36 +165,8 @@ def _batch(config: Config, world_size: int | None) -> list[Problem]:
 
 
 def _optimization(config: Config) -> list[Problem]:
-    optimizer, schedule, precision, steps = config.optimizer, config.schedule, config.precision, config.run.steps
-    found = []
-    if schedule.kind != "constant":
-        if schedule.min_learning_rate > optimizer.learning_rate:
-            found.append(
-                Problem(
-                    ("schedule.min_learning_rate", "optimizer.learning_rate"),
-                    f"schedule.min_learning_rate {schedule.min_learning_rate:g} is above optimizer.learning_rate "
-                    f"{optimizer.learning_rate:g}, so the rate would rise: lower the first, for example to "
-                    f"{optimizer.learning_rate / 10:g}",
-                )
-            )
-        if schedule.warmup_steps >= steps:
-            found.append(
-                Problem(
-                    ("schedule.warmup_steps", "run.steps"),
-                    f"schedule.warmup_steps {schedule.warmup_steps} leave nothing of run.steps {steps} for the "
-                    f"{schedule.kind} decay: set schedule.warmup_steps below {steps}, or more run.steps",
-                )
-            )
-        elif schedule.kind == "wsd" and schedule.warmup_steps > (
-            start := steps - round(steps * schedule.decay_fraction)
-        ):
-            found.append(
-                Problem(
-                    ("schedule.warmup_steps", "schedule.decay_fraction", "run.steps"),
-                    f"schedule.warmup_steps {schedule.warmup_steps} end after step {start}, where "
-                    f"schedule.decay_fraction {schedule.decay_fraction:g} of run.steps {steps} begins: lower one",
-                )
-            )
+    precision = config.precision
+    found = [*_schedule(config), *_optimizer(config), *_parametrization(config)]
     if precision.dtype == "fp16" and 2**precision.initial_scale_power < precision.min_scale:
         found.append(
             Problem(
@@ -165,6 +177,137 @@ def _optimization(config: Config) -> list[Problem]:
             )
         )
     return found
+
+
+def _schedule(config: Config) -> list[Problem]:
+    optimizer, schedule, steps, found = config.optimizer, config.schedule, config.run.steps, []
+    warmup, what = config.warmup_steps, f"schedule.warmup_steps {schedule.warmup_steps}"
+    key = "schedule.warmup_steps"
+    if schedule.warmup_tokens is not None:
+        key = "schedule.warmup_tokens"
+        what = f"schedule.warmup_tokens {schedule.warmup_tokens} ({warmup} steps)"
+        if schedule.warmup_steps != type(schedule)().warmup_steps:
+            found.append(
+                Problem(
+                    ("schedule.warmup_tokens", "schedule.warmup_steps"),
+                    f"schedule.warmup_tokens {schedule.warmup_tokens} and schedule.warmup_steps "
+                    f"{schedule.warmup_steps} are both set: leave one of them out",
+                )
+            )
+    if schedule.kind != "constant":
+        if schedule.min_learning_rate > optimizer.learning_rate:
+            found.append(
+                Problem(
+                    ("schedule.min_learning_rate", "optimizer.learning_rate"),
+                    f"schedule.min_learning_rate {schedule.min_learning_rate:g} is above optimizer.learning_rate "
+                    f"{optimizer.learning_rate:g}, so the rate would rise: lower the first, for example to "
+                    f"{optimizer.learning_rate / 10:g}",
+                )
+            )
+        if warmup >= steps:
+            found.append(
+                Problem(
+                    (key, "run.steps"),
+                    f"{what} leave nothing of run.steps {steps} for the "
+                    f"{schedule.kind} decay: set {key} below {_warmup_limit(config, steps)}, or more run.steps",
+                )
+            )
+        elif schedule.kind == "wsd" and warmup > (start := steps - round(steps * schedule.decay_fraction)):
+            found.append(
+                Problem(
+                    (key, "schedule.decay_fraction", "run.steps"),
+                    f"{what} end after step {start}, where "
+                    f"schedule.decay_fraction {schedule.decay_fraction:g} of run.steps {steps} begins: lower one",
+                )
+            )
+    return found
+
+
+def _warmup_limit(config: Config, steps: int) -> int:
+    return steps if config.schedule.warmup_tokens is None else steps * config.tokens_per_step
+
+
+def _optimizer(config: Config) -> list[Problem]:
+    optimizer, found = config.optimizer, []
+    default = type(optimizer)()
+    if optimizer.independent_weight_decay and optimizer.weight_decay and not optimizer.learning_rate:
+        found.append(
+            Problem(
+                ("optimizer.independent_weight_decay", "optimizer.learning_rate"),
+                "optimizer.independent_weight_decay true follows learning rate / optimizer.learning_rate, which is 0: "
+                "set it above 0, or optimizer.independent_weight_decay=false",
+            )
+        )
+    if config.model.tied_embeddings and ("head" in optimizer.no_decay) != ("embeddings" in optimizer.no_decay):
+        found.append(
+            Problem(
+                ("optimizer.no_decay", "model.tied_embeddings"),
+                f"optimizer.no_decay {list(optimizer.no_decay)} names one of head and embeddings, which "
+                "model.tied_embeddings true makes one matrix: name both or neither, or set model.tied_embeddings=false",
+            )
+        )
+    if optimizer.clipping == "global_norm":
+        keys = ("clipping_threshold", "clipping_decay", "clipping_warmup")
+        found += [
+            _idle(config, key, "clipping", "zclip or adagc", "null")
+            for key in keys
+            if getattr(optimizer, key) is not None
+        ]
+    if optimizer.muon_momentum != default.muon_momentum and optimizer.name != "muon":
+        found.append(_idle(config, "muon_momentum", "name", "muon", f"{default.muon_momentum:g}"))
+    if optimizer.name == "muon":
+        found += [
+            _idle(config, key, "name", "adamw or stable_adamw", "null")
+            for key in ("spike_threshold", "momentum_reset_every")
+            if getattr(optimizer, key) is not None
+        ]
+    every, warmup = optimizer.momentum_reset_every, optimizer.momentum_reset_warmup
+    if every is None and warmup != default.momentum_reset_warmup:
+        found.append(
+            _idle(config, "momentum_reset_warmup", "momentum_reset_every", "500", f"{default.momentum_reset_warmup}")
+        )
+    if every is not None and warmup >= every:
+        found.append(
+            Problem(
+                ("optimizer.momentum_reset_warmup", "optimizer.momentum_reset_every"),
+                f"optimizer.momentum_reset_warmup {warmup} does not end before the next reset, "
+                f"optimizer.momentum_reset_every {every} steps later: lower the first, or raise the second",
+            )
+        )
+    return found
+
+
+def _parametrization(config: Config) -> list[Problem]:
+    optimizer, model, found = config.optimizer, config.model, []
+    default, name = type(optimizer)(), optimizer.parametrization
+    if optimizer.name == "muon" and name != "standard":
+        found.append(_idle(config, "parametrization", "name", "adamw or stable_adamw", "standard"))
+    if optimizer.base_width != default.base_width and name == "standard":
+        found.append(
+            _idle(config, "base_width", "parametrization", "mu_simple, mu_full or complete_p", f"{default.base_width}")
+        )
+    if optimizer.base_depth != default.base_depth and name != "complete_p":
+        found.append(_idle(config, "base_depth", "parametrization", "complete_p", f"{default.base_depth}"))
+    init = {"mu_simple": "fan_in", "mu_full": "fan_in", "complete_p": "fixed"}.get(name, model.init)
+    if model.init != init:
+        found.append(
+            Problem(
+                ("optimizer.parametrization", "model.init"),
+                f"optimizer.parametrization {name} is defined on the initial values of model.init {init}, "
+                f"but model.init is {model.init}: set model.init={init}, or optimizer.parametrization=standard",
+            )
+        )
+    return found
+
+
+def _idle(config: Config, key: str, master: str, needs: str, default: str) -> Problem:
+    """A field of the optimizer that another one leaves without effect."""
+    value, has = getattr(config.optimizer, key), getattr(config.optimizer, master)
+    return Problem(
+        (f"optimizer.{key}", f"optimizer.{master}"),
+        f"optimizer.{key} {value} has no effect with optimizer.{master} {'null' if has is None else has}: "
+        f"set optimizer.{master} to {needs}, or optimizer.{key}={default}",
+    )
 
 
 def _indivisible(key: str, value: int, by: str, divisor: int) -> Problem:

@@ -65,6 +65,8 @@ def _describe(annotation: Any, metadata: Any = ()) -> str:
         return " or ".join(_describe(arg, metadata) for arg in args)
     if origin is Literal:
         return args[0] if len(args) == 1 else "one of " + ", ".join(inline(arg) for arg in args)
+    if origin is tuple and Ellipsis in args:
+        return f"a list of {_describe(args[0]).replace('one of ', '')}"
     if origin is tuple:
         return f"[{', '.join(_describe(arg) for arg in args)}]"
     if origin is dict:

@@ -89,13 +89,50 @@ class ModelConfig(Section):
     init_scaled_output: bool = False
     """Scale the initial Proj and FC2 by 1/sqrt(2 x layers) (GPT-2)."""
 
+    attention_input_norm: bool = True
+    """Norm on the input of attention (pre-norm); false for qkv_norm (arXiv 2410.16682) and olmo2 (arXiv 2501.00656)."""
+    mlp_input_norm: bool = True
+    """Norm on the input of the MLP."""
+    attention_output_norm: bool = False
+    """Norm on the output of Proj, before it joins the residual stream (arXiv 2105.13290, 2502.02732)."""
+    mlp_output_norm: bool = False
+    """Norm on the output of FC2, before it joins the residual stream."""
+    deepnorm: bool = False
+    """Post-norm x = norm(alpha x + f(x)), alpha = (2 x layers)^(1/4), with the values' part of QKV, Proj, FC1 and FC2
+    initially divided by (8 x layers)^(1/4) and no other norm at the end (arXiv 2203.00555)."""
+    layer_scale: float | None = Field(None, gt=0)
+    """LayerScale: a learned factor per feature on what attention and MLP add to the residual stream, and its initial
+    value (arXiv 2103.17239: 1e-4 to 1e-6, smaller for deeper models); null: none."""
     qk_norm: bool = False
-    """Norm on queries and keys, per head (arXiv 2302.05442)."""
+    """Norm on queries and keys (arXiv 2302.05442)."""
+    v_norm: bool = False
+    """Norm on values (arXiv 2410.16682)."""
+    qk_norm_scope: Literal["head", "full"] = "head"
+    """What the norms on queries, keys and values take together: each head, with one weight for all heads, or all heads
+    (arXiv 2501.00656), for which TP exchanges the statistics."""
+    attention_temperature: float = Field(1.0, gt=0)
+    """Factor of attention logits, beside 1/sqrt(head width); soft_temp is 0.5 (arXiv 2410.16682)."""
     attention_cap: float | None = Field(None, gt=0)
     """Cap attention logits softly: c x tanh(logit / c) (Gemma 2); null: no cap."""
+    attention_clip: tuple[Annotated[float, Field(le=0)], Annotated[float, Field(ge=1)]] | None = None
+    """[gamma, zeta]: attention probabilities are clip((zeta - gamma) x softmax + gamma, 0, 1), so that they can be
+    exactly 0 and 1 (arXiv 2306.12929); null: the softmax itself."""
+    sigma_reparam: bool = False
+    """sigmaReparam: the matrices of the blocks are gamma / sigma(W) x W, sigma the spectral norm, gamma learned
+    (arXiv 2303.06296)."""
+    embedding_scale: bool = False
+    """Multiply token embeddings by sqrt(hidden) (arXiv 2312.16903)."""
+    embedding_norm: bool = False
+    """Norm on token embeddings (arXiv 2312.16903, BLOOM)."""
+    embedding_gradient: float = Field(1.0, gt=0, le=1)
+    """Factor of the token embedding's gradient, as in GLM-130B (arXiv 2210.02414: 0.1)."""
+    final_logit_cap: float | None = Field(None, gt=0)
+    """Cap output logits softly: c x tanh(logit / c) (Gemma 2: 30); null: no cap."""
 
-    attention: Literal["auto", "math", "sdpa", "flex"] = "auto"
-    """Attention backend; auto: the fastest that computes the recipe exactly on the device."""
+    attention: Literal["auto", "math", "sdpa", "flex", "flash"] = "auto"
+    """Attention backend; auto: the fastest that computes the recipe exactly on the device; math: every step in plain
+    sight; sdpa: PyTorch's fused kernel; flex: FlexAttention (GPU); flash: the package flash-attn (GPU, bf16 and
+    fp16)."""
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
     """Recompute activations in backward: none, full (every block), or k: every k-th block."""
     compile: bool = False
@@ -172,18 +209,52 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "stable_adamw", "muon"] = "adamw"
+    """adamw; stable_adamw: AdamW with a bound on each parameter's step, in place of clipping (arXiv 2304.13013); muon:
+    orthogonalised momentum for the matrices of the blocks (arXiv 2502.16982), AdamW for all else."""
     learning_rate: float = Field(3.0e-4, ge=0)
     """Peak learning rate."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: float = Field(1.0e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; 1e-15 works, and large models need less than 1e-8 (arXiv 2309.14322)."""
+    muon_momentum: DecayRate = 0.95
+    """muon: decay rate of the momentum."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay, multiplied by the learning rate; on matrices only (not norms and biases)."""
+    """Decoupled weight decay, multiplied by the learning rate unless `independent_weight_decay`."""
+    independent_weight_decay: bool = False
+    """Multiply weight decay by the schedule's factor (learning rate / peak) alone, so that it does not depend on the
+    peak's value (arXiv 2309.14322, which uses 1e-4)."""
+    no_decay: tuple[Literal["norms", "biases", "embeddings", "head"], ...] = ("norms", "biases")
+    """Kinds of parameters without weight decay; norms stands for all vectors that are not biases."""
     clip_grad: float = Field(1.0, ge=0)
     """Clip the global gradient norm to this; 0: do not clip."""
+    clipping: Literal["global_norm", "zclip", "adagc"] = "global_norm"
+    """Clipping rule; zclip: at `clip_grad`, and below it where the norm is an outlier (arXiv 2504.02507); adagc: each
+    parameter at a multiple of its usual norm (arXiv 2502.11034), with `clip_grad` for the warm-up only."""
+    clipping_threshold: float | None = Field(None, gt=0)
+    """zclip: z-score of an outlier, null: 2.5; adagc: multiple of the usual norm, null: 1.05 (sources differ)."""
+    clipping_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay rate of the rule's moving statistics; null: 0.97 for zclip, 0.98 for adagc."""
+    clipping_warmup: int | None = Field(None, ge=2)
+    """Steps before the rule has statistics; null: 25 for zclip, 100 for adagc."""
+    spike_threshold: float | None = Field(None, gt=0)
+    """Clip a gradient's elements to the root of this times their second moment (SPAM, arXiv 2501.06842: 5000);
+    null: do not."""
+    momentum_reset_every: int | None = Field(None, ge=1)
+    """Zero the moments every so many steps; null: never (SPAM: 500)."""
+    momentum_reset_warmup: int = Field(150, ge=0)
+    """Steps in which the learning rate rises again after a reset of the moments."""
+    parametrization: Literal["standard", "mu_simple", "mu_full", "complete_p"] = "standard"
+    """How learning rate, eps, decay, initialisation and multipliers follow from a base model's (see
+    `megatron_stable/config/parametrization.py`); mu_simple and mu_full: arXiv 2309.14322, complete_p: 2505.01618."""
+    base_width: int = Field(256, ge=1)
+    """Parametrization: `model.hidden` of the base model."""
+    base_depth: int = Field(2, ge=1)
+    """complete_p: `model.layers` of the base model."""
+    mu_centering: bool = False
+    """Take the mean over the vocabulary out of the output embedding after each step (arXiv 2601.02031); tied embeddings
+    are centred as the one matrix that they are."""
 
 
 class ScheduleConfig(Section):
@@ -191,6 +262,8 @@ class ScheduleConfig(Section):
     """Shape of the learning rate after warm-up; wsd: constant, then linear decay over the last `decay_fraction`."""
     warmup_steps: int = Field(100, ge=0)
     """Steps of linear warm-up from 0."""
+    warmup_tokens: int | None = Field(None, ge=0)
+    """Tokens of linear warm-up, in place of `warmup_steps`; rounded up to whole steps."""
     min_learning_rate: float = Field(3.0e-5, ge=0)
     """Learning rate at the end of the decay."""
     decay_fraction: float = Field(0.1, gt=0, le=1)
@@ -200,6 +273,9 @@ class ScheduleConfig(Section):
 class LossConfig(Section):
     z_loss: float = Field(0.0, ge=0)
     """Coefficient of log(Z)^2, which keeps output logits from drifting (PaLM: 1e-4)."""
+    mu_loss: float = Field(0.0, ge=0)
+    """Coefficient of the squared norm of the output embedding's mean over the vocabulary, to the same end
+    (arXiv 2601.02031: 1e-4)."""
 
 
 class CheckpointConfig(Section):
@@ -250,3 +326,15 @@ class Config(Section):
     """What is recorded, and how often."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation loss while training."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that an optimizer step trains on."""
+        return self.batch.global_size * self.model.sequence_length
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up, resolved."""
+        if self.schedule.warmup_tokens is None:
+            return self.schedule.warmup_steps
+        return -(-self.schedule.warmup_tokens // self.tokens_per_step)

@@ -28,13 +28,10 @@ from megatron_stable.engine.checkpoint.format import (
 )
 from megatron_stable.engine.checkpoint.reader import Reader
 from megatron_stable.engine.checkpoint.store import point_latest
-from megatron_stable.engine.shards import MOMENTS
 from megatron_stable.errors import ConfigError
 from megatron_stable.model.transformer import layer_list
 from megatron_stable.parallel.stages import stage_bounds
 from megatron_stable.parallel.topology import TensorParallel
-
-KINDS = ("weight", *MOMENTS)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,11 @@ def reshard(
         streams = {
             rank: TensorStream(
                 beside / rank_file(rank),
-                {f"{name}:{kind}": piece.numel for name, piece in pieces.items() for kind in KINDS},
+                {
+                    f"{name}:{kind}": piece.numel
+                    for name, piece in pieces.items()
+                    for kind in sorted(reader.kinds[name])
+                },
                 {"format": "pt", "index": json.dumps({name: asdict(piece) for name, piece in pieces.items()})},
             )
             for rank, pieces in files.items()
@@ -87,7 +88,7 @@ def reshard(
         for done, name in enumerate(names):
             if on_progress:
                 on_progress(done, len(names))
-            for kind in KINDS:
+            for kind in sorted(reader.kinds[name]):
                 for rank, pieces in files.items():
                     if name in pieces:
                         streams[rank].write(f"{name}:{kind}", reader.part(name, kind, pieces[name]))

@@ -18,7 +18,7 @@ def deepspeed_config(config: Config, data_size: int) -> dict[str, Any]:
         "train_batch_size": config.batch.global_size,
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": config.batch.global_size // (config.batch.micro_size * data_size),
-        "gradient_clipping": config.optimizer.clip_grad,
+        "gradient_clipping": config.optimizer.clip_grad if config.optimizer.clipping == "global_norm" else 0.0,
         "zero_optimization": {"stage": config.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},

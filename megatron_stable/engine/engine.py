@@ -11,12 +11,17 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.deepspeed_config import deepspeed_config
 from megatron_stable.engine.pipeline import TransformerPipeline
+from megatron_stable.engine.shards import flats, segments
+from megatron_stable.model import sigma
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.transformer import Transformer, layer_list
-from megatron_stable.optim.adamw import build_optimizer
+from megatron_stable.optim.optimizer import Optimizer
+from megatron_stable.optim.segments import Partition
+from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.random import seed_step
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import quiet
@@ -31,8 +36,8 @@ class StepMetrics:
     """What a step has to say, over all ranks. Reading it syncs with the device, so it is made only when asked for.
 
     Attributes:
-        loss: Mean cross-entropy, nats per token, without the z-loss.
-        z_loss: The z-loss, coefficient included.
+        loss: Mean cross-entropy, nats per token, without the terms below.
+        z_loss, mu_loss: Coefficients included.
         grad_norm: Global L2 norm of the gradient before clipping; infinite where the update was dropped.
         loss_scale: fp16's loss scale, else 1.
         skipped: Whether DeepSpeed dropped the update because of non-finite gradients.
@@ -40,6 +45,7 @@ class StepMetrics:
 
     loss: float
     z_loss: float
+    mu_loss: float
     grad_norm: float
     loss_scale: float
     skipped: bool
@@ -59,12 +65,14 @@ class Engine:
         self.device = torch.device(get_accelerator().current_device_name())
         self.vocab_size = config.model.vocab_size
         self.accumulation = config.batch.global_size // (config.batch.micro_size * topology.data_size)
-        self._sums = torch.zeros(2, device=self.device)  # cross-entropy and z-loss, summed over micro batches
-        layers = layer_list(config.model, topology.tp, config.run.seed, self.device.type)
+        self._sums = torch.zeros(3, device=self.device)  # the parts of the loss, summed over micro batches
+        layers = layer_list(
+            config.model, topology.tp, config.run.seed, self.device.type, multipliers=model_multipliers(config)
+        )
         pipelined = topology.pipeline_size > 1
         with quiet():
             model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
-            self.optimizer = build_optimizer(model.parameters(), config.optimizer)
+            self.optimizer = Optimizer(model.parameters(), config)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
@@ -72,6 +80,14 @@ class Engine:
                 mpu=None if pipelined else topology,
                 dist_init_required=False,
             )
+        self.optimizer.bind(
+            flats(self.deepspeed),
+            Partition(segments(self.deepspeed, self.module), topology.stage_group, topology.tensor_rank),
+            lambda: self.deepspeed.optimizer._global_grad_norm,
+            topology.pipeline_group,
+        )
+        output = "embedding.weight" if config.model.tied_embeddings else "head.weight"
+        self._output = next((weight for weight in self.module.parameters() if place(weight).name == output), None)
 
     @property
     def module(self) -> nn.Module:
@@ -88,9 +104,9 @@ class Engine:
                 all ranks of a replica.
             learning_rate: Of this step.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.optimizer.begin_step(learning_rate)
         seed_step(self.config.run.seed, step, self.topology)
+        sigma.power_iteration(self.module)
         self._sums.zero_()
         if self.topology.pipeline_size > 1:
             self.deepspeed.train_batch(self._pairs(micro_batches))
@@ -104,14 +120,15 @@ class Engine:
         """Of the last training step. Collective; costs one small reduction and one sync with the device."""
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         norm = self.deepspeed.get_global_grad_norm()
-        loss, z_loss = self._average(self._sums / self.accumulation).tolist()
+        loss, z_loss, mu_loss = self._average(self._sums / self.accumulation).tolist()
         scale = float(self.deepspeed.optimizer.loss_scaler.loss_scale) if self.config.precision.dtype == "fp16" else 1.0
-        return StepMetrics(loss, z_loss, float(norm), scale, skipped)
+        return StepMetrics(loss, z_loss, mu_loss, float(norm), scale, skipped)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatches]) -> float:
         """Mean cross-entropy over global batches, nats per token. Collective."""
         sums, count = torch.zeros((), device=self.device), 0
+        sigma.measure(self.module)
         for micro_batches in batches:
             self._sums.zero_()
             if self.topology.pipeline_size > 1:
@@ -126,7 +143,16 @@ class Engine:
         return float(self._average(sums / max(count, 1)))
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = language_model_loss(logits, targets, self.topology.tp, self.vocab_size, self.config.loss.z_loss)
+        losses = language_model_loss(
+            logits,
+            targets,
+            self.topology.tp,
+            self.vocab_size,
+            self.config.loss.z_loss,
+            self.config.model.final_logit_cap,
+            self.config.loss.mu_loss,
+            self._output,
+        )
         self._sums += torch.stack([part.detach() for part in losses])
         return sum(losses[1:], start=losses[0])
 

@@ -6,7 +6,6 @@ part of each parameter becomes a :class:`Shard` whose tensors are views: read th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_stable.model import sigma
+from megatron_stable.optim.segments import Segment
 from megatron_stable.parallel.parameters import Place, place
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Shard:
         flat: The partition of DeepSpeed's that holds it, a parameter of the base optimizer.
         offset: First element, in ``flat``.
         owned: Whether this rank is the one to write it (replicated and tied parameters have several holders).
-        tensors: 1-d fp32 views: ``weight`` (the master), ``exp_avg``, ``exp_avg_sq``.
+        tensors: 1-d fp32 views: ``weight`` (the master), and the moments that its rule keeps, by name.
     """
 
     place: Place
@@ -48,33 +47,52 @@ class Shard:
 def local_shards(engine: Any, module: nn.Module) -> list[Shard]:
     """The shards of this rank; ``engine`` is DeepSpeed's. Optimizer state that does not exist yet is made, as zeros."""
     base = engine.optimizer.optimizer
-    flats = [flat for group in base.param_groups for flat in group["params"]]
-    for flat in flats or engine.optimizer.fp32_partitioned_groups_flat:  # ZeRO-3 empties its groups between steps
-        _ensure_state(base, flat)
-    locate = _zero3 if engine.zero_optimization_stage() == 3 else _zero12
     shards = []
-    for weight in module.parameters():
-        known = place(weight)
+    for weight, segment in zip(module.parameters(), segments(engine, module), strict=True):
+        known = segment.place
         owned = (known.dim is not None or _tensor_rank(engine) == 0) and not getattr(
             weight, "ds_pipe_replicated", False
         )
-        for flat, offset, start, numel in locate(engine, weight):
-            tensors = {"weight": flat.detach().narrow(0, offset, numel)}
-            tensors |= {key: base.state[flat][key].narrow(0, offset, numel) for key in MOMENTS}
-            shards.append(Shard(known, start, flat, offset, owned, tensors))
+        if segment.numel:
+            whole = {"weight": segment.flat, **base.moments(segment.flat)}
+            tensors = {key: segment.of(tensor) for key, tensor in whole.items()}
+            shards.append(Shard(known, segment.start, segment.flat, segment.offset, owned, tensors))
     return shards
+
+
+def vector_shards(engine: Any, module: nn.Module) -> list[Shard]:
+    """The state of sigmaReparam on this rank, vectors that are no parameters, as shards to save and load."""
+    found = []
+    for known, vector in sigma.vectors(module):
+        owned = engine.mpu.get_data_parallel_rank() == 0 and (known.dim is not None or _tensor_rank(engine) == 0)
+        flat = vector.view(-1)
+        found.append(Shard(known, 0, flat, 0, owned, {"weight": flat}))
+    return found
+
+
+def segments(engine: Any, module: nn.Module) -> list[Segment]:
+    """This rank's segment of each parameter of ``module``, in its order; some are empty. ``engine`` is DeepSpeed's."""
+    locate = _zero3 if engine.zero_optimization_stage() == 3 else _zero12
+    return [locate(engine, weight) for weight in module.parameters()]
+
+
+def flats(engine: Any) -> list[tuple[int, Tensor]]:
+    """(parameter group, flat) for each flat tensor that DeepSpeed gives the base optimizer; those of all steps."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:  # which empties the groups between steps
+        return [(optimizer.sub_group_to_group_id[i], f) for i, f in enumerate(optimizer.fp32_partitioned_groups_flat)]
+    return [(i, flat) for i, group in enumerate(optimizer.optimizer.param_groups) for flat in group["params"]]
 
 
 def optimizer_steps(engine: Any) -> int:
     """Updates that the base optimizer has applied, which differ from attempted steps by the dropped ones."""
-    base = engine.optimizer.optimizer
-    return max((int(state["step"]) for state in base.state.values() if "step" in state), default=0)
+    updates: int = engine.optimizer.optimizer.updates
+    return updates
 
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
-    """Set Adam's step count, on which its bias correction depends."""
-    for state in engine.optimizer.optimizer.state.values():
-        state["step"].fill_(float(steps))
+    """Set the count of applied updates, on which Adam's bias correction depends."""
+    engine.optimizer.optimizer.set_updates(steps)
 
 
 @torch.no_grad()
@@ -115,28 +133,21 @@ def _tensor_rank(engine: Any) -> int:
     return rank
 
 
-def _ensure_state(base: torch.optim.Optimizer, flat: Tensor) -> None:
-    state = base.state[flat]
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        for key in MOMENTS:
-            state[key] = torch.zeros_like(flat.detach())
-
-
-def _zero12(engine: Any, weight: nn.Parameter) -> Iterator[tuple[Tensor, int, int, int]]:
-    """(flat master, offset in it, start in the parameter, elements); at most one under ZeRO 1 and 2."""
+def _zero12(engine: Any, weight: nn.Parameter) -> Segment:
+    """This rank's part under ZeRO 1 and 2, which lay a group's parameters end to end and cut that over the DP ranks."""
+    base, known = engine.optimizer.optimizer, place(weight)
+    flat = base.param_groups[base.group_of[known.name]]["params"][0]
     mapping = weight._hp_mapping  # type: ignore[attr-defined]
-    if mapping is not None:
-        flat = engine.optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
-        inner = mapping.lp_fragment_address
-        yield flat, mapping.hp_fragment_address.start, inner.start, inner.numel
+    if mapping is None:
+        return Segment(known, flat, 0, 0, 0)
+    inner = mapping.lp_fragment_address
+    return Segment(known, flat, mapping.hp_fragment_address.start, inner.start, inner.numel)
 
 
-def _zero3(engine: Any, weight: Any) -> Iterator[tuple[Tensor, int, int, int]]:
-    """The same under ZeRO-3, where each parameter is cut evenly over the data-parallel ranks, the last parts padded."""
+def _zero3(engine: Any, weight: Any) -> Segment:
+    """The same under ZeRO-3, which cuts each parameter evenly over the DP ranks, the last parts padded."""
     optimizer = engine.optimizer
     group, offset, numel = optimizer.grad_position[optimizer.get_param_id(weight)]
     start = dist.get_rank(optimizer.dp_process_group) * weight.ds_tensor.ds_numel
-    numel = min(int(numel), weight.ds_numel - start)
-    if numel > 0:
-        yield optimizer.fp32_partitioned_groups_flat[group], int(offset), start, numel
+    numel = max(0, min(int(numel), weight.ds_numel - start))
+    return Segment(place(weight), optimizer.fp32_partitioned_groups_flat[group], int(offset), start, numel)

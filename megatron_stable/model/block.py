@@ -2,12 +2,13 @@
 
 ::
 
-        x ──┬── attention_norm ── attention ── dropout ── + ──┬── mlp_norm ── mlp ── dropout ── + ── x
-            └─────────────────────────────────────────────┘   └─────────────────────────────────┘
+     ┌────────────────── skip ──────────────────┐
+     x ── input_norm ── f ── output_norm ── scale ── dropout ── + ── post_norm ── x       f: attention, then the MLP
 
-    inside attention:   qkv ── q_norm, k_norm ── rope ── q·k/√d ── cap ── softmax ── ·v ── proj
+    attention:   qkv ── q_norm, k_norm, v_norm ── rope ── scale x q·k ── cap ── softmax ── clip ── ·v ── proj
+    MLP:         fc1 ── activation ── fc2
 
-A norm that the recipe does not have is the identity: the equation below is the same for all recipes.
+A norm or factor that the recipe does not have is the identity: the equation below is the same for all recipes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model.attention import Attention
+from megatron_stable.model.elementwise import LayerScale, Scale
 from megatron_stable.model.mlp import MLP
 from megatron_stable.model.norms import residual_norm
 from megatron_stable.parallel.random import dropout
@@ -29,16 +32,27 @@ class Block(nn.Module):
 
     Args:
         recompute: Keep only the block's input and recompute its activations in backward.
+        by: Multipliers of the parametrization.
     """
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel, backend: str, recompute: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, tp: TensorParallel, backend: str, recompute: bool, by: ModelMultipliers
+    ) -> None:
         super().__init__()
         self.tp, self.dropout, self.recompute = tp, config.dropout, recompute
         self.random = bool(config.dropout or config.attention_dropout)
-        self.attention_norm = residual_norm(config, tp)
-        self.attention = Attention(config, tp, backend)
-        self.mlp_norm = residual_norm(config, tp)
-        self.mlp = MLP(config, tp)
+        # DeepNorm's alpha, decoder-only (arXiv 2203.00555)
+        self.skip = Scale((2 * config.layers) ** 0.25) if config.deepnorm else nn.Identity()
+        self.attention_input_norm = residual_norm(config, tp, config.attention_input_norm)
+        self.attention = Attention(config, tp, backend, by)
+        self.attention_output_norm = residual_norm(config, tp, config.attention_output_norm)
+        self.attention_scale = branch_scale(config, tp, by.residual)
+        self.attention_post_norm = residual_norm(config, tp, config.deepnorm)
+        self.mlp_input_norm = residual_norm(config, tp, config.mlp_input_norm)
+        self.mlp = MLP(config, tp, by)
+        self.mlp_output_norm = residual_norm(config, tp, config.mlp_output_norm)
+        self.mlp_scale = branch_scale(config, tp, by.residual)
+        self.mlp_post_norm = residual_norm(config, tp, config.deepnorm)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
@@ -49,8 +63,17 @@ class Block(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self._dropout(self.attention(self.attention_norm(x)))
-        return x + self._dropout(self.mlp(self.mlp_norm(x)))
+        y = self.attention_output_norm(self.attention(self.attention_input_norm(x)))
+        x = self.attention_post_norm(self.skip(x) + self._dropout(self.attention_scale(y)))
+        y = self.mlp_output_norm(self.mlp(self.mlp_input_norm(x)))
+        return self.mlp_post_norm(self.skip(x) + self._dropout(self.mlp_scale(y)))
 
     def _dropout(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training, self.tp)
+
+
+def branch_scale(config: ModelConfig, tp: TensorParallel, factor: float) -> nn.Module:
+    """What attention and MLP are multiplied with before they join the residual stream."""
+    if config.layer_scale is not None:
+        return LayerScale(config.hidden, config.layer_scale, factor, tp, partial=tp.sequence)
+    return nn.Identity() if factor == 1.0 else Scale(factor)

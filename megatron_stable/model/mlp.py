@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.model.init import linear_init, output_init
+from megatron_stable.model.init import fc1_init, output_init
+from megatron_stable.model.sigma import reparametrized
 from megatron_stable.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_stable.parallel.topology import TensorParallel
 
@@ -33,11 +35,15 @@ ACTIVATIONS = {"gelu": gelu, "squared_relu": squared_relu, "swiglu": swiglu}
 class MLP(nn.Module):
     """``fc2(activation(fc1(x)))``; for swiglu FC1 holds gate and up projection, ``[2, ffn, hidden]``."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel, by: ModelMultipliers) -> None:
         super().__init__()
         width = (2, config.ffn) if config.activation == "swiglu" else config.ffn
-        self.fc1 = ColumnParallelLinear(config.hidden, width, linear_init(config, config.hidden), tp, config.bias)
-        self.fc2 = RowParallelLinear(config.ffn, config.hidden, output_init(config, config.ffn), tp, config.bias)
+        self.fc1 = reparametrized(
+            ColumnParallelLinear(config.hidden, width, fc1_init(config, by), tp, config.bias), config
+        )
+        self.fc2 = reparametrized(
+            RowParallelLinear(config.ffn, config.hidden, output_init(config, config.ffn, by), tp, config.bias), config
+        )
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:

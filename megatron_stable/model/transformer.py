@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.model.attention import choose_backend
+from megatron_stable.model import sigma
+from megatron_stable.model.backends import choose_backend
 from megatron_stable.model.block import Block
+from megatron_stable.model.elementwise import Scale, ScaleGradient
 from megatron_stable.model.init import embedding_init, head_init
 from megatron_stable.model.norms import residual_norm
 from megatron_stable.model.positions import EmbeddingOutput
@@ -68,7 +71,12 @@ def project(module: Any, x: Tensor) -> Tensor:
 
 
 def layer_list(
-    config: ModelConfig, tp: TensorParallel, seed: int, device: str = "cpu", draw: bool = True
+    config: ModelConfig,
+    tp: TensorParallel,
+    seed: int,
+    device: str = "cpu",
+    draw: bool = True,
+    multipliers: ModelMultipliers | None = None,
 ) -> list[Layer]:
     """The layers of the model, in order; ``config.vocab_size`` must be known.
 
@@ -76,11 +84,15 @@ def layer_list(
         seed: Of initialisation.
         device: "cpu" or "cuda": where it will run, which decides the attention backend.
         draw: Whether to draw the parameters, which takes time; without it they are to be filled from a checkpoint.
+        multipliers: Of the parametrization; ``None``: the standard ones.
+
+    Raises:
+        ConfigError: When a block is built: ``config.attention`` does not run on ``device``.
     """
     assert config.vocab_size is not None
     h, s, vocab_size = config.hidden, config.sequence_length, config.vocab_size
     rows = padded_vocabulary(vocab_size, tp.size)
-    backend = choose_backend(config, device)
+    by = multipliers or ModelMultipliers(config.head_dim**-0.5)
 
     def layer(name: str, make: Callable[[], nn.Module], cost: float = 0.0, tied: str | None = None) -> Layer:
         def build() -> nn.Module:
@@ -88,12 +100,17 @@ def layer_list(
             name_parameters(module, name)
             if draw:
                 initialize(module, seed)
+                sigma.start(module, seed)
             return module
 
         return Layer(name, build, cost, tied)
 
+    def optional(present: bool, name: str, make: Callable[[], nn.Module]) -> list[Layer]:
+        return [layer(name, make)] if present else []
+
     def block(index: int) -> nn.Module:
-        module = Block(config, tp, backend, recompute=recomputes(config, index))
+        backend = choose_backend(config, device).name
+        module = Block(config, tp, backend, recomputes(config, index), by)
         if config.compile:
             module.compile()
         return module
@@ -103,15 +120,22 @@ def layer_list(
     block_cost = 2.0 * h * (2 * width + kv + ffn) + 4.0 * s * width
     head = layer(
         "head",
-        lambda: Head(parameter((rows, h), head_init(config, vocab_size), tp, 0), tp),
+        lambda: Head(parameter((rows, h), head_init(config, vocab_size, by), tp, 0), tp),
         cost=2.0 * h * rows,
         tied="embedding" if config.tied_embeddings else None,
     )
     return [
         layer("embedding", lambda: VocabParallelEmbedding(rows, h, embedding_init(config, vocab_size), tp)),
+        *optional(
+            config.embedding_gradient != 1.0, "embedding_gradient", lambda: ScaleGradient(config.embedding_gradient)
+        ),
+        *optional(config.embedding_scale, "embedding_scale", lambda: Scale(h**0.5)),
+        *optional(config.embedding_norm, "embedding_norm", lambda: residual_norm(config, tp)),
         layer("positions", lambda: EmbeddingOutput(config, tp)),
         *(layer(f"blocks.{i}", lambda i=i: block(i), block_cost) for i in range(config.layers)),  # type: ignore[misc]
-        layer("final_norm", lambda: residual_norm(config, tp)),
+        # the last norm of a post-norm block is the final one
+        *optional(not config.deepnorm, "final_norm", lambda: residual_norm(config, tp)),
+        *optional(by.logits != 1.0, "logits_scale", lambda: Scale(by.logits)),
         head,
     ]
 
@@ -147,14 +171,15 @@ class Transformer(nn.Module):
 
 def parameter_count(config: ModelConfig, vocab_size: int | None = None) -> tuple[int, int]:
     """(all parameters, those outside embedding and head), counted on the model itself without allocating it."""
-    config = config.model_copy(update={"vocab_size": vocab_size or config.vocab_size})
+    config = config.model_copy(update={"vocab_size": vocab_size or config.vocab_size, "attention": "math"})
     assert config.vocab_size is not None
-    total = inner = 0
+    counts: dict[str, int] = {}
     with torch.device("meta"):
-        embedding = config.vocab_size * config.hidden
-        block = sum(p.numel() for p in Block(config, TensorParallel(), "math", False).parameters())
-        rest = sum(p.numel() for p in EmbeddingOutput(config, TensorParallel()).parameters())
-        norm = sum(p.numel() for p in residual_norm(config, TensorParallel()).parameters())
-    inner = config.layers * block + norm
-    total = inner + rest + embedding * (1 if config.tied_embeddings else 2)
-    return total, inner
+        for layer in layer_list(config, TensorParallel(), seed=0, draw=False):
+            if layer.name.startswith("blocks.") and layer.name != "blocks.0":
+                counts[layer.name] = counts["blocks.0"]
+            elif layer.name not in ("embedding", "head"):  # whose rows are padded
+                counts[layer.name] = sum(weight.numel() for weight in layer.build().parameters())
+    inner = sum(count for name, count in counts.items() if name.startswith(("blocks.", "final_norm")))
+    matrices = config.vocab_size * config.hidden * (1 if config.tied_embeddings else 2)
+    return sum(counts.values()) + matrices, inner

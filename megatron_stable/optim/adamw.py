@@ -1,32 +1,91 @@
-"""The base optimizer and its parameter groups."""
+"""AdamW, and AdamW whose step is bounded for each parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
-from megatron_stable.config.schema import OptimizerConfig
-from megatron_stable.parallel.parameters import place
+from megatron_stable.optim.segments import Partition, Segment
 
-
-def decays(weight: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases."""
-    return len(place(weight).full_shape) > 1 and not place(weight).name.endswith(".bias")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) in two groups, with and without weight decay. The learning rate is set at each step."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for weight in parameters:
-        (matrices if decays(weight) else vectors).append(weight)
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=torch.finfo(torch.float32).tiny,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+class Flat(NamedTuple):
+    """A flat tensor of the optimizer at a step: what a rule reads and writes.
+
+    Attributes:
+        weight: fp32, 1-d under DeepSpeed.
+        grad: Like ``weight``; rules may overwrite it.
+        state: Moments by name, like ``weight``, and ``step``, the number of updates.
+        group: ``lr``, ``betas``, ``eps``, ``weight_decay`` and what else the rule needs.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+
+def adamw(flats: list[Flat]) -> None:
+    """AdamW (arXiv 1711.05101) by PyTorch's fused kernel, to which a flat is as good as its parameters."""
+    alike: dict[int, list[Flat]] = {}
+    for flat in flats:
+        alike.setdefault(id(flat.group), []).append(flat)
+    for members in alike.values():
+        group = members[0].group
+        torch_adamw(
+            [flat.weight for flat in members],
+            [flat.grad for flat in members],
+            [flat.state["exp_avg"] for flat in members],
+            [flat.state["exp_avg_sq"] for flat in members],
+            [],
+            [flat.state["step"] for flat in members],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def stable_adamw(flats: list[Flat], partition: Partition) -> None:
+    """StableAdamW (arXiv 2304.13013, algorithm 2): AdamW with the rate of each parameter divided by max(1, RMS).
+
+    RMS is the root of the mean over the whole parameter of g^2 / max(v, eps^2), v being the bias-corrected second
+    moment that g has already entered: about 1 while gradients are as usual, large when they have outgrown it.
+    Collective over the pipeline stage.
+    """
+    if not flats:
+        return
+    of = {flat.weight: flat for flat in flats}
+    for _, grad, state, group in flats:
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+
+    def corrections(flat: Flat) -> list[Tensor]:
+        # in fp64: fp32 would lose 1 - beta^step
+        return [1 - beta ** flat.state["step"].double() for beta in flat.group["betas"]]
+
+    def excess(segment: Segment) -> Tensor:
+        flat = of[segment.flat]
+        second = segment.of(flat.state["exp_avg_sq"]) / corrections(flat)[1]
+        floor = max(flat.group["eps"] ** 2, torch.finfo(torch.float32).tiny)  # a denormal one may count as 0
+        return segment.of(flat.grad).square().div_(second.clamp_min_(floor)).sum(dtype=torch.float64)
+
+    sums = partition.sums(of, excess)
+    for i, segment in partition.within(of):
+        flat = of[segment.flat]
+        group, (bias1, bias2) = flat.group, corrections(flat)
+        rate = group["lr"] / (sums[i] / partition.numel[i]).sqrt().clamp_min(1.0)
+        root = (segment.of(flat.state["exp_avg_sq"]) / bias2).sqrt_().add_(group["eps"])
+        weight = segment.of(flat.weight)
+        weight.mul_(1 - rate * group["weight_decay"])
+        weight.sub_((segment.of(flat.state["exp_avg"]) / root).mul_(rate / bias1))

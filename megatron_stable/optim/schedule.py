@@ -15,7 +15,7 @@ def learning_rate(config: Config, step: int) -> float:
     inverse_sqrt is peak x sqrt(warm-up / step), not below the minimum.
     """
     peak, low = config.optimizer.learning_rate, config.schedule.min_learning_rate
-    warmup, steps, kind = config.schedule.warmup_steps, config.run.steps, config.schedule.kind
+    warmup, steps, kind = config.warmup_steps, config.run.steps, config.schedule.kind
     if step <= warmup:
         return peak * step / warmup
     if kind == "constant":

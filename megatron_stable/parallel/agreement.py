@@ -15,7 +15,7 @@ from megatron_stable.errors import MegatronStableError
 
 @contextmanager
 def together() -> Iterator[None]:
-    """If the body raises a user's error on any rank, every rank raises the first of them. Collective."""
+    """If the body raises a user's error on any rank, every rank raises the first of them, as ``agreed``. Collective."""
     mine: MegatronStableError | None = None
     try:
         yield
@@ -25,11 +25,13 @@ def together() -> Iterator[None]:
     dist.all_gather_object(verdicts, (type(mine), str(mine)) if mine else None)
     for verdict in verdicts:
         if verdict is not None:
-            raise verdict[0](verdict[1]) from None
+            agreed = verdict[0](verdict[1])
+            agreed.agreed = True
+            raise agreed from None
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as a wish to stop after the step in progress, agreed upon by all ranks.
+    """SIGTERM and SIGINT as a wish to stop before the next step, agreed upon by all ranks.
 
     The question goes around while the step computes, over a CPU group of its own, so it costs the step nothing.
     Collective.
@@ -47,12 +49,12 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
     def ask(self) -> None:
-        """Start asking; call before the step."""
+        """Start asking."""
         self._wish.fill_(self.received is not None)
         self._work = dist.all_reduce(self._wish, group=self.group, async_op=True)
 
     def agreed(self) -> bool:
-        """Whether any rank had received a signal when the step began; call after the step."""
+        """Whether any rank had received a signal when it asked."""
         assert self._work is not None
         self._work.wait()
         return bool(self._wish)

@@ -29,12 +29,14 @@ class Init:
         mean: Mean.
         truncated: Cut at two standard deviations (and widen, so that ``std`` is that of the result).
         rows: Draw only this many rows of dimension 0, zeros below: padding of the vocabulary.
+        pattern: Runs of rows of dimension 0, as (rows, factor), that repeat: each row is multiplied by its factor.
     """
 
     std: float = 0.0
     mean: float = 0.0
     truncated: bool = False
     rows: int | None = None
+    pattern: tuple[tuple[int, float], ...] = ()
 
 
 ONES, ZEROS = Init(mean=1.0), Init()
@@ -140,6 +142,7 @@ def _stream(known: Place, seed: int) -> Iterator[tuple[int, Tensor]]:
     digest = hashlib.blake2b(f"{seed}:{known.name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     step = max(1, CHUNK // max(1, prod(shape[1:])))
+    factors = torch.cat([torch.full((count,), factor) for count, factor in init.pattern or ((1, 1.0),)])
     for start in range(0, shape[0], step):
         rows = torch.full((min(step, shape[0] - start), *shape[1:]), init.mean)
         if init.truncated:
@@ -149,4 +152,6 @@ def _stream(known: Place, seed: int) -> Iterator[tuple[int, Tensor]]:
             rows.normal_(init.mean, init.std, generator=generator)
         if init.rows is not None and start + len(rows) > init.rows:
             rows[max(0, init.rows - start) :] = 0
+        if init.pattern:
+            rows *= factors[torch.arange(start, start + len(rows)) % len(factors)].view(-1, *(1 for _ in shape[1:]))
         yield start, rows

@@ -32,7 +32,8 @@ def sharded_region(tp: TensorParallel) -> Iterator[None]:
         return
     # drawn on the CPU, where it costs no device sync; recomputation restores this generator and so the fork
     fork = int(torch.randint(2**62, ())) + tp.rank
-    with torch.random.fork_rng():
+    # this rank's device alone: left to itself, fork_rng saves the state of all and warns that there are many
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(fork)
         yield
 

@@ -67,6 +67,7 @@ class Topology:
         self.tensor_group = self._join([[ranks(p, d, t) for t in shards] for p in stages for d in replicas])
         self.data_group = self._join([[ranks(p, d, t) for d in replicas] for p in stages for t in shards])
         self.pipeline_group = self._join([[ranks(p, d, t) for p in stages] for d in replicas for t in shards])
+        self.stage_group = self._join([[ranks(p, d, t) for d in replicas for t in shards] for p in stages])
         # "model parallel" in DeepSpeed's sense: all that holds one replica
         self.model_group = self._join([[ranks(p, d, t) for p in stages for t in shards] for d in replicas])
         self.tp = TensorParallel(self.tensor_group if tensor > 1 else None, self.tensor_rank, tensor, sequence)

@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -18,12 +20,12 @@ import torch.distributed as dist
 
 from megatron_stable.errors import ConfigError
 
-# (rank, world size, rank on this machine), as torchrun and deepspeed, Open MPI, MPICH and Slurm name them
+# (rank, world size, rank on this machine), as torchrun and deepspeed, Open MPI, MPICH and srun name them
 VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # SLURM_NTASKS is set in a batch script, too
 )
 
 
@@ -77,7 +79,9 @@ def _first_host() -> str:
         return match[1] + (match[2] or "")
     if os.environ["WORLD_SIZE"] == os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS")):
         return "127.0.0.1"
-    raise ConfigError("set MASTER_ADDR to the address of the machine of rank 0 (with mpirun: -x MASTER_ADDR=HOST)")
+    error = ConfigError("set MASTER_ADDR to the address of the machine of rank 0 (with mpirun: -x MASTER_ADDR=HOST)")
+    error.agreed = True
+    raise error
 
 
 def _free_port() -> str:
@@ -87,11 +91,15 @@ def _free_port() -> str:
 
 
 class Lifeline:
-    """Notices within seconds that a rank is gone, even while this one waits for it in a collective.
+    """Ends this process within seconds when a rank is lost, even while it waits for that rank in a collective.
 
-    A thread of each rank waits for a byte from the next rank, which comes when that one leaves in order. If its
-    process dies instead, the connection breaks, this process ends itself, and so on around the ring. Collective.
+    A thread of each rank waits for a word from the next rank. If that one leaves in order, it says so. If it crashes,
+    or its process dies and the connection breaks, this rank passes the word on and ends, and so on around the ring.
+    Collective.
     """
+
+    LEAVES, CRASHES = 0.0, 1.0
+    PATIENCE = 1.5  # seconds before following a crashed rank, whose exit code is the one that the launcher should see
 
     def __init__(self) -> None:
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
@@ -103,35 +111,43 @@ class Lifeline:
             self._thread.start()
 
     def _watch(self) -> None:
+        word, neighbour = torch.full((), self.CRASHES), (self.rank + 1) % self.size
         try:
-            dist.recv(torch.zeros(1), src=(self.rank + 1) % self.size, group=self.group)
+            dist.recv(word, src=neighbour, group=self.group)
         except Exception:
-            if not crash_is_known():
-                print(f"rank {self.rank}: another rank was lost; stopping", flush=True)
+            if first_to_crash():
+                print(f"error: rank {neighbour} was lost; stopping", file=sys.stderr, flush=True)
+        if word != self.LEAVES:
+            self.crash()
+            time.sleep(self.PATIENCE)
             os._exit(1)
+
+    def crash(self) -> None:
+        """Take the other ranks along: they end soon."""
+        try:
+            self._say(self.CRASHES)
+        except Exception:
+            return  # that rank is gone already
 
     def leave(self) -> None:
         """Leave in order. Collective."""
+        self._say(self.LEAVES)
         if self._thread is not None:
-            dist.send(torch.zeros(1), dst=(self.rank - 1) % self.size, group=self.group)
             self._thread.join()
 
+    def _say(self, word: float) -> None:
+        if self._thread is not None:
+            dist.send(torch.full((), word), dst=(self.rank - 1) % self.size, group=self.group)
 
-def announce_crash() -> None:
-    """Tell the other ranks that this one prints the error, so that they end quietly."""
+
+def first_to_crash() -> bool:
+    """Whether this rank crashes before all others, and so has the cause to tell, or there is no knowing."""
     try:
-        _store().set("crash", "1")
+        return int(key_value_store().add("crashed ranks", 1)) == 1
     except Exception:
-        return  # the store went down with rank 0, which has printed an error of its own
+        return True  # the store has not begun, or went down with rank 0
 
 
-def crash_is_known() -> bool:
-    """Whether some rank has announced that it crashed."""
-    try:
-        return bool(_store().check(["crash"]))
-    except Exception:
-        return False
-
-
-def _store() -> Any:
+def key_value_store() -> Any:
+    """The process group's store, through which ranks talk off the main thread; not for large values."""
     return dist.distributed_c10d._get_default_store()

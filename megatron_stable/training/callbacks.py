@@ -53,6 +53,7 @@ class TensorBoard:
     TAGS: ClassVar = {
         "loss": "train/loss",
         "z_loss": "train/z_loss",
+        "mu_loss": "train/mu_loss",
         "grad_norm": "train/grad_norm",
         "learning_rate": "train/learning_rate",
         "loss_scale": "train/loss_scale",
@@ -63,9 +64,14 @@ class TensorBoard:
     }
 
     def __init__(self, directory: Path, first_step: int) -> None:
+        self.directory, self.first_step = directory, first_step
+        self.writer: Any = None
+        self._open()
+
+    def _open(self) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second, and only rank 0 needs it
 
-        self.writer = SummaryWriter(str(directory), purge_step=first_step if first_step > 1 else None)
+        self.writer = SummaryWriter(str(self.directory), purge_step=self.first_step if self.first_step > 1 else None)
         charts = {
             "loss": ["Multiline", ["train/loss", "validation/loss"]],
             "gradient norm": ["Multiline", ["train/grad_norm"]],
@@ -75,15 +81,23 @@ class TensorBoard:
         self.writer.add_custom_scalars({"stability": charts})
 
     def record(self, record: Record) -> None:
-        for key, tag in self.TAGS.items():
-            if record.get(key) is not None:
-                self.writer.add_scalar(tag, record[key], record["step"])
+        try:
+            if self.writer is None:
+                self.first_step = record["step"]
+                self._open()
+            for key, tag in self.TAGS.items():
+                if record.get(key) is not None:
+                    self.writer.add_scalar(tag, record[key], record["step"])
+        except OSError:
+            self.writer = None  # it does not recover: the next record begins a file of its own
+            raise
 
     def message(self, text: str) -> None:
         pass
 
     def close(self) -> None:
-        self.writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
 
 class ProgressLine:
@@ -113,11 +127,11 @@ class ProgressLine:
         step = record["step"]
         parts = [
             f"step {step:{self.width}}/{self.steps}",
-            f"loss {record['loss']:.4f}",
-            f"grad norm {record['grad_norm']:.3g}",
+            f"loss {_number(record['loss'], '.4f')}",
+            f"grad norm {_number(record['grad_norm'], '.3g')}",
         ]
         if "validation_loss" in record:
-            parts.insert(2, f"validation {record['validation_loss']:.4f}")
+            parts.insert(2, f"validation {_number(record['validation_loss'], '.4f')}")
         if record["tokens_per_second"] is not None:
             parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
         if record.get("mfu") is not None:
@@ -131,20 +145,24 @@ class ProgressLine:
         return " · ".join(parts)
 
     def _show(self, line: str, keep: bool) -> None:
-        end = "\n" if keep else ""
-        print(f"\r\x1b[2K{line}{end}" if self.live else f"{line}{end}", end="", flush=True)
+        self._print(("\r\x1b[2K" if self.live else "") + line + ("\n" if keep else ""))
         self.shown = not keep
 
     def message(self, text: str) -> None:
-        if self.shown:
-            print()
-            self.shown = False
-        print(text, flush=True)
+        self.close()
+        self._print(f"{text}\n")
 
     def close(self) -> None:
         if self.shown:
-            print(flush=True)
             self.shown = False
+            self._print("\n")
+
+    @staticmethod
+    def _print(text: str) -> None:
+        try:
+            print(text, end="", flush=True)
+        except OSError:  # nobody reads it any more: a closed pipe, a terminal that is gone
+            return
 
 
 class Callbacks:
@@ -181,6 +199,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def strict(value: float) -> float | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.config.schema import Config
@@ -12,9 +15,13 @@ from megatron_stable.errors import ConfigError
 from megatron_stable.stability.ledger import Ledger
 
 # fields of `model` that may change from one start of a run to the next: names and what does not change the function
-FREE = {"size", "recipe", "attention", "activation_checkpointing", "compile", "dropout", "attention_dropout"}
+FREE = {
+    "size", "recipe", "attention", "activation_checkpointing", "compile", "dropout", "attention_dropout",
+    "embedding_gradient",
+}  # fmt: skip
 # what only says where and how often to write
 SILENT = {"logging", "checkpoint"}
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -27,35 +34,80 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.ledger = Ledger(self.path / "ledger.jsonl")
+        self._lock: IO[bytes] | None = None
 
-    def claim(self, config: Config) -> dict[str, list[Any]]:
-        """Make the directory this run's: create it, or check that it is, and write the resolved configuration.
-
-        Returns:
-            What differs from the last start, ``{"section.field": [before, now]}``.
+    def claim(self, config: Config) -> None:
+        """Make the directory this process's, and see that it can be written to. What a run is goes there later, by
+        :meth:`commit`, when all that can be wrong with its input has been looked at.
 
         Raises:
-            ConfigError: It cannot be written to, or belongs to a run of another model.
+            ConfigError: It cannot be written to, is in use, or belongs to a run of another model.
         """
-        before = load_config(self.config) if self.config.is_file() else None
-        changed = differences(before, config) if before else {}
-        refuse_other_model(changed, f"{self.path} belongs to a run of another model")
-        try:
+        if self.config.is_file() and self.metrics.is_file():
+            changed = differences(load_config(self.config), config)
+            refuse_other_model(changed, f"{self.path} belongs to a run of another model")
+        with self.explained():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            beside = self.path / ".config.yaml.new"
-            try:
-                beside.write_text(dump_config(config), encoding="utf-8")
-                with beside.open("rb") as file:
-                    os.fsync(file.fileno())
-                beside.rename(self.config)
-            finally:
-                beside.unlink(missing_ok=True)
+            self._lock = self._locked()
+            self._prepare(config).unlink()
+
+    def commit(self, config: Config) -> None:
+        """Write the resolved configuration.
+
+        Raises:
+            ConfigError: It cannot be written.
+        """
+        with self.explained():
+            self._prepare(config).rename(self.config)
+
+    def release(self) -> None:
+        """Undo :meth:`claim`; in a directory in which no run has begun, nothing is left behind."""
+        if self._lock is None:
+            return
+        self._lock.close()
+        self._lock = None
+        if not self.config.exists():
+            for remove in ((self.path / LOCK).unlink, self.checkpoints.rmdir, self.path.rmdir):
+                try:
+                    remove()
+                except OSError:
+                    return  # something is in it that is not ours
+
+    def _locked(self) -> IO[bytes]:
+        lock = (self.path / LOCK).open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+        except BlockingIOError:
+            raise ConfigError(
+                f"run.directory {str(self.path)!r} is in use by a run that has not ended: "
+                "wait for it, stop it, or choose another directory"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        return lock
+
+    def _prepare(self, config: Config) -> Path:
+        beside = self.path / ".config.yaml.new"
+        try:
+            with beside.open("wb") as file:
+                file.write(dump_config(config).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        return beside
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn an OSError inside the block into a ConfigError."""
+        try:
+            yield
         except OSError as error:
             raise ConfigError(
                 f"run.directory {str(self.path)!r} cannot be written: {error.strerror or error}; "
                 "choose another directory, or make room or permission there"
             ) from None
-        return changed
 
 
 def differences(before: Config, now: Config) -> dict[str, list[Any]]:

@@ -73,19 +73,21 @@ def evaluate(
         progress: Called with the windows done, and their number in all.
     """
     vocab_size, batch = trained.config.model.vocab_size, trained.config.batch
+    cap = trained.config.model.final_logit_cap
     assert vocab_size is not None
     size = micro_size or batch.micro_size
     total = sum(part.windows for part in dataset.parts)
     windows = _all(dataset)
     if batches is not None:
-        total = min(batches * batch.global_size, total)
-        windows = (where for where in map(dataset.locate, range(total)) if where.epoch == 0)
+        wanted = map(dataset.locate, range(min(batches * batch.global_size, total)))
+        chosen = [where for where in wanted if where.epoch == 0]  # a small part of a blend may come around again
+        windows, total = iter(chosen), len(chosen)
     lengths = byte_lengths(trained.tokenizer, vocab_size) if trained.tokenizer else None
     loss, tokens, text_bytes, done = 0.0, 0, 0, 0
     for chunk in _chunks(windows, size):
         samples = np.stack([_read(where, vocab_size) for where in chunk])
         inputs, targets = (torch.from_numpy(part).to(trained.device) for part in (samples[:, :-1], samples[:, 1:]))
-        nll, _ = vocab_parallel_cross_entropy(trained.model(inputs), targets, vocab_size=vocab_size)
+        nll, _ = vocab_parallel_cross_entropy(trained.model(inputs), targets, vocab_size=vocab_size, cap=cap)
         loss += nll.double().sum().item()
         tokens += targets.numel()
         if lengths is not None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_stable.data import Tokenizer
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.model.attention import choose_backend
+from megatron_stable.model.backends import choose_backend
+from megatron_stable.model.elementwise import soft_cap
 from megatron_stable.training.trained import Trained
 
 
@@ -119,7 +120,7 @@ def text_pieces(tokenizer: Tokenizer, prompt: str, tokens: Iterable[int]) -> Ite
 def _next_logits(trained: Trained, ids: list[int]) -> Tensor:
     """Logits ``[v]`` of the token after ``ids``."""
     last, config = len(ids) - 1, trained.config.model
-    if choose_backend(config, trained.device.type) == "flex":
+    if choose_backend(config, trained.device.type).name == "flex":
         # compiled for one length; what stands behind the last token does not reach it
         ids = ids + [0] * (config.sequence_length - len(ids))
     *body, head = trained.model.layers.values()
@@ -127,4 +128,4 @@ def _next_logits(trained: Trained, ids: list[int]) -> Tensor:
     for layer in body:
         x = layer(x)
     logits: Tensor = head(x[:, last])  # of one position, not of all: [1, v]
-    return logits[0]
+    return logits[0] if config.final_logit_cap is None else soft_cap(logits[0], config.final_logit_cap)

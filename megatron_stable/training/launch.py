@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -16,48 +18,88 @@ import psutil
 
 from megatron_stable.training.pretrain import ERROR_FILE
 
+# the launcher's log says nothing that a user needs, and would bury a rank's error
+LAUNCHER = (
+    "import logging, runpy; logging.disable(); runpy.run_module('deepspeed.launcher.launch', run_name='__main__')"
+)
+
 
 def launch(arguments: Sequence[str], ranks: int) -> int:
     """Run ``megatron_stable.pretrain`` with these arguments on ``ranks`` ranks; returns the exit code.
 
-    Signals go to the ranks, which stop in order, and not to the launcher, which would kill them. If a rank
+    SIGTERM and SIGINT go to the ranks, which stop in order, and not to the launcher, which would kill them. If a rank
     crashes, its error is printed last.
     """
+    received: list[int] = []
+    launcher: subprocess.Popen[bytes] | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if launcher is not None:
+            _signal_ranks(launcher.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with tempfile.TemporaryDirectory(prefix="megatron-stable-") as scratch:
+            error = Path(scratch) / "error"
+            # a session of its own, so that Ctrl-C at a terminal reaches this process alone
+            launcher = subprocess.Popen(
+                _command(arguments, ranks), env=_environment(ranks, error), start_new_session=True
+            )
+            if received:
+                _signal_ranks(launcher.pid, received[-1])
+            code = launcher.wait()
+            if error.is_file():
+                first, _, text = error.read_text(encoding="utf-8").partition("\n")
+                print(text, file=sys.stderr, end="", flush=True)
+                return int(first)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    return _explain(code, received)
+
+
+def _explain(code: int, received: list[int]) -> int:
+    if code in range(6):
+        return code
+    died_of = -code if code < 0 else 256 - code  # the launcher exits with the code of a rank, as subprocess gives it
+    if died_of in received:
+        print(f"{signal.Signals(died_of).name}: stopped before training began", file=sys.stderr, flush=True)
+        return 0
+    what = f"was killed by {signal.Signals(died_of).name}" if died_of in set(signal.Signals) else f"ended with {code}"
+    print(f"error: a rank {what}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    return 1
+
+
+def _command(arguments: Sequence[str], ranks: int) -> list[str]:
+    devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    world = {"localhost": devices[:ranks] if len(devices) >= ranks else list(range(ranks))}
+    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     # fmt: off
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port),
+    return [
+        sys.executable, "-c", LAUNCHER, f"--world_info={encoded}", "--master_addr=127.0.0.1", f"--master_port={port}",
         "--no_local_rank", "--module", "megatron_stable.pretrain", *arguments,
     ]
     # fmt: on
-    environment = dict(os.environ, PYTHONUNBUFFERED="1", DEEPSPEED_LOG_LEVEL="error")
+
+
+def _environment(ranks: int, error: Path) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(error)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    with tempfile.TemporaryDirectory(prefix="megatron-stable-") as scratch:
-        environment[ERROR_FILE] = str(Path(scratch) / "error")
-        # a session of its own, so that Ctrl-C at a terminal reaches this process alone
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _forwarder(launcher.pid))
-        code = launcher.wait()
-        error = Path(environment[ERROR_FILE])
-        if error.is_file():
-            print(error.read_text(encoding="utf-8"), file=sys.stderr, end="", flush=True)
-    return code if code in range(6) else 1  # a rank that was killed gives a code of its own
+    return environment
 
 
-def _forwarder(launcher: int) -> Callable[[int, FrameType | None], None]:
-    def forward(number: int, frame: FrameType | None) -> None:
-        try:
-            children = psutil.Process(launcher).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
-        workers = [child for child in children if _is_rank(child)]
-        for process in workers or [psutil.Process(launcher)]:
-            process.send_signal(number)
-
-    return forward
+def _signal_ranks(launcher: int, number: int) -> None:
+    """Pass a signal on to the ranks, or end the launcher if it has not started any."""
+    try:
+        process = psutil.Process(launcher)
+        for child in [child for child in process.children(recursive=True) if _is_rank(child)] or [process]:
+            child.send_signal(number)
+    except psutil.Error:
+        return
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -3,90 +3,112 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, MegatronStableError
 
-ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # a crashing rank leaves its error there too
+if TYPE_CHECKING:
+    from megatron_stable.parallel.agreement import StopSignal
+
+ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
 
 
 def pretrain(config: Config) -> None:
     """Train, on this rank of whatever launcher started it; alone without one. Returns when the run has ended.
 
     Raises:
-        MegatronStableError: The same on all ranks, with a message for the user.
+        MegatronStableError: With a message for the user; ``agreed`` if it is the same on all ranks. After any other
+            error, here or on another rank, the processes of the other ranks end themselves.
     """
-    # the engine's own prints say nothing a user needs, and torch warns about calls that DeepSpeed makes
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    # torch warns about calls that DeepSpeed makes
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import torch.distributed as dist
 
+    from megatron_stable.parallel.agreement import StopSignal
     from megatron_stable.parallel.world import Lifeline, join_world
 
     join_world()
     lifeline = Lifeline()
-    _train(config, dist.get_rank(), dist.get_world_size())
+    try:
+        _train(config, StopSignal(), dist.get_rank(), dist.get_world_size())
+    except BaseException as error:
+        if isinstance(error, MegatronStableError) and error.agreed:
+            lifeline.leave()
+            dist.destroy_process_group()
+        else:
+            lifeline.crash()
+        raise
     lifeline.leave()
     dist.destroy_process_group()
 
 
-def _train(config: Config, rank: int, world: int) -> None:
-    from megatron_stable.data import Tokenizer, check_tokenizer, check_vocabulary
+def _train(config: Config, stop: StopSignal, rank: int, world: int) -> None:
+    import torch
+
+    from megatron_stable.data import Tokenizer
     from megatron_stable.engine.checkpoint import store
-    from megatron_stable.parallel.agreement import StopSignal, together
+    from megatron_stable.model.backends import choose_backend
+    from megatron_stable.parallel.agreement import together
     from megatron_stable.parallel.topology import Topology
     from megatron_stable.training.callbacks import Callbacks, MetricsFile, ProgressLine, TensorBoard
     from megatron_stable.training.directory import RunDirectory
     from megatron_stable.training.trainer import Trainer
 
-    check(config, world)  # the same on all ranks: there is nothing to agree upon
     directory = RunDirectory(config.run.directory)
     tokenizer = None
-    changed = {}
-    with together():
-        if config.data.tokenizer is not None:
-            tokenizer = Tokenizer(config.data.tokenizer)
-        config = with_vocabulary(config, tokenizer.vocab_size if tokenizer else None)
-        if rank == 0:
-            changed = directory.claim(config)
-            store.clean(directory.checkpoints)
-    progress = ProgressLine(config)
-    report = progress.message if rank == 0 else _silence
-    topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-    stop = StopSignal()
-    trainer = Trainer(config, topology, directory, report)
-    with together():
-        if rank == 0:
-            assert config.model.vocab_size is not None
-            for data in filter(None, (trainer.train_data, trainer.validation_data)):
-                if tokenizer:
-                    check_tokenizer(data, tokenizer)
-                check_vocabulary(data, config.model.vocab_size)
-    trainer.resume()
-    if trainer.step >= config.run.steps:
-        report(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
-        return
-    callbacks = None
-    if rank == 0:
-        facts = {"layout": vars(config.parallel), "ranks": world} | ({"changed": changed} if changed else {})
-        directory.ledger.write("resume" if trainer.step else "start", trainer.step, **facts)
-        writers = [TensorBoard(directory.tensorboard, trainer.step + 1)] if config.logging.tensorboard else []
-        callbacks = Callbacks(MetricsFile(directory.metrics), *writers, progress)
-    try:
-        signal = trainer.run(callbacks.record if callbacks else _silence, stop)
-    finally:
-        if callbacks:
-            callbacks.close()
-    if signal:
-        report(f"{signal}: stopped after step {trainer.step}, saved; the same command goes on from there")
-    else:
-        report(f"done: {trainer.step} steps, in {directory.path}")
+    with ExitStack() as stack:
+        with together():
+            check(config, world)
+            backend = choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+            if config.data.tokenizer is not None:
+                tokenizer = Tokenizer(config.data.tokenizer)
+            config = with_vocabulary(config, tokenizer.vocab_size if tokenizer else None)
+            if rank == 0:
+                stack.callback(directory.release)
+                directory.claim(config)
+                store.clean(directory.checkpoints)
+        with together():
+            if not directory.checkpoints.is_dir():
+                raise ConfigError(
+                    f"rank {rank} on {socket.gethostname()} does not see run.directory {config.run.directory}: "
+                    "it must be on a file system that all ranks share"
+                )
+        progress = ProgressLine(config)
+        report = progress.message if rank == 0 else _silence
+        report(f"attention backend {backend.name}: {backend.reason}")
+        topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
+        trainer = Trainer(config, topology, directory, report, tokenizer)
+        changed = trainer.resume()
+        if trainer.step >= config.run.steps:
+            report(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
+            return
+        record: Callable[[dict[str, Any]], None] = _silence
+        with together():
+            if rank == 0:
+                directory.commit(config)
+                facts = {"layout": vars(config.parallel), "ranks": world} | ({"changed": changed} if changed else {})
+                with directory.explained():
+                    directory.ledger.write("resume" if trainer.step else "start", trainer.step, **facts)
+                    writers = (
+                        [TensorBoard(directory.tensorboard, trainer.step + 1)] if config.logging.tensorboard else []
+                    )
+                callbacks = stack.enter_context(closing(Callbacks(MetricsFile(directory.metrics), *writers, progress)))
+                record = callbacks.record
+        signal = trainer.run(record, stop)
+        if signal:
+            report(f"{signal}: stopped after step {trainer.step}, saved; the same command goes on from there")
+        else:
+            report(f"done: {trainer.step} steps, in {directory.path}")
 
 
 def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
@@ -109,34 +131,45 @@ def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
 
 
 def guarded(config: Config) -> int:
-    """:func:`pretrain`, with errors turned into messages on one rank and the exit code that DESIGN promises."""
-    from megatron_stable.parallel.world import announce_crash, crash_is_known, environment_rank
-
+    """:func:`pretrain`, with errors turned into a message by one rank and the exit code that DESIGN promises."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are a page each
     try:
         pretrain(config)
         return 0
+    except KeyboardInterrupt:  # later, StopSignal takes it
+        return _leave("SIGINT: stopped before training began", 0)
     except MegatronStableError as error:
-        if environment_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _leave(f"error: {error}", error.exit_code) if error.agreed else _crash(error)
     except BaseException as error:
-        if crash_is_known() or _lost_connection(error):
-            time.sleep(1.0)  # another rank is to blame; its error is the one to read
-            if not crash_is_known():
-                print(
-                    f"rank {environment_rank()}: lost the connection to another rank; stopping",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        return _crash(error)
+
+
+def _leave(message: str, code: int) -> int:
+    from megatron_stable.parallel.world import environment_rank
+
+    if environment_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _crash(error: BaseException) -> NoReturn:
+    """End this process, and with it the run, because of an error of this rank alone."""
+    from megatron_stable.parallel.world import environment_rank, first_to_crash
+
+    if _lost_connection(error):
+        time.sleep(5.0)  # another rank is to blame; its word, or that of its neighbour, ends this one
+    code = error.exit_code if isinstance(error, MegatronStableError) else 1
+    if first_to_crash():
+        if isinstance(error, MegatronStableError):
+            text = f"error: rank {environment_rank()}: {error}\n"
         else:
-            announce_crash()
             text = f"rank {environment_rank()} failed:\n{''.join(traceback.format_exception(error))}"
-            if path := os.environ.get(ERROR_FILE):
-                Path(path).write_text(text, encoding="utf-8")
-            print(text, file=sys.stderr, flush=True)
-            time.sleep(2.0)  # rank 0 holds the store from which the others learn of it
-        sys.stdout.flush()
-        os._exit(1)  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
+        if path := os.environ.get(ERROR_FILE):
+            Path(path).write_text(f"{code}\n{text}", encoding="utf-8")  # the launcher prints it, last
+        else:
+            print(text, file=sys.stderr, end="", flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
 
 
 def _lost_connection(error: BaseException) -> bool:

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor
 
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Batches, SkipWindows, open_dataset
+from megatron_stable.data import (
+    Batches,
+    SkipWindows,
+    Tokenizer,
+    check_tokenizer,
+    check_vocabulary,
+    open_dataset,
+)
 from megatron_stable.engine.checkpoint import loader
+from megatron_stable.engine.checkpoint.format import stored_config
 from megatron_stable.engine.checkpoint.saver import Saver
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.shards import (
@@ -21,13 +29,14 @@ from megatron_stable.engine.shards import (
     refresh,
     set_loss_scaler_state,
     set_optimizer_steps,
+    vector_shards,
 )
-from megatron_stable.errors import ConfigError
+from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.optim.schedule import learning_rate
 from megatron_stable.parallel.agreement import StopSignal, together
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.training.callbacks import Record, strict
-from megatron_stable.training.directory import RunDirectory
+from megatron_stable.training.directory import RunDirectory, differences, refuse_other_model
 from megatron_stable.training.flops import flops_per_token, peak_flops
 
 
@@ -39,10 +48,19 @@ class Trainer:
         topology: The grid of ranks.
         directory: Where it writes.
         report: Called on rank 0 with lines for the user.
+        tokenizer: The data must have been made with it; ``None``: of unknown origin.
+
+    Raises:
+        MegatronStableError: On all ranks alike: the data cannot be used.
     """
 
     def __init__(
-        self, config: Config, topology: Topology, directory: RunDirectory, report: Callable[[str], None]
+        self,
+        config: Config,
+        topology: Topology,
+        directory: RunDirectory,
+        report: Callable[[str], None],
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config, self.topology, self.directory, self.report = config, topology, directory, report
         self.step = 0  # the last one that was trained
@@ -50,29 +68,59 @@ class Trainer:
         with together():
             self.train_data = self._batches(config.data.train)
             self.validation_data = self._batches(config.data.validation) if config.data.validation else None
+            for data in filter(None, (self.train_data, self.validation_data) if topology.rank == 0 else ()):
+                assert config.model.vocab_size is not None
+                if tokenizer:
+                    check_tokenizer(data, tokenizer)
+                check_vocabulary(data, config.model.vocab_size)
         self.engine = Engine(config, topology)
         self.saver = Saver(directory.checkpoints, config.checkpoint.keep, report)
         self.tokens_per_step = config.batch.global_size * config.model.sequence_length
         peak = peak_flops(config.precision.dtype)
         self.peak = peak and peak * topology.world / flops_per_token(config.model)  # tokens/s at full utilisation
 
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint of the run directory, if there is one."""
+    def resume(self) -> dict[str, list[Any]]:
+        """Go on from the newest whole checkpoint of the run directory, if there is one. Collective.
+
+        Returns:
+            What differs from the configuration that wrote it, ``{"section.field": [before, now]}``.
+
+        Raises:
+            ConfigError: On all ranks alike: it is of another model.
+            DataError: On all ranks alike: it is damaged.
+        """
         entry = loader.choose(self.directory.checkpoints, self.report)
         if entry is None:
-            return
+            return {}
         assert entry.manifest is not None
-        shards = local_shards(self.engine.deepspeed, self.engine.module)
+        engine, module = self.engine.deepspeed, self.engine.module
+        shards = local_shards(engine, module) + vector_shards(engine, module)
         with together():
-            loader.load_shards(entry.directory, entry.manifest, shards)
+            changed = differences(stored_config(entry.directory, entry.manifest), self.config)
+            refuse_other_model(changed, f"{entry.directory} is of another model")
+            incomplete = loader.load_shards(entry.directory, entry.manifest, shards)
+            try:
+                self._restore(entry.manifest.state)
+            except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
+                raise DataError(f"{entry.directory}: its manifest's state is not usable ({error!r})") from None
+        for shard in incomplete:
+            self.engine.optimizer.restart(shard.flat)
+        if incomplete:
+            self.report(
+                f"moments start at zero where optimizer.name {self.config.optimizer.name} keeps others than before"
+            )
         refresh(self.engine.deepspeed)
-        state = entry.manifest.state
-        set_optimizer_steps(self.engine.deepspeed, state["optimizer_steps"])
+        self.step = entry.manifest.step
+        self.report(f"resumed from {entry.directory} (step {self.step})")
+        return changed
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        set_optimizer_steps(self.engine.deepspeed, int(state["optimizer_steps"]))
+        if message := self.engine.optimizer.load_state_values(state.get("optimizer")):
+            self.report(message)
         if state["loss_scaler"] is not None and self.config.precision.dtype == "fp16":
             set_loss_scaler_state(self.engine.deepspeed, state["loss_scaler"])
         self.skip = SkipWindows(state["skip_windows"])
-        self.step = entry.manifest.step
-        self.report(f"resumed from {entry.directory} (step {self.step})")
 
     def run(self, record: Callable[[Record], None], stop: StopSignal) -> str | None:
         """Train to ``run.steps``.
@@ -83,12 +131,17 @@ class Trainer:
 
         Returns:
             The signal that ended it ("SIGTERM"; "a signal" on a rank that received none), or ``None`` at the end.
+
+        Raises:
+            MegatronStableError: On all ranks alike: the last checkpoint could not be written.
+            DataError: On this rank alone: the data is not what it was.
         """
         config = self.config
         self._train_batches = Batches(
             self.train_data, config.batch.global_size, config.batch.micro_size, self.skip, config.model.vocab_size
         )
-        clock, stopped, saved = _Clock(), False, self.step
+        stop.ask()
+        clock, stopped, saved = _Clock(), stop.agreed(), self.step
         while self.step < config.run.steps and not stopped:
             self.step += 1
             stop.ask()
@@ -110,7 +163,7 @@ class Trainer:
                 saved = self.step
         if saved != self.step:
             self.save()
-        self.saver.wait()
+        self.saver.finish()
         return (stop.received or "a signal") if stopped else None
 
     def save(self) -> None:
@@ -125,11 +178,12 @@ class Trainer:
         }
         state = {
             "optimizer_steps": optimizer_steps(engine),
+            "optimizer": self.engine.optimizer.state_values(),
             "loss_scaler": loss_scaler_state(engine),
             "skip_windows": self.skip.to_list(),
             "data_step": self.skip.data_step(self.step) if self.step else 0,
         }
-        shards = local_shards(engine, self.engine.module)
+        shards = local_shards(engine, self.engine.module) + vector_shards(engine, self.engine.module)
         self.saver.save(self.step, shards, layout, self.config.model_dump(mode="json"), state)
 
     def _record(self, rate: float, clock: _Clock) -> Record:
@@ -148,6 +202,8 @@ class Trainer:
             "skipped": metrics.skipped,
             "data_step": self.skip.data_step(self.step),
         }
+        if self.config.loss.mu_loss:
+            line["mu_loss"] = strict(metrics.mu_loss)
         if self.peak and speed:
             line["mfu"] = speed / self.peak
         return line

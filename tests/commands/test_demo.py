@@ -18,7 +18,7 @@ from megatron_stable.config.load import load_config
 from megatron_stable.data.preprocess import preprocess
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.model.transformer import parameter_count
-from megatron_stable.training.demo import SETTINGS, Demo, newest_step
+from megatron_stable.training.demo import PROMPT, SETTINGS, Demo, newest_step
 from megatron_stable.training.demo_text import write_standard_library
 from megatron_stable.training.figure import draw, read_metrics
 from tests.commands.conftest import SmallDemo, small_demo
@@ -47,7 +47,7 @@ def test_makes_a_trained_model_its_curves_and_a_sample(small: SmallDemo) -> None
     assert (small.directory / "training.png").read_bytes().startswith(PNG)
     said = "\n".join(small.said)
     assert f"validation loss {measured[0]:.2f} -> {measured[-1]:.2f}" in said
-    assert "| def " in said
+    assert f"| {PROMPT}" in said
     assert f"tensorboard --logdir {small.run / 'tensorboard'}" in said
     assert list((small.run / "tensorboard").glob("events.*"))
     manifest = next(small.run.glob("checkpoints/step_00000012/*.json")).read_text()

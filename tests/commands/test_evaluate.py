@@ -95,6 +95,14 @@ def test_all_parts_of_a_blend_are_taken(small: SmallDemo, trained: Trained, exce
     assert result.loss * result.tokens == pytest.approx(sum(part.loss * part.tokens for part in parts), rel=1e-6)
 
 
+def test_batches_of_a_blend_take_no_window_twice(small: SmallDemo, trained: Trained, excerpt: Path) -> None:
+    blend = open_dataset({str(excerpt): 9, str(small.directory / "train_validation"): 1}, 64, 0)
+    seen: list[tuple[int, int]] = []
+    result = evaluate(trained, blend, batches=8, progress=lambda *n: seen.append(n))
+    assert result.tokens == (31 + 6) * 64  # of 58 + 6 samples; the first part has 31 windows
+    assert seen[-1] == (37, 37)
+
+
 def test_bits_per_byte(trained: Trained, excerpt: Path) -> None:
     assert trained.tokenizer is not None
     result = evaluate(trained, open_data(trained, str(excerpt)))

@@ -87,6 +87,17 @@ def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
     return {"metrics": metrics, "evaluation": evaluation, "shards": shards}
 
 
+def train_many_on_ranks(configs: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str, Any]]:
+    """On a rank: :func:`train_on_ranks` for several configurations of one world, one after the other."""
+    return {name: train_on_ranks(values, steps) for name, values in configs.items()}
+
+
+def update_error(value: Tensor, reference: Tensor, start: Tensor, rate: float) -> float:
+    """How far a parameter is off, relative to how far it has moved."""
+    moved = float((reference - start).norm()) + 0.01 * rate * reference.numel() ** 0.5
+    return float((value - reference).norm()) / moved
+
+
 def micro_batches(tokens: Tensor, config: Config, topology: Any) -> list[Tensor]:
     """This replica's micro batches of a global batch."""
     micro, replicas = config.batch.micro_size, topology.data_size

@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_stable.config.checks import conflicts
-from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.schema import Config
-from tests.engine.layouts import assemble, initial_parameters, make_config, train_on_ranks, train_reference, unpadded
+from tests.engine.layouts import (
+    assemble,
+    initial_parameters,
+    make_config,
+    train_on_ranks,
+    train_reference,
+    unpadded,
+    update_error,
+)
 from tests.harness.ranks import Ranks
 from tests.reference.optimizer import Trained
 
@@ -24,6 +30,7 @@ STEPS, RATE = 4, 3e-3
 # is off by up to 2^-9 = 2e-3 and 2^-12 = 2e-4, a gradient goes through some dozens, and a lost or doubled reduction
 # over two ranks, the smallest error of a layout, is off by 0.5.
 BOUNDS = {"fp32": (1e-5, 1e-5, 1e-3), "bf16": (2e-3, 2e-2, 0.15), "fp16": (3e-4, 3e-3, 0.03)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gqa_swiglu_rmsnorm": {"kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm"},
@@ -37,7 +44,7 @@ OPTIONS: dict[str, list[Any]] = {
     "sequence": [False, True],
     "zero_stage": [1, 2, 3],
     "dtype": ["fp32", "bf16", "fp16"],
-    "recipe": list(RECIPES),
+    "recipe": ["qk_norm_cap", "sigma_reparam", "olmo2", "gemma2", "deepnorm"],  # all are in test_recipes.py
     "model": list(MODELS),
     "tied": [False, True],
     "recompute": ["none", "full", 2],
@@ -118,12 +125,15 @@ def compare(ranks: Ranks, case: Case) -> None:
     loss_bound, norm_bound, update_bound = BOUNDS[case["dtype"]]
     assert losses == pytest.approx(expected.losses, rel=loss_bound)
     assert norms == pytest.approx(expected.grad_norms, rel=norm_bound)
-    start = initial_parameters(config)
+    start, dtype = initial_parameters(config), DTYPES[case["dtype"]]
     errors = {
-        key: update_error(value, expected.parameters[key], start[key])
+        # DeepSpeed makes the masters from the weights in half precision: what that rounds off is no update
+        key: update_error(value + (start[key] - start[key].to(dtype)), expected.parameters[key], start[key], RATE)
         for key, value in final.items()
         # without rotary positions the softmax does not see a bias of the keys: its gradient is rounding
         if not (key.endswith("k_norm.bias") and config.model.positions != "rope")
+        # an inner product of whole matrices, whose terms cancel: in half precision rounding hides it
+        and not (key.endswith("reparametrize.gamma") and dtype != torch.float32)
     }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < update_bound, f"the update of {worst} is off by {errors[worst]:.2e}"
@@ -132,12 +142,6 @@ def compare(ranks: Ranks, case: Case) -> None:
             reference = expected.parameters[key]
             floor = RATE * reference.numel() ** 0.5  # some biases stay zero but for rounding
             assert float((value - reference).norm() / max(float(reference.norm()), floor)) < 1e-5, key
-
-
-def update_error(value: Tensor, reference: Tensor, start: Tensor) -> float:
-    """How far a parameter is off, relative to how far it has moved."""
-    moved = float((reference - start).norm()) + 0.01 * RATE * reference.numel() ** 0.5
-    return float((value - reference).norm()) / moved
 
 
 @pytest.mark.parametrize("case", all_pairs_cases(), ids=name)
@@ -149,6 +153,7 @@ def test_the_cases_cover_every_pair_that_can_occur() -> None:
     covered = set().union(*map(pairs, all_pairs_cases()))
     values = {(a, x, b, y) for a, b in itertools.combinations(OPTIONS, 2) for x in OPTIONS[a] for y in OPTIONS[b]}
     impossible = {
+        ("zero_stage", 3, "recipe", "sigma_reparam"),
         *(("pipeline", p, "zero_stage", z) for p in (2, 4) for z in (2, 3)),
         ("tensor", 1, "sequence", True),
         *(("tensor", t, "pipeline", 4) for t in (4,)),

@@ -15,7 +15,7 @@ STEPS = 2
 def both(ranks: Ranks, world: int, model: dict[str, Any], parallel: dict[str, Any]) -> None:
     runs = []
     for compiled in (False, True):
-        config = make_config({"layers": 2, "recipe": "qk_norm_cap", **model, "compile": compiled}, parallel=parallel)
+        config = make_config({"layers": 1, "recipe": "qk_norm_cap", **model, "compile": compiled}, parallel=parallel)
         runs.append(ranks.run(world, train_on_ranks, config.model_dump(mode="json"), STEPS, timeout=240))
     plain, compiled_run = runs
     for before, after in zip(plain[0]["metrics"], compiled_run[0]["metrics"], strict=True):

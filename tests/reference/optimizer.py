@@ -102,11 +102,13 @@ def train(
         raise ValueError(f"{steps} steps asked for, {len(batches)} batches given")
     parameters = {name: value.detach().clone() for name, value in parameters.items()}
     optimizer = AdamW(parameters, cfg.optimizer)
+    power = model.PowerIteration(parameters)
     trained = Trained([], [], [], parameters)
     for step, (tokens, labels) in enumerate(batches[:steps], start=1):
         leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
         cast = {name: leaf.to(compute_dtype or leaf.dtype) for name, leaf in leaves.items()}
-        loss = model.loss(cast, tokens, labels, cfg.model, cfg.loss.z_loss)
+        vectors = power.step(parameters)
+        loss = model.loss(cast | vectors, tokens, labels, cfg.model, cfg.loss.z_loss, cfg.loss.mu_loss)
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         gradients, norm = clip(gradients, cfg.optimizer.clip_grad)
         rate = learning_rate(step, cfg)

@@ -6,6 +6,7 @@
         manifest.json             format version, step, layout, configuration, run state, files with sizes and checksums
         rank_00000.safetensors    what rank 0 owned: "NAME:weight", "NAME:exp_avg", "NAME:exp_avg_sq", all 1-d fp32
         rank_00001.safetensors    …
+        damaged.json              only where a resume found its checksums wrong: why
     checkpoints/latest            the name of the newest complete checkpoint, for people and scripts
 
 Each rank file says in its header, under ``index``, which part of the whole each tensor is: full shape, the
@@ -18,16 +19,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from megatron_stable.config.load import parse_config
+from megatron_stable.config.schema import Config
 from megatron_stable.engine.shards import Shard
-from megatron_stable.errors import DataError
+from megatron_stable.errors import ConfigError, DataError
 
 VERSION = 1
 MANIFEST, LATEST = "manifest.json", "latest"
-LARGEST_JSON = 2**28  # bytes: refuse to parse anything absurd
+LARGEST_JSON = 2**26  # bytes: refuse to parse anything absurd; a manifest has some 120 bytes per rank
+RANK_FILE = re.compile(r"rank_\d{5,9}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,7 @@ class Piece:
 
     def slice_numel(self) -> int:
         """Elements of the slice that this is a piece of."""
-        total = 1
-        for n in self.slice_shape():
-            total *= n
-        return total
+        return prod(self.slice_shape())
 
 
 def piece_of(shard: Shard) -> Piece:
@@ -118,12 +121,28 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = Manifest(**body)
         entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.files.items()}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        if type(manifest.step) is not int or not all(
+            isinstance(part, dict) for part in (manifest.layout, manifest.config, manifest.state)
+        ):
+            raise ValueError("fields of the wrong type")
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: not a manifest ({error})") from None
     for name in entries:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if not RANK_FILE.fullmatch(name):  # so that no path leaves the directory
             raise DataError(f"{path}: {name!r} is not the name of a file of a checkpoint")
     return manifest
+
+
+def stored_config(directory: Path, manifest: Manifest) -> Config:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        DataError: It is none that this program knows.
+    """
+    try:
+        return parse_config(manifest.config)
+    except ConfigError as error:
+        raise DataError(f"{directory / MANIFEST}: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -183,11 +202,15 @@ def _sha256(file: Any) -> str:
 def write_synced(path: Path, text: str) -> None:
     """Write a small file so that it is complete or absent: beside, fsynced, renamed."""
     beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 

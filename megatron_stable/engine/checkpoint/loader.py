@@ -13,45 +13,70 @@ from megatron_stable.engine.checkpoint.format import Manifest, piece_of
 from megatron_stable.engine.checkpoint.reader import Reader
 from megatron_stable.engine.shards import Shard
 from megatron_stable.errors import DataError
+from megatron_stable.parallel.agreement import together
 
 
 def choose(root: Path, report: Callable[[str], None]) -> store.Entry | None:
     """The newest complete checkpoint below ``root`` whose checksums hold, or ``None``. Collective.
 
     Every rank verifies its share of the files, and all ranks return the same. ``report`` is called on rank 0 with
-    what was passed over and why.
+    what was passed over and why, which is also recorded beside it.
 
     Raises:
-        DataError: There are checkpoints, but none that can be used: starting anew would bury them.
+        DataError: On all ranks: there are checkpoints, but none that can be used: starting anew would bury them.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[list[store.Entry]] = [store.entries(root) if rank == 0 else []]
+    found: list[list[store.Entry]] = [[]]
+    with together():
+        if rank == 0:
+            found = [store.entries(root)]
     dist.broadcast_object_list(found, src=0)
+    passed_over: list[tuple[store.Entry, str]] = []
     for entry in reversed(found[0]):
         problems: list[str | None] = [None] * ranks
         dist.all_gather_object(problems, store.damage(entry, rank, ranks))
         problem = next(filter(None, problems), None)
         if problem is None:
+            if rank == 0:
+                _mark(passed_over, report)
             return entry
+        passed_over.append((entry, problem))
         if rank == 0:
             report(f"warning: passed over the checkpoint of step {entry.step}: {problem}")
-    if found[0]:
-        raise DataError(
-            f"{root} holds {len(found[0])} checkpoint(s), none of which can be used (see the warnings above); "
-            "restore one from a backup, or choose another run.directory to start anew"
-        )
+    with together():
+        if found[0]:
+            raise DataError(
+                f"{root} holds {len(found[0])} checkpoint(s), none of which can be used (see the warnings above); "
+                "restore one from a backup, or choose another run.directory to start anew"
+            )
     return None
 
 
+def _mark(passed_over: list[tuple[store.Entry, str]], report: Callable[[str], None]) -> None:
+    for entry, problem in passed_over:
+        try:
+            store.mark_damaged(entry, problem)
+        except OSError as error:
+            report(f"warning: {entry.directory} cannot be marked as damaged: {error}")
+
+
 @torch.no_grad()
-def load_shards(directory: Path, manifest: Manifest, shards: list[Shard]) -> None:
+def load_shards(directory: Path, manifest: Manifest, shards: list[Shard]) -> list[Shard]:
     """Fill this rank's shards from a checkpoint that any layout wrote.
+
+    Returns:
+        The shards with moments that it does not hold, as another optimizer wrote it; these moments are zero.
 
     Raises:
         DataError: The checkpoint does not hold what the model needs.
     """
     reader = Reader(directory, manifest)
+    incomplete = []
     for shard in shards:
-        wanted = piece_of(shard)
+        wanted, name = piece_of(shard), shard.place.name
+        missing = shard.tensors.keys() - reader.kinds[name] - {"weight"}
         for kind, tensor in shard.tensors.items():
-            tensor.copy_(reader.part(shard.place.name, kind, wanted))
+            tensor.zero_() if kind in missing else tensor.copy_(reader.part(name, kind, wanted))
+        if missing:
+            incomplete.append(shard)
+    return incomplete

@@ -1,9 +1,9 @@
 """Save a checkpoint while training goes on: complete or absent, every rank its own part.
 
 The loop stops only while shards are copied to host memory. A thread per rank then writes the rank's file into a
-hidden directory, with a receipt beside it; rank 0's thread waits for all receipts, writes the manifest, and renames
-the directory into place. Threads talk through the (shared) file system only, so no collective runs off the main
-thread, and a rank that fails says so in its receipt.
+hidden directory and hands a receipt in at the process group's store; rank 0's thread waits for all receipts, writes
+the manifest, and renames the directory into place. No collective runs off the main thread. A rank that fails says so
+in its receipt; a rank that dies takes the run with it, and the next start finds the checkpoints before this one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +35,41 @@ from megatron_stable.engine.checkpoint.format import (
     write_synced,
 )
 from megatron_stable.engine.shards import Shard
+from megatron_stable.errors import MegatronStableError
+from megatron_stable.parallel.agreement import together
+from megatron_stable.parallel.world import key_value_store
 
-RECEIPT = "receipt_{:05d}.json"
+Receipt = dict[str, Any]  # "needed": bytes of the tensors; "bytes" and "sha256" of the file, or "error"
 
 
 class Saver:
     """Writes a run's checkpoints. Collective where it says so.
 
     Args:
-        root: The run's ``checkpoints`` directory.
+        root: The run's ``checkpoints`` directory, which all ranks share.
         keep: Complete checkpoints to keep.
-        report: Called on rank 0 with a line for the user when a checkpoint is complete or has failed.
-        patience: Seconds that rank 0 waits for the receipts of the others.
+        report: Called on rank 0, from a thread, with a line for the user when a checkpoint is complete or has failed.
     """
 
-    def __init__(self, root: Path, keep: int, report: Callable[[str], None], patience: float = 1800.0) -> None:
-        self.root, self.keep, self.report, self.patience = root, keep, report, patience
+    def __init__(self, root: Path, keep: int, report: Callable[[str], None]) -> None:
+        self.root, self.keep, self.report = root, keep, report
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.failure: str | None = None  # of the last save; rank 0 knows
         self._thread: threading.Thread | None = None
 
     def save(
         self, step: int, shards: list[Shard], layout: dict[str, Any], config: dict[str, Any], state: dict[str, Any]
     ) -> None:
-        """Copy the shards and start writing. Collective; waits for this rank's last save."""
+        """Copy the shards and start writing. Collective; waits for this rank's last save.
+
+        A save that fails is reported, and leaves nothing behind.
+        """
         self.wait()
-        attempt = [os.urandom(4).hex()]
-        dist.broadcast_object_list(attempt, src=0)
+        beside = self._begin(step)
+        if beside is None:
+            return
         copies, index = _copies(shards)
         manifest = Manifest(step, layout, config, state, files={})
-        beside = self.root / f".{directory_name(step)}.{attempt[0]}"
         self._thread = threading.Thread(target=self._write, args=(beside, manifest, copies, index), name="checkpoint")
         self._thread.start()
 
@@ -73,66 +79,106 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, beside: Path, manifest: Manifest, copies: dict[str, Tensor], index: dict[str, Any]) -> None:
-        try:
-            receipt = self._write_part(beside, copies, index)
-        except Exception as error:  # a thread must not die silently: the receipt carries it to rank 0
-            receipt = {"error": f"rank {self.rank}: {_reason(error, beside, copies)}"}
-        try:
-            write_synced(beside / RECEIPT.format(self.rank), json.dumps(receipt))
-        except OSError as error:
-            receipt.setdefault("error", f"rank {self.rank}: {error}")
-            # no room even for the receipt: a name holds it
-            (beside / f"failed_{self.rank:05d}").mkdir(exist_ok=True) if beside.is_dir() else None
-        if self.rank == 0:
-            try:
-                self._complete(beside, manifest)
-            except Exception as error:
-                shutil.rmtree(beside, ignore_errors=True)
-                self.report(f"warning: checkpoint of step {manifest.step} failed, training goes on: {error}")
+    def finish(self) -> None:
+        """Wait for the last save. Collective.
 
-    def _write_part(self, beside: Path, copies: dict[str, Tensor], index: dict[str, Any]) -> dict[str, Any]:
-        beside.mkdir(parents=True, exist_ok=True)
+        Raises:
+            MegatronStableError: It failed.
+        """
+        self.wait()
+        with together():
+            if self.failure:
+                raise MegatronStableError(
+                    f"{self.failure}; make room, and the same command goes on from the last complete checkpoint"
+                )
+
+    def _begin(self, step: int) -> Path | None:
+        """Make the hidden directory, on rank 0 alone: one that rank 0 deletes must not come back."""
+        made: list[str | None] = [None]
+        if self.rank == 0:
+            beside = self.root / f".{directory_name(step)}.{os.urandom(4).hex()}"
+            try:
+                beside.mkdir(parents=True)
+                made = [beside.name]
+            except OSError as error:
+                self._failed(step, f"{beside.name}: {error.strerror or error}", 0)
+        dist.broadcast_object_list(made, src=0)
+        return self.root / made[0] if made[0] else None
+
+    def _write(self, beside: Path, manifest: Manifest, copies: dict[str, Tensor], index: dict[str, Any]) -> None:
+        receipt: Receipt = {"needed": sum(tensor.numel() * tensor.element_size() for tensor in copies.values())}
+        try:
+            receipt |= self._write_part(beside, copies, index)
+        except Exception as error:  # a thread must not die silently
+            hint = "" if beside.is_dir() else "; run.directory must be on a file system that all ranks share"
+            receipt["error"] = f"rank {self.rank}: {error}{hint}"
+        copies.clear()  # the memory is wanted elsewhere
+        try:
+            if self.rank == 0:
+                self._complete(beside, manifest, receipt)
+            else:
+                key_value_store().set(self._key(beside, self.rank), json.dumps(receipt))
+        except dist.DistError:
+            return  # the store went down with rank 0, and the run with it
+
+    def _write_part(self, beside: Path, copies: dict[str, Tensor], index: dict[str, Any]) -> Receipt:
         path = beside / rank_file(self.rank)
-        save_file(copies, str(path), metadata={"format": "pt", "index": json.dumps(index)})
+        save_file(copies, str(path), metadata={"index": json.dumps(index)})
         path.chmod(beside.stat().st_mode & 0o666)  # safetensors makes its files private
         with path.open("rb+") as file:
             os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
-    def _complete(self, beside: Path, manifest: Manifest) -> None:
-        files = self._receipts(beside)
-        for receipt in beside.glob("receipt_*.json"):
-            receipt.unlink()
-        complete = Manifest(**{**vars(manifest), "files": files})
-        write_synced(beside / MANIFEST, complete.dumps())
+    def _complete(self, beside: Path, manifest: Manifest, mine: Receipt) -> None:
+        receipts = [mine, *(self._receipt(beside, rank) for rank in range(1, self.ranks))]
+        needed = sum(receipt["needed"] for receipt in receipts)
         final = self.root / directory_name(manifest.step)
-        if final.exists():  # of an earlier pass over this step, before a rollback or from a damaged checkpoint
-            gone = final.with_name(f".{final.name}.0.deleted")
-            shutil.rmtree(gone, ignore_errors=True)
-            final.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-        beside.rename(final)
-        sync_directory(self.root)
-        store.point_latest(self.root, final.name)
-        store.rotate(self.root, self.keep)
-        size = sum(entry["bytes"] for entry in files.values())
-        self.report(f"checkpoint of step {manifest.step} complete: {final} ({size / 1e6:.1f} MB)")
+        try:
+            if error := next((receipt["error"] for receipt in receipts if "error" in receipt), None):
+                raise OSError(error)
+            files = {
+                rank_file(rank): {key: receipt[key] for key in ("bytes", "sha256")}
+                for rank, receipt in enumerate(receipts)
+            }
+            write_synced(beside / MANIFEST, replace(manifest, files=files).dumps())
+            # what has this name is damaged, or of an earlier pass over this step
+            replaced = store.retire(final) if final.exists() or final.is_symlink() else None
+            beside.rename(final)
+            sync_directory(self.root)
+        except Exception as error:
+            store.remove(beside)  # nobody writes to it any more: all receipts are in
+            self._failed(manifest.step, str(error), needed)
+            return
+        self.failure = None
+        self.report(f"checkpoint of step {manifest.step} complete: {final} ({needed / 1e6:.1f} MB)")
+        try:
+            if replaced:
+                store.remove(replaced)
+            store.point_latest(self.root, final.name)
+            store.rotate(self.root, self.keep)
+        except (OSError, MegatronStableError) as error:
+            self.report(f"warning: {self.root} cannot be tidied: {error}")
 
-    def _receipts(self, beside: Path) -> dict[str, dict[str, Any]]:
-        files: dict[str, dict[str, Any]] = {}
-        deadline = time.monotonic() + self.patience
-        for rank in range(self.ranks):
-            path, failed = beside / RECEIPT.format(rank), beside / f"failed_{rank:05d}"
-            while not path.exists():
-                if failed.exists() or time.monotonic() > deadline:
-                    raise OSError(f"rank {rank} could not write its part")
-                time.sleep(0.01)
-            receipt = json.loads(path.read_text())
-            if "error" in receipt:
-                raise OSError(receipt["error"])
-            files[rank_file(rank)] = receipt
-        return files
+    def _receipt(self, beside: Path, rank: int) -> Receipt:
+        keys, key = key_value_store(), self._key(beside, rank)
+        while not keys.check([key]):  # get() would hold the store's connection, which the main thread may want
+            time.sleep(0.01)
+        receipt: Receipt = json.loads(keys.get(key))
+        keys.delete_key(key)
+        return receipt
+
+    @staticmethod
+    def _key(beside: Path, rank: int) -> str:
+        return f"checkpoint/{beside.name}/{rank}"
+
+    def _failed(self, step: int, error: str, needed: int) -> None:
+        self.failure = f"the checkpoint of step {step} could not be written: {error}"
+        try:
+            free = shutil.disk_usage(self.root).free
+            self.failure += f" (it needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free in {self.root})"
+        except OSError:
+            pass
+        self.report(f"warning: {self.failure}; training goes on")
 
 
 def _copies(shards: list[Shard]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -150,12 +196,3 @@ def _copies(shards: list[Shard]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
     return copies, index
-
-
-def _reason(error: Exception, beside: Path, copies: dict[str, Tensor]) -> str:
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in copies.values())
-    try:
-        free = shutil.disk_usage(beside.parent).free
-        return f"{error} (needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free below {beside.parent})"
-    except OSError:
-        return str(error)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_stable.engine.checkpoint.format import LATEST, Manifest, read_manifest, verify_file, write_synced
+from megatron_stable.engine.checkpoint.format import (
+    LATEST,
+    Manifest,
+    read_json,
+    read_manifest,
+    verify_file,
+    write_synced,
+)
 from megatron_stable.errors import DataError
 
 COMPLETE = re.compile(r"step_(\d{8,})")
 PARTIAL = re.compile(r"\.step_\d{8,}\.[0-9a-f]+(\.deleted)?")
+DAMAGED = "damaged.json"
 
 
 @dataclass(frozen=True)
@@ -26,24 +35,34 @@ class Entry:
 
 def entries(root: Path) -> list[Entry]:
     """All checkpoints below ``root`` (a run's ``checkpoints``), oldest first; only manifests are read."""
-    found = []
-    for directory in root.iterdir() if root.is_dir() else ():
-        match = COMPLETE.fullmatch(directory.name)
-        if match is None:
-            continue
-        try:
-            if directory.is_symlink():
-                raise DataError(f"{directory}: a symbolic link, which is not a checkpoint")
-            manifest = read_manifest(directory)
-            problem = next(
-                filter(None, (verify_file(directory, *item, checksum=False) for item in manifest.files.items())), None
-            )
-            if manifest.step != int(match[1]):
-                problem = f"{directory}: its manifest is that of step {manifest.step}"
-        except (DataError, OSError) as error:
-            manifest, problem = None, str(error)
-        found.append(Entry(directory, int(match[1]), None if problem else manifest, problem))
+    try:
+        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{root} cannot be read: {error.strerror or error}") from None
+    found = [_entry(root / name, int(match[1])) for name in names if (match := COMPLETE.fullmatch(name))]
     return sorted(found, key=lambda entry: entry.step)
+
+
+def _entry(directory: Path, step: int) -> Entry:
+    try:
+        if directory.is_symlink():
+            raise DataError(f"{directory}: a symbolic link, which is not a checkpoint")
+        if (directory / DAMAGED).exists():
+            raise DataError(str(read_json(directory / DAMAGED).get("problem")))
+        manifest = read_manifest(directory)
+        if manifest.step != step:
+            raise DataError(f"{directory}: its manifest is that of step {manifest.step}")
+        checks = (verify_file(directory, *item, checksum=False) for item in manifest.files.items())
+        problem = next(filter(None, checks), None)
+    except (DataError, OSError) as error:
+        manifest, problem = None, str(error)
+    return Entry(directory, step, None if problem else manifest, problem)
+
+
+def mark_damaged(entry: Entry, problem: str) -> None:
+    """Record that a checkpoint's checksums do not hold, so that rotation does not count it as complete."""
+    if entry.manifest is not None:
+        write_synced(entry.directory / DAMAGED, json.dumps({"problem": problem}) + "\n")
 
 
 def damage(entry: Entry, share: int = 0, shares: int = 1) -> str | None:
@@ -58,20 +77,34 @@ def clean(root: Path) -> list[Path]:
     """Delete what unfinished saves and deletions of earlier processes left behind; only safe before training starts."""
     leftovers = [path for path in root.iterdir() if PARTIAL.fullmatch(path.name)] if root.is_dir() else []
     for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     return leftovers
 
 
 def rotate(root: Path, keep: int) -> list[int]:
-    """Delete all but the newest ``keep`` complete checkpoints (and those too damaged to list that are older)."""
+    """Delete all complete checkpoints but the newest ``keep``; returns their steps. Damaged ones are the user's."""
     complete = [entry for entry in entries(root) if entry.manifest is not None]
     doomed = complete[:-keep]
     for entry in doomed:
-        # renamed first: a directory that is half deleted must not look like a checkpoint
-        gone = entry.directory.with_name(f".{entry.directory.name}.0.deleted")
-        entry.directory.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        delete(entry.directory)
     return [entry.step for entry in doomed]
+
+
+def delete(directory: Path) -> None:
+    """Delete a checkpoint."""
+    remove(retire(directory))
+
+
+def retire(directory: Path) -> Path:
+    """Rename a checkpoint before it is deleted: one that is half deleted must not look like one."""
+    gone = directory.with_name(f".{directory.name}.0.deleted")
+    remove(gone)
+    return directory.rename(gone)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory, or a link to one, as far as possible."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
 def point_latest(root: Path, name: str) -> None:

@@ -1,0 +1,147 @@
+"""What each recipe costs: step time as a ratio to the baseline's in the same run, and peak memory.
+
+    python benchmarks/recipes.py                        # this machine: a CPU, or a GPU with torch.compile
+    python benchmarks/recipes.py --recipes baseline qk_norm sigma_reparam --steps 40
+
+For each recipe, engine of baseline and engine of recipe take turns in one process, so that the ratio holds when the
+machine's speed drifts. The table has the median of the ratios, pair by pair, and their 10% to 90% range. Memory is
+the peak of a process that trains that recipe alone: allocated by PyTorch on a GPU, resident on a CPU. Nothing is
+asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor
+
+from megatron_stable.config.recipes import RECIPES
+from megatron_stable.config.schema import Config
+from megatron_stable.engine.engine import Engine
+from megatron_stable.model.backends import choose_backend
+from megatron_stable.parallel.topology import Topology
+from megatron_stable.parallel.world import join_world
+
+GPU: dict[str, Any] = {"size": "302m", "dtype": "bf16", "micro": 8, "vocabulary": 32000, "compile": True}
+CPU: dict[str, Any] = {"size": "tiny", "dtype": "fp32", "micro": 4, "vocabulary": 2048, "compile": False}
+
+
+def make_config(args: argparse.Namespace, recipe: str) -> Config:
+    """The configuration that is measured."""
+    model = {"size": args.size, "recipe": recipe, "compile": args.compile, "vocab_size": args.vocabulary}
+    return Config.model_validate(
+        {
+            "model": model,
+            "precision": {"dtype": args.dtype},
+            "batch": {"global_size": args.micro, "micro_size": args.micro},
+            "loss": {"z_loss": 1e-4},
+        }
+    )
+
+
+class Runner:
+    """An engine that trains on one batch over and over."""
+
+    def __init__(self, config: Config) -> None:
+        self.engine, self.step = Engine(config, Topology()), 0
+        shape = (config.batch.micro_size, config.model.sequence_length + 1)
+        assert config.model.vocab_size is not None
+        generator = torch.Generator().manual_seed(0)
+        self.batch: list[Tensor] = [torch.randint(config.model.vocab_size, shape, generator=generator)]
+
+    def timed(self) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        self.step += 1
+        self.engine.train_step(self.step, self.batch, 1e-4)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def compare(args: argparse.Namespace, recipe: str) -> tuple[float, list[float]]:
+    """(median seconds of the recipe's step, ratios to the baseline's)."""
+    ours, base = Runner(make_config(args, recipe)), Runner(make_config(args, "baseline"))
+    for runner in (ours, base) * args.warmup:
+        runner.timed()
+    pairs = []
+    for turn in range(args.steps):  # who is first changes: the second finds warm caches
+        first, second = (ours, base) if turn % 2 else (base, ours)
+        a, b = first.timed(), second.timed()
+        pairs.append((a, b) if turn % 2 else (b, a))
+    return statistics.median(a for a, _ in pairs), sorted(a / b for a, b in pairs)
+
+
+def peak_memory(args: argparse.Namespace, recipe: str) -> str:
+    """Of a process of its own, in GB."""
+    command = [sys.executable, __file__, "--memory", recipe, "--steps", "3"]
+    for key in ("size", "dtype", "micro", "vocabulary"):
+        command += [f"--{key}", str(getattr(args, key))]
+    command += ["--compile" if args.compile else "--no-compile"]
+    world = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # of this process, not of that one
+    environment = {key: value for key, value in os.environ.items() if key not in world}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("peak ")]
+    return found[-1].removeprefix("peak ") if found else "failed"
+
+
+def print_peak(args: argparse.Namespace) -> None:
+    """In that process."""
+    runner = Runner(make_config(args, args.memory))
+    for _ in range(args.steps):
+        runner.timed()
+    gpu = torch.cuda.is_available()
+    # Linux counts resident memory in KiB
+    used = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak {used / 1e9:.2f}", flush=True)
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    defaults = GPU if on_gpu else CPU
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    parser.add_argument("--size", default=defaults["size"])
+    parser.add_argument("--dtype", default=defaults["dtype"])
+    parser.add_argument("--micro", type=int, default=defaults["micro"], help="sequences per step")
+    parser.add_argument("--vocabulary", type=int, default=defaults["vocabulary"])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=defaults["compile"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--no-memory", action="store_true", help="leave the column of peak memory out")
+    parser.add_argument("--memory", choices=RECIPES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    join_world()
+    if args.memory:
+        print_peak(args)
+        return
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores, 1 thread"
+    print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; {vars(args)}\n")
+    print(f"{'recipe':14} {'attention':>9} {'ms/step':>9} {'ratio':>7} {'10%..90%':>14} {'peak GB':>8}")
+    for recipe in args.recipes:
+        seconds, ratios = compare(args, recipe)
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+        backend = choose_backend(make_config(args, recipe).model, "cuda" if on_gpu else "cpu").name
+        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+        memory = "" if args.no_memory else peak_memory(args, recipe)
+        ratio = statistics.median(ratios)
+        spread = f"{low:.3f}..{high:.3f}"
+        print(f"{recipe:14} {backend:>9} {seconds * 1e3:9.1f} {ratio:7.3f} {spread:>14} {memory:>8}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Clipping rules that adapt to the run. Clipping to a fixed global norm is DeepSpeed's own.
+
+Each rule sees the global gradient norm once per step, and then scales gradients flat by flat. Norms reach the host in
+DeepSpeed's check for overflow anyhow, so the statistics of the global norm are plain numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, isfinite, sqrt
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_stable.config.schema import OptimizerConfig
+from megatron_stable.optim.adamw import Flat
+from megatron_stable.optim.segments import Partition, Segment
+
+
+class Clipping(Protocol):
+    """A clipping rule."""
+
+    def observe(self, norm: float) -> None:
+        """Take note of this step's global gradient norm, before any of its gradients is scaled."""
+
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
+        """Scale gradients in place. Collective over the pipeline stage."""
+
+    def values(self) -> dict[str, Any]:
+        """The statistics, as plain values for a checkpoint. Collective."""
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Restore what :meth:`values` returned."""
+
+
+class ZClip:
+    """ZClip (arXiv 2504.02507): clip the global norm where its z-score against a moving mean and variance is high.
+
+    With z = (norm - mean) / std above the threshold t, the norm is clipped to mean + t^2 std / z, so that the farther
+    out it is, the harder; that bound is what enters the statistics then. Whatever z is, the norm is clipped to
+    ``clip_grad`` too. The first ``clipping_warmup`` steps clip to that alone, and their norms start the statistics.
+    """
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.limit = config.clip_grad or inf
+        self.threshold = 2.5 if config.clipping_threshold is None else config.clipping_threshold
+        self.decay = 0.97 if config.clipping_decay is None else config.clipping_decay
+        self.warmup = 25 if config.clipping_warmup is None else config.clipping_warmup
+        self.seen: list[float] = []  # norms of the warm-up
+        self.mean = self.variance = 0.0
+        self.factor = 1.0
+
+    def observe(self, norm: float) -> None:
+        bound = norm
+        if not isfinite(norm):  # whoever lets such a step pass, it must not enter the statistics
+            self.factor = 1.0
+            return
+        if len(self.seen) < self.warmup:
+            self.seen.append(norm)
+            self.mean = sum(self.seen) / len(self.seen)
+            self.variance = sum((x - self.mean) ** 2 for x in self.seen) / len(self.seen)
+        else:
+            std = sqrt(self.variance)
+            z = (norm - self.mean) / (std + 1e-6)
+            if z > self.threshold:
+                bound = self.mean + self.threshold**2 * std / z
+            self.mean = self.decay * self.mean + (1 - self.decay) * bound
+            self.variance = self.decay * self.variance + (1 - self.decay) * (bound - self.mean) ** 2
+        bound = min(bound, self.limit)
+        self.factor = bound / (norm + 1e-6) if norm > bound else 1.0
+
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
+        if self.factor < 1.0:
+            for flat in flats:
+                flat.grad.mul_(self.factor)
+
+    def values(self) -> dict[str, Any]:
+        return {"seen": self.seen, "mean": self.mean, "variance": self.variance}
+
+    def load(self, values: dict[str, Any]) -> None:
+        self.seen = [float(norm) for norm in values["seen"]]
+        self.mean, self.variance = float(values["mean"]), float(values["variance"])
+
+
+class AdaGC:
+    """AdaGC (arXiv 2502.11034): clip the norm of each parameter's gradient to a multiple of its own moving mean.
+
+    h = min(1, threshold x gamma / ||g||), then gamma <- decay gamma + (1 - decay) ||h g||. In the first
+    ``clipping_warmup`` steps the global norm is clipped to ``clip_grad`` instead, and gamma is the least norm so far.
+    A parameter whose gradient has been 0 has no gamma yet and is not clipped: as published, it would stay frozen.
+
+    Sources differ on the defaults: 1.05, 0.98 and 100 steps here, after pytorch_optimizer; elsewhere 1.5, 0.95, 1000.
+    """
+
+    def __init__(self, config: OptimizerConfig, pipeline_group: dist.ProcessGroup | None) -> None:
+        self.limit = config.clip_grad or inf
+        self.threshold = 1.05 if config.clipping_threshold is None else config.clipping_threshold
+        self.decay = 0.98 if config.clipping_decay is None else config.clipping_decay
+        self.warmup = 100 if config.clipping_warmup is None else config.clipping_warmup
+        self.pipeline_group = pipeline_group
+        self.steps = 0
+        self.factor = 1.0  # of this step, in the warm-up
+        self.names: list[str] = []
+        self.gamma: Tensor | None = None  # fp32 [parameters of the stage]; inf: none yet
+        self._loaded: dict[str, float | None] = {}
+
+    def observe(self, norm: float) -> None:
+        self.steps += 1
+        self.factor = min(1.0, self.limit / (norm + 1e-6))
+
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
+        grads = {flat.weight: flat.grad for flat in flats}
+
+        def square(segment: Segment) -> Tensor:
+            return torch.linalg.vector_norm(segment.of(grads[segment.flat]), dtype=torch.float64).square()
+
+        gamma = self._gammas(partition)
+        norms = partition.sums(grads, square).sqrt().float()
+        here = norms > 0  # and so in these flats
+        if self.steps <= self.warmup:
+            for flat in flats:
+                flat.grad.mul_(self.factor)
+            self.gamma = torch.where(here, torch.minimum(gamma, norms * self.factor), gamma)
+            return
+        factors = torch.where(here, (self.threshold * gamma / norms).clamp_max(1.0), 1.0)
+        for i, segment in partition.within(grads):
+            segment.of(grads[segment.flat]).mul_(factors[i])
+        clipped = norms * factors
+        moved = torch.where(gamma.isinf(), clipped, self.decay * gamma + (1 - self.decay) * clipped)
+        self.gamma = torch.where(here, moved, gamma)
+
+    def values(self) -> dict[str, Any]:
+        gamma = [] if self.gamma is None else self.gamma.tolist()
+        own: dict[str, float | None] = {n: g if isfinite(g) else None for n, g in zip(self.names, gamma, strict=True)}
+        stages: list[dict[str, float | None]] = [own]
+        if self.pipeline_group is not None:
+            stages *= dist.get_world_size(self.pipeline_group)
+            dist.all_gather_object(stages, own, group=self.pipeline_group)
+        merged = {name: value for stage in stages for name, value in stage.items()}
+        return {"steps": self.steps, "gamma": merged or self._loaded}
+
+    def load(self, values: dict[str, Any]) -> None:
+        self.steps, self._loaded, self.gamma = int(values["steps"]), dict(values["gamma"]), None
+
+    def _gammas(self, partition: Partition) -> Tensor:
+        if self.gamma is None:
+            self.names = list(partition.index)
+            known = [self._loaded.get(name) for name in self.names]
+            device = partition.segments[0].flat.device
+            self.gamma = torch.tensor([inf if value is None else value for value in known], device=device)
+        return self.gamma
+
+
+def build_clipping(config: OptimizerConfig, pipeline_group: dist.ProcessGroup | None = None) -> Clipping | None:
+    """The rule that ``optimizer.clipping`` names; ``None`` for the global norm, which is left to DeepSpeed."""
+    if config.clipping == "zclip":
+        return ZClip(config)
+    return AdaGC(config, pipeline_group) if config.clipping == "adagc" else None

@@ -1,0 +1,199 @@
+"""The base optimizer: what DeepSpeed calls, once or several times per step, after it has reduced the gradients.
+
+How often it calls :meth:`Optimizer.step` within one optimizer step depends on DeepSpeed's own optimizer: once under
+bf16 with ZeRO-1, else once per parameter group (ZeRO-1, ZeRO-2) or part of one (ZeRO-3). What must happen once per step
+waits for the first call after :meth:`Optimizer.begin_step`. All else looks at the flats of one call, which hold whole
+parameters over the ranks of a pipeline stage::
+
+    begin_step(rate) ── forward, backward … ── step() ── step() ── …
+                                               │ once: guard, count of updates, statistics of the global norm
+                                               └ each: scale gradients, cut off spikes, update, centre the output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_stable.config.schema import Config
+from megatron_stable.optim import adamw, muon, spam
+from megatron_stable.optim.adamw import Flat
+from megatron_stable.optim.centering import center_
+from megatron_stable.optim.clipping import build_clipping
+from megatron_stable.optim.groups import parameter_groups
+from megatron_stable.optim.segments import Partition, Segment
+from megatron_stable.parallel.parameters import place
+
+MOMENTS = {"adamw": adamw.MOMENTS, "stable_adamw": adamw.MOMENTS, "muon": muon.MOMENTS}  # by rule
+
+
+class Optimizer(torch.optim.Optimizer):
+    """The rules that ``config.optimizer`` names, over plain parameters or, after :meth:`bind`, over DeepSpeed's flats.
+
+    Over plain parameters it is for one process; there each call of ``step`` is a whole step, and clipping by
+    ``global_norm`` is left to the caller.
+
+    Args:
+        parameters: Each with its place in the whole model, and its name.
+        config: The run.
+
+    Attributes:
+        updates: Steps that were applied; dropped ones are not counted.
+        guard: Asked once per step with the global gradient norm, before anything changes. Where it says no, the step is
+            dropped: weights, moments, statistics and counts stay as they are. It must say the same on all ranks.
+            ``None``: every step is taken.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: Config) -> None:
+        groups = parameter_groups(parameters, config)
+        super().__init__(groups, {"lr": torch.finfo(torch.float32).tiny})
+        self.config = config
+        self.updates = 0
+        self.guard: Callable[[float], bool] | None = None
+        self.group_of = {place(weight).name: i for i, group in enumerate(groups) for weight in group["params"]}
+        weights = [(i, weight) for i, group in enumerate(groups) for weight in group["params"]]
+        self._global_norm: Callable[[], float] | None = None
+        self._begun = self._taken = False
+        self._muon_dtype = torch.float32 if config.precision.dtype == "fp32" else torch.bfloat16
+        self._lay_out(weights, Partition([Segment(place(w), w, 0, 0, w.numel()) for _, w in weights]))
+        self._clipping = build_clipping(config.optimizer)
+
+    def bind(
+        self,
+        flats: Sequence[tuple[int, Tensor]],
+        partition: Partition,
+        global_norm: Callable[[], float],
+        pipeline_group: dist.ProcessGroup,
+    ) -> None:
+        """Tell the optimizer what its flats hold. Collective; after ``deepspeed.initialize``, before the first step.
+
+        Args:
+            flats: (number of the parameter group, flat), all of them, in the same order on every rank of a stage.
+            partition: Of this rank's pipeline stage.
+            global_norm: This step's global gradient norm, unscaled and before clipping; asked within ``step``.
+            pipeline_group: The ranks that hold the stages of this rank's replica.
+        """
+        self._lay_out(flats, partition)
+        self._global_norm = global_norm
+        self._clipping = build_clipping(self.config.optimizer, pipeline_group)
+        for _, flat in flats:
+            self._state(flat)
+
+    def begin_step(self, learning_rate: float) -> None:
+        """Start an optimizer step at a learning rate, to which each group applies its factor."""
+        self._begun = False
+        for group in self.param_groups:
+            group["lr"] = learning_rate * group["rate_factor"]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient. Collective over the stage."""
+        flats = [
+            Flat(flat, flat.grad, self._state(flat), group)
+            for group in self.param_groups
+            for flat in group["params"]
+            if flat.grad is not None
+        ]
+        if not self._begun:
+            self._begin(flats)
+        if self._taken:
+            self._update(flats)
+        if self._global_norm is None:
+            self._begun = False
+
+    def moments(self, flat: Tensor) -> dict[str, Tensor]:
+        """The state that is kept for each element of a flat, by name."""
+        return {name: self._state(flat)[name] for name in MOMENTS[self._rules[flat]]}
+
+    def set_updates(self, updates: int) -> None:
+        """Set the count of applied steps, and with it Adam's bias correction."""
+        self.updates = updates
+        for state in self.state.values():
+            if "step" in state:
+                state["step"].fill_(float(updates))
+
+    def restart(self, flat: Tensor) -> None:
+        """Make Adam's bias correction start anew for a flat whose moments start at zero."""
+        if "step" in self._state(flat):
+            self._state(flat)["step"].zero_()
+
+    def state_values(self) -> dict[str, Any]:
+        """Statistics that are not shaped like parameters, as plain values for a checkpoint. Collective."""
+        values = self._clipping.values() if self._clipping is not None else {}
+        return {"clipping": self.config.optimizer.clipping, "statistics": values}
+
+    def load_state_values(self, stored: dict[str, Any] | None) -> str | None:
+        """Restore what :meth:`state_values` returned; returns a message for the user where that could not be."""
+        rule = self.config.optimizer.clipping
+        if self._clipping is None:
+            return None
+        if stored is None or stored["clipping"] != rule:
+            before = "nothing" if stored is None else stored["clipping"]
+            return f"optimizer.clipping {rule} starts its statistics anew: the checkpoint has those of {before}"
+        self._clipping.load(stored["statistics"])
+        return None
+
+    def _lay_out(self, flats: Sequence[tuple[int, Tensor]], partition: Partition) -> None:
+        self._partition = partition
+        self._rules: dict[Tensor, str] = {flat: self.param_groups[group]["rule"] for group, flat in flats}
+        self._exchanges = {flat: muon.Exchange(partition, flat) for flat, rule in self._rules.items() if rule == "muon"}
+
+    def _state(self, flat: Tensor) -> dict[str, Tensor]:
+        state = self.state[flat]
+        if not state:
+            state |= {name: torch.zeros_like(flat.detach()) for name in MOMENTS[self._rules[flat]]}
+            if "exp_avg_sq" in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        return state
+
+    def _begin(self, flats: list[Flat]) -> None:
+        """Once per step: whether it is taken, and what the clipping rule makes of the global norm."""
+        self._begun = True
+        norm = 0.0
+        if self.guard is not None or self._clipping is not None:
+            norm = float(self._global_norm() if self._global_norm is not None else _norm(flats))
+        self._taken = self.guard is None or self.guard(norm)
+        if self._taken:
+            self.updates += 1
+            if self._clipping is not None:
+                self._clipping.observe(norm)
+
+    def _update(self, flats: list[Flat]) -> None:
+        partition = self._partition
+        if self._clipping is not None:
+            self._clipping.scale(flats, partition)
+        flats = self._spam(flats)
+        by_rule = {rule: [flat for flat in flats if flat.group["rule"] == rule] for rule in MOMENTS}
+        adamw.adamw(by_rule["adamw"])
+        adamw.stable_adamw(by_rule["stable_adamw"], partition)
+        muon.muon(by_rule["muon"], self._exchanges, self.config.model, self._muon_dtype)
+        if self.config.optimizer.mu_centering:
+            output = "embedding.weight" if self.config.model.tied_embeddings else "head.weight"
+            for number, segment in partition.within(flat.weight for flat in flats):
+                if segment.place.name == output:
+                    center_(partition, number)
+
+    def _spam(self, flats: list[Flat]) -> list[Flat]:
+        """Zero moments, cut off spikes, and lower the learning rate after a reset, where the configuration says so."""
+        settings = self.config.optimizer
+        every, threshold = settings.momentum_reset_every, settings.spike_threshold
+        for flat in flats:
+            if spam.resets(self.updates, every):
+                for moment in self.moments(flat.weight).values():
+                    moment.zero_()
+            if threshold is not None and spam.clips_spikes(self.updates, every):
+                spam.clip_spikes_(flat.grad, flat.state["exp_avg_sq"], threshold)
+        factor = spam.rate_factor(self.updates, every, settings.momentum_reset_warmup)
+        if factor == 1.0:
+            return flats
+        # the learning rate alone is lowered, not the weight decay that it is multiplied with
+        change = lambda group: {"lr": group["lr"] * factor, "weight_decay": group["weight_decay"] / factor}  # noqa: E731
+        return [flat._replace(group={**flat.group, **change(flat.group)}) for flat in flats]
+
+
+def _norm(flats: list[Flat]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(flat.grad, dtype=torch.float64) for flat in flats]).norm()

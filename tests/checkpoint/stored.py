@@ -1,0 +1,101 @@
+"""What a checkpoint holds, read back whole; and synthetic shards to save without an engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_stable.engine.checkpoint import store
+from megatron_stable.engine.checkpoint.format import Manifest, read_manifest
+from megatron_stable.engine.checkpoint.reader import Reader
+from megatron_stable.engine.shards import Shard
+from megatron_stable.parallel.parameters import Init, Place
+
+ROWS, COLUMNS = 64, 24
+
+
+def contents(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole."""
+    reader = Reader(directory, read_manifest(directory))
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    return {f"{n}:{kind}": reader.full(n, kind, reader.shape(n)) for n in reader.names() for kind in kinds}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit; padded rows of the vocabulary, which depend on the layout, aside."""
+    return a.keys() == b.keys() and all(
+        torch.equal(*(part[key][: min(len(a[key]), len(b[key]))] for part in (a, b))) for key in a
+    )
+
+
+def keep_only(checkpoints: Path, step: int) -> None:
+    """Delete the checkpoints of other steps."""
+    for entry in store.entries(checkpoints):
+        if entry.step != step:
+            shutil.rmtree(entry.directory)
+
+
+def synthetic_shards(rank: int, ranks: int, value: float, rows: int = ROWS) -> list[Shard]:
+    """A matrix that TP shards, of which every rank has its rows, and a vector that rank 0 owns; all of ``value``."""
+    flat = torch.zeros(1)
+    matrix = Place((rows * ranks, COLUMNS), 0, rank, ranks, Init(), "matrix")
+    vector = Place((COLUMNS,), None, 0, 1, Init(), "vector")
+
+    def tensors(numel: int) -> dict[str, Tensor]:
+        return {kind: torch.full((numel,), value + i) for i, kind in enumerate(("weight", "exp_avg", "exp_avg_sq"))}
+
+    return [
+        Shard(matrix, 0, flat, 0, True, tensors(rows * COLUMNS)),
+        Shard(vector, 0, flat, 0, rank == 0, tensors(COLUMNS)),
+    ]
+
+
+def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = ROWS) -> list[str]:
+    """On a rank: save synthetic shards, whose values are the step; returns what was reported."""
+    import torch.distributed as dist
+
+    from megatron_stable.engine.checkpoint.saver import Saver
+
+    said: list[str] = []
+    saver = Saver(Path(folder), keep, said.append)
+    for step in steps:
+        shards = synthetic_shards(dist.get_rank(), dist.get_world_size(), float(step), rows)
+        saver.save(step, shards, {"tensor": dist.get_world_size()}, {}, {"step": step})
+    saver.wait()
+    dist.barrier()
+    return said
+
+
+def choose_step(folder: str) -> tuple[int | None, list[str]]:
+    """On a rank: the step that a resume would take, and what it said."""
+    from megatron_stable.engine.checkpoint.loader import choose
+
+    said: list[str] = []
+    entry = choose(Path(folder), said.append)
+    return entry.step if entry else None, said
+
+
+def rewrite_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest as somebody would who knows the format: its own checksum is right again."""
+    body = json.loads((directory / "manifest.json").read_text())
+    del body["sha256"]
+    change(body)
+    forged = Manifest(**body)
+    (directory / "manifest.json").write_text(forged.dumps())
+
+
+def rewrite_file(directory: Path, name: str, data: bytes) -> None:
+    """Replace a file of a checkpoint, and its entry in the manifest."""
+    (directory / name).write_bytes(data)
+
+    def change(body: dict[str, Any]) -> None:
+        body["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    rewrite_manifest(directory, change)
