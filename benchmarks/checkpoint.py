@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from megatron_stable.config.schema import Config
+from megatron_stable.engine.checkpoint.health import Retention
 from megatron_stable.engine.checkpoint.saver import Saver
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.shards import local_shards
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace, config: Config, engine: Engine, tokens: to
     steps()
     shards = local_shards(engine.deepspeed, engine.module)
     size = sum(t.numel() * t.element_size() for shard in shards for t in shard.tensors.values())
-    saver = Saver(root / "checkpoints", keep=1, report=lambda text: None)
+    saver = Saver(root / "checkpoints", Retention(1), report=lambda text: None)
     plain, during, stalls, synchronous = [], [], [], []
     for turn in range(args.saves + 1):
         idle = steps()

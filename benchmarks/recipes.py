@@ -3,23 +3,23 @@
     python benchmarks/recipes.py                        # this machine: a CPU, or a GPU with torch.compile
     python benchmarks/recipes.py --recipes baseline qk_norm sigma_reparam --steps 40
 
-For each recipe, engine of baseline and engine of recipe take turns in one process, so that the ratio holds when the
-machine's speed drifts. The table has the median of the ratios, pair by pair, and their 10% to 90% range. Memory is
-the peak of a process that trains that recipe alone: allocated by PyTorch on a GPU, resident on a CPU. Nothing is
-asserted.
+For each recipe, an engine of the baseline and one of the recipe take turns in a process of their own, so that the
+ratio holds when the machine's speed drifts. The table has the median of the ratios, pair by pair, and their 10% to 90%
+range. Memory is the peak of a process that trains that recipe alone: allocated by PyTorch on a GPU, resident on a CPU
+(to which Python and PyTorch add half a gigabyte). Nothing is asserted.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -71,41 +71,43 @@ class Runner:
         return time.perf_counter() - began
 
 
-def compare(args: argparse.Namespace, recipe: str) -> tuple[float, list[float]]:
-    """(median seconds of the recipe's step, ratios to the baseline's)."""
-    ours, base = Runner(make_config(args, recipe)), Runner(make_config(args, "baseline"))
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the recipe's step, and ratios to the baseline's."""
+    ours, base = Runner(make_config(args, args.recipe)), Runner(make_config(args, "baseline"))
     for runner in (ours, base) * args.warmup:
         runner.timed()
     pairs = []
-    for turn in range(args.steps):  # who is first changes: the second finds warm caches
-        first, second = (ours, base) if turn % 2 else (base, ours)
-        a, b = first.timed(), second.timed()
-        pairs.append((a, b) if turn % 2 else (b, a))
-    return statistics.median(a for a, _ in pairs), sorted(a / b for a, b in pairs)
+    for turn in range(args.steps):
+        if turn % 2:  # who is first changes: the second may find warm caches
+            a = ours.timed()
+            b = base.timed()
+        else:
+            b = base.timed()
+            a = ours.timed()
+        pairs.append((a, b))
+    return {"seconds": statistics.median(a for a, _ in pairs), "ratios": sorted(a / b for a, b in pairs)}
 
 
-def peak_memory(args: argparse.Namespace, recipe: str) -> str:
-    """Of a process of its own, in GB."""
-    command = [sys.executable, __file__, "--memory", recipe, "--steps", "3"]
-    for key in ("size", "dtype", "micro", "vocabulary"):
-        command += [f"--{key}", str(getattr(args, key))]
-    command += ["--compile" if args.compile else "--no-compile"]
-    world = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # of this process, not of that one
-    environment = {key: value for key, value in os.environ.items() if key not in world}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    found = [line for line in done.stdout.splitlines() if line.startswith("peak ")]
-    return found[-1].removeprefix("peak ") if found else "failed"
-
-
-def print_peak(args: argparse.Namespace) -> None:
-    """In that process."""
-    runner = Runner(make_config(args, args.memory))
-    for _ in range(args.steps):
+def peak_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """GB, of this process."""
+    runner = Runner(make_config(args, args.recipe))
+    for _ in range(3):
         runner.timed()
-    gpu = torch.cuda.is_available()
-    # Linux counts resident memory in KiB
-    used = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak {used / 1e9:.2f}", flush=True)
+    if torch.cuda.is_available():
+        return {"memory": torch.cuda.max_memory_allocated() / 1e9}
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"memory": int(status["VmHWM"].split()[0]) * 1024 / 1e9}
+
+
+def measured(recipe: str, what: str) -> dict[str, Any]:
+    """What a process of its own finds."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--recipe", recipe, "--what", what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not found:
+        raise SystemExit(done.stdout + done.stderr)
+    result: dict[str, Any] = json.loads(found[-1])
+    return result
 
 
 def main() -> None:
@@ -120,27 +122,24 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=defaults["compile"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--no-memory", action="store_true", help="leave the column of peak memory out")
-    parser.add_argument("--memory", choices=RECIPES, help=argparse.SUPPRESS)
+    parser.add_argument("--recipe", help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=["time", "memory"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    join_world()
-    if args.memory:
-        print_peak(args)
+    if args.what:
+        join_world()
+        print(json.dumps(compare(args) if args.what == "time" else peak_memory(args)), flush=True)
         return
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores, 1 thread"
-    print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; {vars(args)}\n")
+    said = {key: value for key, value in vars(args).items() if key not in ("recipes", "recipe", "what")}
+    print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; {said}\n")
     print(f"{'recipe':14} {'attention':>9} {'ms/step':>9} {'ratio':>7} {'10%..90%':>14} {'peak GB':>8}")
     for recipe in args.recipes:
-        seconds, ratios = compare(args, recipe)
-        gc.collect()
-        if on_gpu:
-            torch.cuda.empty_cache()
         backend = choose_backend(make_config(args, recipe).model, "cuda" if on_gpu else "cpu").name
-        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
-        memory = "" if args.no_memory else peak_memory(args, recipe)
+        time_, memory = measured(recipe, "time"), measured(recipe, "memory")["memory"]
+        seconds, ratios = time_["seconds"], time_["ratios"]
+        spread = f"{ratios[len(ratios) // 10]:.3f}..{ratios[-1 - len(ratios) // 10]:.3f}"
         ratio = statistics.median(ratios)
-        spread = f"{low:.3f}..{high:.3f}"
-        print(f"{recipe:14} {backend:>9} {seconds * 1e3:9.1f} {ratio:7.3f} {spread:>14} {memory:>8}", flush=True)
+        print(f"{recipe:14} {backend:>9} {seconds * 1e3:9.1f} {ratio:7.3f} {spread:>14} {memory:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def checkpoints(
     elif not found:
         print(f"{root} holds no checkpoints yet")
     else:
-        table = Table("step", "size", "layout", "state")
+        table = Table("step", "health", "size", "layout", "state")
         for entry, problem in found:
             facts = summary(entry, problem, verified=verify)
             size = f"{facts['bytes'] / 1e6:,.1f} MB" if facts["bytes"] is not None else "?"
@@ -50,7 +50,7 @@ def checkpoints(
                 else "?"
             )
             state = f"[red]{problem}" if problem else "verified" if verify else "complete"
-            table.add_row(str(entry.step), size, text, state)
+            table.add_row(str(entry.step), facts["health"], size, text, state)
         Console().print(table)
     if any(problem for _, problem in found):
         raise typer.Exit(DataError.exit_code)

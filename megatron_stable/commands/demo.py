@@ -8,7 +8,9 @@ import typer
 
 def demo(
     directory: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo"),
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks that train; with an even number, TP 2.")] = 2,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that train, 2 if there is not just one GPU; even: with TP 2.")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Remove what an earlier demo left there, and start anew.")
     ] = False,
@@ -23,5 +25,6 @@ def demo(
       megatron-stable demo --directory /tmp/demo --ranks 1 --fresh
     """
     from megatron_stable.training.demo import Demo
+    from megatron_stable.training.launch import gpu_count
 
-    raise typer.Exit(Demo(directory, ranks)(fresh))
+    raise typer.Exit(Demo(directory, ranks or min(2, gpu_count() or 2))(fresh))

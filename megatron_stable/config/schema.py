@@ -282,7 +282,11 @@ class CheckpointConfig(Section):
     every: int = Field(100, ge=1)
     """Steps between checkpoints; one is always written at the end."""
     keep: int = Field(3, ge=1)
-    """Checkpoints to keep."""
+    """So many of the newest checkpoints are kept, and always the newest healthy one and one for a rollback."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints at multiples of this step are kept for ever; null: none."""
+    healthy_after: int = Field(50, ge=1)
+    """A checkpoint is healthy once so many further steps have passed without a dropped update or a loss of NaN."""
 
 
 class LoggingConfig(Section):

@@ -16,6 +16,7 @@ from types import FrameType
 
 import psutil
 
+from megatron_stable.errors import ConfigError
 from megatron_stable.training.pretrain import ERROR_FILE
 
 # the launcher's log says nothing that a user needs, and would bury a rank's error
@@ -29,7 +30,12 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
 
     SIGTERM and SIGINT go to the ranks, which stop in order, and not to the launcher, which would kill them. If a rank
     crashes, its error is printed last.
+
+    Raises:
+        ConfigError: The machine has GPUs, but fewer than ranks.
     """
+    if 0 < (gpus := gpu_count()) < ranks:
+        raise ConfigError(f"--ranks {ranks}, but this machine has {gpus} GPU(s): give at most as many ranks as GPUs")
     received: list[int] = []
     launcher: subprocess.Popen[bytes] | None = None
 
@@ -57,6 +63,13 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
     return _explain(code, received)
+
+
+def gpu_count() -> int:
+    """GPUs that this process may use."""
+    import torch  # takes a second, which a wrong command line should not wait for
+
+    return torch.cuda.device_count()
 
 
 def _explain(code: int, received: list[int]) -> int:

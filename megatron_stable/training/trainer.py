@@ -18,8 +18,9 @@ from megatron_stable.data import (
     check_vocabulary,
     open_dataset,
 )
-from megatron_stable.engine.checkpoint import loader
+from megatron_stable.engine.checkpoint import loader, store
 from megatron_stable.engine.checkpoint.format import stored_config
+from megatron_stable.engine.checkpoint.health import Retention
 from megatron_stable.engine.checkpoint.saver import Saver
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.shards import (
@@ -74,7 +75,10 @@ class Trainer:
                     check_tokenizer(data, tokenizer)
                 check_vocabulary(data, config.model.vocab_size)
         self.engine = Engine(config, topology)
-        self.saver = Saver(directory.checkpoints, config.checkpoint.keep, report)
+        self.saver = Saver(
+            directory.checkpoints, Retention(config.checkpoint.keep, config.checkpoint.keep_every), report
+        )
+        self.bad_steps: list[int] = []  # with a bad verdict, the latest; rank 0 knows
         self.tokens_per_step = config.batch.global_size * config.model.sequence_length
         peak = peak_flops(config.precision.dtype)
         self.peak = peak and peak * topology.world / flops_per_token(config.model)  # tokens/s at full utilisation
@@ -121,6 +125,7 @@ class Trainer:
         if state["loss_scaler"] is not None and self.config.precision.dtype == "fp16":
             set_loss_scaler_state(self.engine.deepspeed, state["loss_scaler"])
         self.skip = SkipWindows(state["skip_windows"])
+        self.bad_steps = [int(step) for step in state.get("bad_steps", [])]
 
     def run(self, record: Callable[[Record], None], stop: StopSignal) -> str | None:
         """Train to ``run.steps``.
@@ -167,7 +172,13 @@ class Trainer:
         return (stop.received or "a signal") if stopped else None
 
     def save(self) -> None:
-        """Start writing a checkpoint of the last step. Collective."""
+        """Judge the earlier checkpoints, and start writing one of the last step. Collective."""
+        if self.topology.rank == 0:
+            try:
+                settings = self.config.checkpoint
+                store.judge_all(self.directory.checkpoints, self.step, self.bad_steps, settings.healthy_after)
+            except OSError as error:
+                self.report(f"warning: {self.directory.checkpoints}: health cannot be recorded: {error}")
         topology, engine = self.topology, self.engine.deepspeed
         layout = {
             "tensor": topology.tensor_size,
@@ -182,12 +193,15 @@ class Trainer:
             "loss_scaler": loss_scaler_state(engine),
             "skip_windows": self.skip.to_list(),
             "data_step": self.skip.data_step(self.step) if self.step else 0,
+            "bad_steps": self.bad_steps,
         }
         shards = local_shards(engine, self.engine.module) + vector_shards(engine, self.engine.module)
         self.saver.save(self.step, shards, layout, self.config.model_dump(mode="json"), state)
 
     def _record(self, rate: float, clock: _Clock) -> Record:
         metrics = self.engine.metrics()  # on all ranks: it is collective
+        if metrics.skipped or strict(metrics.loss) is None:
+            self.bad_steps = [*self.bad_steps, self.step][-1000:]
         steps, seconds = clock.lap(self.step)
         speed = steps * self.tokens_per_step / seconds if steps else None
         line: dict[str, Any] = {

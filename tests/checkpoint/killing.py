@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_stable.engine.checkpoint import store
+from megatron_stable.engine.checkpoint.health import Retention
 from megatron_stable.engine.checkpoint.saver import Saver
 from tests.checkpoint.stored import contents, synthetic_shards
 
@@ -29,7 +30,7 @@ RANKS, KEEP = 3, 2
 def save_for_ever(rank: int, folder: Path, trial: int, first: int, ready: int) -> None:
     """A rank's life."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous_{trial}", rank=rank, world_size=RANKS)
-    saver = Saver(folder / "checkpoints", KEEP, lambda text: None)
+    saver = Saver(folder / "checkpoints", Retention(KEEP), lambda text: None)
     dist.barrier()
     os.write(ready, b"x")
     step = first

@@ -61,10 +61,11 @@ def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = 
     """On a rank: save synthetic shards, whose values are the step; returns what was reported."""
     import torch.distributed as dist
 
+    from megatron_stable.engine.checkpoint.health import Retention
     from megatron_stable.engine.checkpoint.saver import Saver
 
     said: list[str] = []
-    saver = Saver(Path(folder), keep, said.append)
+    saver = Saver(Path(folder), Retention(keep), said.append)
     for step in steps:
         shards = synthetic_shards(dist.get_rank(), dist.get_world_size(), float(step), rows)
         saver.save(step, shards, {"tensor": dist.get_world_size()}, {}, {"step": step})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_stable.engine.checkpoint import store
+from megatron_stable.engine.checkpoint.health import Retention
 from tests.checkpoint.stored import choose_step, write_checkpoints
 from tests.harness.ranks import RankError, Ranks
 
@@ -106,7 +107,7 @@ def test_foreign_directories_are_left_alone(ranks: Ranks, root: Path) -> None:
     (root / ".step_00000001.0.deleted").mkdir()
     assert {path.name for path in store.clean(root)} == {".step_00000007.0a1b2c3d", ".step_00000001.0.deleted"}
     assert {path.name for path in root.iterdir()} == before
-    assert store.rotate(root, 1) == [1]
+    assert store.rotate(root, Retention(1)) == [1]
     assert {path.name for path in root.iterdir()} == before - {"step_00000001"}
 
 

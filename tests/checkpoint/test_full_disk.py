@@ -34,12 +34,13 @@ def save_three_times(folder: str, rank_with_room: bool) -> tuple[list[str], list
     """On a rank: save with room, without, and with room again; what was said, what was there then, how it ended."""
     import torch.distributed as dist
 
+    from megatron_stable.engine.checkpoint.health import Retention
     from megatron_stable.engine.checkpoint.saver import Saver
     from megatron_stable.errors import MegatronStableError
 
     said: list[str] = []
     root, fill, rank = Path(folder) / "checkpoints", Path(folder) / "fill", dist.get_rank()
-    saver = Saver(root, 2, said.append)
+    saver = Saver(root, Retention(2), said.append)
 
     def save(step: int) -> list[str]:
         saver.save(step, synthetic_shards(rank, 2, float(step), ROWS), {}, {}, {})

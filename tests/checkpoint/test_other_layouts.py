@@ -62,6 +62,7 @@ def test_each_layout_resumes_what_another_wrote(ranks: Ranks, folder: Path) -> N
 def save_again(values: Values, root: str) -> None:
     """On a rank: resume, and save what was loaded, by this layout, below ``root``."""
     from megatron_stable.config.schema import Config
+    from megatron_stable.engine.checkpoint.health import Retention
     from megatron_stable.engine.checkpoint.saver import Saver
     from megatron_stable.parallel.topology import Topology
     from megatron_stable.training.directory import RunDirectory
@@ -71,7 +72,7 @@ def save_again(values: Values, root: str) -> None:
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
     trainer = Trainer(config, topology, RunDirectory(config.run.directory), print)
     trainer.resume()
-    trainer.saver = Saver(Path(root), 9, print)
+    trainer.saver = Saver(Path(root), Retention(9), print)
     trainer.save()
     trainer.saver.finish()
 

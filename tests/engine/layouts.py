@@ -41,11 +41,13 @@ def global_batches(steps: int, seed: int = 0) -> list[Tensor]:
 
 def initial_parameters(config: Config) -> dict[str, Tensor]:
     """Full-size initial parameters by global name, without vocabulary padding."""
+    from megatron_stable.config.parametrization import model_multipliers
     from megatron_stable.model.transformer import Transformer, layer_list
     from megatron_stable.parallel.parameters import place
     from megatron_stable.parallel.topology import TensorParallel
 
-    model = Transformer(layer_list(config.model, TensorParallel(), config.run.seed))
+    by = model_multipliers(config)
+    model = Transformer(layer_list(config.model, TensorParallel(), config.run.seed, multipliers=by))
     return {place(p).name: unpadded(place(p).name, p.detach()) for p in model.parameters()}
 
 

@@ -16,6 +16,7 @@ from tests.engine.layouts import (
     initial_parameters,
     make_config,
     train_many_on_ranks,
+    train_on_ranks,
     train_reference,
     unpadded,
     update_error,
@@ -103,3 +104,26 @@ def test_cases_have_no_conflicts_and_each_makes_a_difference() -> None:
         if name != "baseline":
             same = _reference(name).losses == pytest.approx(baseline.losses, rel=1e-9)
             assert not same, f"{name} trains like the baseline: nothing is tested"
+
+
+PARAMETRIZATIONS = {
+    "mu_full": {"optimizer": {"parametrization": "mu_full", "base_width": 8}},
+    "complete_p": {
+        "model": {"init": "fixed", "layer_scale": 0.5},
+        "optimizer": {"parametrization": "complete_p", "base_width": 8, "base_depth": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZATIONS)
+def test_a_parametrization_changes_the_model_alike_on_every_layout(ranks: Ranks, name: str) -> None:
+    """Initial values and multipliers, by the loss of the first step; tests/optim have the optimizer's part."""
+    sections = PARAMETRIZATIONS[name]
+    model = {"layers": 2, **sections.get("model", {})}
+    batch, optimizer = {"global_size": 8, "micro_size": 4}, sections["optimizer"]
+    parallel = {"tensor": 2, "pipeline": 2, "sequence": True}
+    config = make_config(model, batch=batch, optimizer=optimizer, parallel=parallel)
+    found = ranks.run(4, train_on_ranks, config.model_dump(mode="json"), 1)[0]["metrics"][0]
+    expected, plain = (train_reference(c, 1).losses[0] for c in (config, make_config(model, batch=batch)))
+    assert found["loss"] + found["z_loss"] == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(plain, rel=1e-3), "the parametrization makes no difference here"

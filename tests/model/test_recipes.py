@@ -251,7 +251,7 @@ def test_sigma_of_large_matrices_is_close_from_the_start() -> None:
         torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
         sigma.start(holder, 0)
         exact = float(torch.linalg.matrix_norm(linear.weight.detach(), 2))
-        assert exact * 0.99 < float(linear.reparametrize.gamma) <= exact * 1.0001
+        assert exact * 0.99 < linear.reparametrize.gamma.item() <= exact * 1.0001
 
 
 def _linear(rows: int, columns: int) -> Any:

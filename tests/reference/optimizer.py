@@ -108,7 +108,7 @@ def train(
         leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
         cast = {name: leaf.to(compute_dtype or leaf.dtype) for name, leaf in leaves.items()}
         vectors = power.step(parameters)
-        loss = model.loss(cast | vectors, tokens, labels, cfg.model, cfg.loss.z_loss, cfg.loss.mu_loss)
+        loss = model.loss(cast | vectors, tokens, labels, cfg.model, cfg.loss.z_loss, cfg.loss.mu_loss, cfg.optimizer)
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         gradients, norm = clip(gradients, cfg.optimizer.clip_grad)
         rate = learning_rate(step, cfg)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from megatron_stable.engine.checkpoint import store
 from megatron_stable.engine.checkpoint.format import MANIFEST, Manifest
+from megatron_stable.engine.checkpoint.health import verdict
 from megatron_stable.errors import DataError
 
 
@@ -51,6 +52,7 @@ def summary(entry: store.Entry, problem: str | None, verified: bool) -> dict[str
         "step": entry.step,
         "directory": str(entry.directory),
         "bytes": size,
+        "health": {True: "healthy", False: "unhealthy", None: "candidate"}[verdict(entry.directory)],
         "layout": manifest.layout if manifest else None,
         "complete": problem is None,
         "verified": verified and problem is None,

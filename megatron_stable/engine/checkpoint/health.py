@@ -46,14 +46,27 @@ def doomed(steps: Collection[int], healthy: Collection[int], rule: Retention) ->
     return sorted(set(steps) - kept)
 
 
-def mark_healthy(directory: Path, judged_at: int) -> None:
-    """Record that the run had trained well up to step ``judged_at``."""
-    write_synced(directory / HEALTH, json.dumps({"healthy": True, "judged_at_step": judged_at}) + "\n")
+def judge(step: int, now: int, bad: Collection[int], healthy_after: int) -> bool | None:
+    """Whether the checkpoint of ``step`` is healthy at step ``now``, ``None`` while it is a candidate.
 
-
-def is_healthy(directory: Path) -> bool:
-    """Whether a checkpoint was found healthy; one that was not yet judged is a candidate."""
-    try:
-        return read_json(directory / HEALTH).get("healthy") is True
-    except DataError:
+    Args:
+        bad: Steps with a bad verdict: a spike, a dropped update, a loss that is no number.
+        healthy_after: How many steps must have passed without one.
+    """
+    if any(step < other <= step + healthy_after for other in bad):
         return False
+    return True if now >= step + healthy_after else None
+
+
+def mark(directory: Path, healthy: bool, judged_at: int) -> None:
+    """Record the verdict on a checkpoint, passed at step ``judged_at``."""
+    write_synced(directory / HEALTH, json.dumps({"healthy": healthy, "judged_at_step": judged_at}) + "\n")
+
+
+def verdict(directory: Path) -> bool | None:
+    """The verdict on a checkpoint, ``None`` for a candidate."""
+    try:
+        found = read_json(directory / HEALTH).get("healthy")
+    except DataError:
+        return None
+    return found if isinstance(found, bool) else None

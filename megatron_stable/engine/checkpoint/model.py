@@ -9,7 +9,7 @@ import torch
 
 from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
-from megatron_stable.engine.checkpoint import store
+from megatron_stable.engine.checkpoint.catalog import newest_whole
 from megatron_stable.engine.checkpoint.format import stored_config
 from megatron_stable.engine.checkpoint.reader import Reader
 from megatron_stable.errors import DataError
@@ -35,16 +35,11 @@ def load_model(run: str | Path, step: int | None = None, device: str = "cpu") ->
     Raises:
         DataError: There is no such checkpoint, or it is damaged.
     """
-    root = Path(run) / "checkpoints"
-    found = [entry for entry in store.entries(root) if step is None or entry.step == step]
-    whole = next((entry for entry in reversed(found) if entry.manifest and store.damage(entry) is None), None)
-    if whole is None or whole.manifest is None:
-        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        problem = f": {store.damage(found[-1])}" if found else "; `megatron-stable pretrain` writes them"
-        raise DataError(f"{root} holds {wanted} that can be used{problem}")
+    whole = newest_whole(run, step)
     config = stored_config(whole.directory, whole.manifest)
-    # the backend of the training run may need a GPU, or half precision
-    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "auto"})})
+    # the backend of the training run may need a GPU, or half precision; and lengths vary, which compiled blocks dislike
+    model_config = config.model.model_copy(update={"attention": "auto", "compile": False})
+    config = config.model_copy(update={"model": model_config})
     reader = Reader(whole.directory, whole.manifest)
     _refuse_larger(config, reader)
     layers = layer_list(

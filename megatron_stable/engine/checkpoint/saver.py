@@ -34,6 +34,7 @@ from megatron_stable.engine.checkpoint.format import (
     sync_directory,
     write_synced,
 )
+from megatron_stable.engine.checkpoint.health import Retention
 from megatron_stable.engine.shards import Shard
 from megatron_stable.errors import MegatronStableError
 from megatron_stable.parallel.agreement import together
@@ -47,12 +48,12 @@ class Saver:
 
     Args:
         root: The run's ``checkpoints`` directory, which all ranks share.
-        keep: Complete checkpoints to keep.
+        retention: Which checkpoints to keep.
         report: Called on rank 0, from a thread, with a line for the user when a checkpoint is complete or has failed.
     """
 
-    def __init__(self, root: Path, keep: int, report: Callable[[str], None]) -> None:
-        self.root, self.keep, self.report = root, keep, report
+    def __init__(self, root: Path, retention: Retention, report: Callable[[str], None]) -> None:
+        self.root, self.retention, self.report = root, retention, report
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.failure: str | None = None  # of the last save; rank 0 knows
         self._thread: threading.Thread | None = None
@@ -155,7 +156,7 @@ class Saver:
             if replaced:
                 store.remove(replaced)
             store.point_latest(self.root, final.name)
-            store.rotate(self.root, self.keep)
+            store.rotate(self.root, self.retention)
         except (OSError, MegatronStableError) as error:
             self.report(f"warning: {self.root} cannot be tidied: {error}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_stable.engine.checkpoint.format import (
     verify_file,
     write_synced,
 )
+from megatron_stable.engine.checkpoint.health import Retention, doomed, judge, mark, verdict
 from megatron_stable.errors import DataError
 
 COMPLETE = re.compile(r"step_(\d{8,})")
@@ -81,13 +83,23 @@ def clean(root: Path) -> list[Path]:
     return leftovers
 
 
-def rotate(root: Path, keep: int) -> list[int]:
-    """Delete all complete checkpoints but the newest ``keep``; returns their steps. Damaged ones are the user's."""
-    complete = [entry for entry in entries(root) if entry.manifest is not None]
-    doomed = complete[:-keep]
-    for entry in doomed:
-        delete(entry.directory)
-    return [entry.step for entry in doomed]
+def rotate(root: Path, rule: Retention) -> list[int]:
+    """Delete the complete checkpoints that ``rule`` does not keep; returns their steps. Damaged ones are the user's."""
+    complete = {entry.step: entry.directory for entry in entries(root) if entry.manifest is not None}
+    healthy = [step for step, directory in complete.items() if verdict(directory)]
+    gone = doomed(complete, healthy, rule)
+    for step in gone:
+        delete(complete[step])
+    return gone
+
+
+def judge_all(root: Path, now: int, bad: Collection[int], healthy_after: int) -> None:
+    """Pass a verdict at step ``now`` on every checkpoint that is due one; see :func:`health.judge`."""
+    for entry in entries(root):
+        if entry.manifest is not None and entry.step < now and verdict(entry.directory) is None:
+            healthy = judge(entry.step, now, bad, healthy_after)
+            if healthy is not None:
+                mark(entry.directory, healthy, now)
 
 
 def delete(directory: Path) -> None:

@@ -1,0 +1,71 @@
+"""Which checkpoints are healthy, and which rotation may delete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_stable.engine.checkpoint import store
+from megatron_stable.engine.checkpoint.catalog import summary
+from megatron_stable.engine.checkpoint.health import Retention, doomed, judge, mark, verdict
+from tests.checkpoint.stored import write_checkpoints
+from tests.harness.ranks import Ranks
+
+STEPS = st.sets(st.integers(1, 400), min_size=1, max_size=12)
+
+
+@given(STEPS, st.data(), st.integers(1, 5), st.none() | st.integers(1, 50), st.integers(0, 200))
+def test_rotation_never_deletes_what_a_rollback_may_need(
+    steps: set[int], data: st.DataObject, keep: int, keep_every: int | None, rollback: int
+) -> None:
+    healthy = {step for step in sorted(steps) if data.draw(st.booleans())}
+    gone = set(doomed(steps, healthy, Retention(keep, keep_every, rollback)))
+    left = steps - gone
+    assert set(sorted(steps)[-keep:]) <= left
+    assert len(left) <= keep + 2 + sum(step % (keep_every or 10**9) == 0 for step in steps)
+    assert all(step in left for step in steps if keep_every and step % keep_every == 0)
+    if healthy:
+        newest = max(healthy)
+        assert newest in left
+        # wherever behind the newest healthy one the spike began, there is one far enough back, if there ever was
+        if min(healthy) <= newest - rollback:
+            assert any(step in healthy and step <= newest - rollback for step in left)
+        else:
+            assert min(healthy) in left
+
+
+@pytest.mark.parametrize(
+    ("now", "bad", "expected"),
+    [
+        (149, [], None),
+        (150, [], True),
+        (150, [100], True),  # before the checkpoint was taken
+        (150, [101], False),
+        (120, [110], False),  # it need not wait
+        (200, [150], False),
+        (200, [151], True),
+    ],
+)
+def test_verdict_of_the_checkpoint_of_step_100(now: int, bad: list[int], expected: bool | None) -> None:
+    assert judge(100, now, bad, healthy_after=50) is expected
+
+
+def test_rotation_of_real_checkpoints_follows_their_health(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(1, write_checkpoints, str(tmp_path), [10, 20, 30, 40, 50], 9)
+    store.judge_all(tmp_path, now=50, bad=[41], healthy_after=15)
+    found = {entry.step: verdict(entry.directory) for entry in store.entries(tmp_path)}
+    assert found == {10: True, 20: True, 30: False, 40: False, 50: None}
+    words = [summary(entry, None, verified=False)["health"] for entry in store.entries(tmp_path)]
+    assert words == ["healthy", "healthy", "unhealthy", "unhealthy", "candidate"]
+    assert store.rotate(tmp_path, Retention(keep=1, rollback_steps=5)) == [30, 40]
+    assert [entry.step for entry in store.entries(tmp_path)] == [10, 20, 50]
+
+
+def test_a_damaged_verdict_is_none(tmp_path: Path) -> None:
+    mark(tmp_path, healthy=True, judged_at=9)
+    assert verdict(tmp_path) is True
+    (tmp_path / "health.json").write_bytes(b"\x80\x04broken")
+    assert verdict(tmp_path) is None
