@@ -84,9 +84,7 @@ def draw_parameters(cfg: ModelConfig, vocab: int, seed: int, dtype: torch.dtype 
     return parameters
 
 
-def forward(
-    params: Parameters, tokens: Tensor, cfg: ModelConfig, optimizer: OptimizerConfig | None = None
-) -> Tensor:
+def forward(params: Parameters, tokens: Tensor, cfg: ModelConfig, optimizer: OptimizerConfig | None = None) -> Tensor:
     """Logits [b, s, V] of tokens [b, s]. Without dropout, which a reference cannot share.
 
     ``optimizer`` names the parametrization, if it is not the standard one.
