@@ -28,12 +28,13 @@ def convert(
 
     from megatron_stable.config.load import parse_config
     from megatron_stable.convert.reshard import Layout, reshard
+    from megatron_stable.data.files import explain_os_errors
     from megatron_stable.engine.checkpoint.catalog import newest_whole
     from megatron_stable.training.directory import RunDirectory
 
     entry = newest_whole(run, step)
     layout = Layout(tensor, pipeline, data)
-    with Progress(transient=True) as progress:
+    with Progress(transient=True) as progress, explain_os_errors("write", output):
         task = progress.add_task(f"step {entry.step} to {layout.ranks} ranks", total=None)
         final = reshard(
             entry.directory,

@@ -35,3 +35,20 @@ def test_compiled_model_trains_like_the_plain_one(ranks: Ranks) -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_compiled_model_trains_like_the_plain_one_on_tensor_parallel_ranks(ranks: Ranks, recompute: str) -> None:
     both(ranks, 2, {"activation_checkpointing": recompute, "bias": True}, {"tensor": 2, "sequence": True})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("world", "model", "parallel"),
+    [
+        (1, {"recipe": "sigma_reparam", "activation": "swiglu"}, {}),
+        (2, {"recipe": "sigma_reparam"}, {"tensor": 2, "sequence": True}),
+        (2, {"recipe": "olmo2", "layer_scale": 0.3}, {"tensor": 2, "sequence": True}),
+        (1, {"recipe": "deepnorm", "attention_clip": (-0.03, 1.03)}, {}),
+    ],
+    ids=["sigma_reparam", "sigma_reparam_tp2", "olmo2_layer_scale_tp2", "deepnorm_clip"],
+)
+def test_compiled_recipes_train_like_the_plain_ones(
+    ranks: Ranks, world: int, model: dict[str, Any], parallel: dict[str, Any]
+) -> None:
+    both(ranks, world, model, parallel)
