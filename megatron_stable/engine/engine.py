@@ -16,11 +16,13 @@ from megatron_stable.config.schema import Config
 from megatron_stable.engine.deepspeed_config import deepspeed_config
 from megatron_stable.engine.pipeline import TransformerPipeline
 from megatron_stable.engine.shards import flats, segments
+from megatron_stable.errors import ConfigError
 from megatron_stable.model import sigma
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.optim.optimizer import Optimizer
 from megatron_stable.optim.segments import Partition
+from megatron_stable.parallel.agreement import together
 from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.random import seed_step
 from megatron_stable.parallel.topology import Topology
@@ -73,6 +75,7 @@ class Engine:
         with quiet():
             model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
             self.optimizer = Optimizer(model.parameters(), config)
+            self._refuse_uneven_groups()
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
@@ -141,6 +144,22 @@ class Engine:
             count += self.accumulation
         self.deepspeed.train()
         return float(self._average(sums / max(count, 1)))
+
+    def _refuse_uneven_groups(self) -> None:
+        """Except under bf16, DeepSpeed sums the gradient norm over the stages once per parameter group.
+
+        Stages with different numbers of groups would wait for each other for ever.
+        """
+        counts: list[int] = [0] * self.topology.world
+        dist.all_gather_object(counts, len(self.optimizer.param_groups))
+        dtype = self.config.precision.dtype
+        with together():
+            if dtype != "bf16" and len(set(counts)) > 1:
+                raise ConfigError(
+                    f"parallel.pipeline {self.topology.pipeline_size} with precision.dtype {dtype}: optimizer.name, "
+                    "no_decay or parametrization treat embedding or head unlike the blocks, which gives the stages "
+                    f"{min(counts)} to {max(counts)} parameter groups; use precision.dtype bf16, or parallel.pipeline 1"
+                )
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         losses = language_model_loss(
