@@ -80,10 +80,10 @@ def _series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window, which shrinks towards the ends, so that the curve neither lags nor jumps there."""
+    """Mean over a centred window; it grows from the start, where a loss falls fast, and ends with the past alone."""
     most, smoothed = max(1, len(values) // SMOOTH), []
     for i in range(len(values)):
-        width = min(most, i, len(values) - 1 - i)
+        width = min(most, i)
         window = values[i - width : i + width + 1]
         smoothed.append(sum(window) / len(window))
     return smoothed
