@@ -13,6 +13,7 @@ from megatron_stable.config.schema import Config, ModelConfig
 
 DIRECTORY = Path(__file__).parents[2] / "docs" / "methods"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in DIRECTORY.glob("*.md") if path.stem != "README"}
+NEEDS = {"model.qk_norm_scope": ["model.qk_norm=true"], "optimizer.parametrization": ["model.init=fixed"]}
 
 
 def test_index_is_up_to_date():
@@ -44,8 +45,7 @@ def test_what_switches_it_on_is_valid_and_makes_a_difference(name):
     for override in overrides:
         key, _, value = override.partition("=")
         section, field = key.split(".")
-        needs = ["model.qk_norm=true"] if field == "qk_norm_scope" else []
-        config = load_config(None, [override, *needs])
+        config = load_config(None, [override, *NEEDS.get(override.split("=")[0], [])])
         default = getattr(getattr(Config(), section), field)
         assert getattr(getattr(config, section), field) != default, f"{override} is the default"
         assert yaml.safe_load(value) is not None
