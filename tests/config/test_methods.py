@@ -13,7 +13,10 @@ from megatron_stable.config.schema import Config, ModelConfig
 
 DIRECTORY = Path(__file__).parents[2] / "docs" / "methods"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in DIRECTORY.glob("*.md") if path.stem != "README"}
-NEEDS = {"model.qk_norm_scope": ["model.qk_norm=true"], "optimizer.parametrization": ["model.init=fixed"]}
+NEEDS = {
+    "model.qk_norm_scope=full": ["model.qk_norm=true"],
+    "optimizer.parametrization=complete_p": ["model.init=fixed"],
+}
 
 
 def test_index_is_up_to_date():
@@ -45,7 +48,7 @@ def test_what_switches_it_on_is_valid_and_makes_a_difference(name):
     for override in overrides:
         key, _, value = override.partition("=")
         section, field = key.split(".")
-        config = load_config(None, [override, *NEEDS.get(override.split("=")[0], [])])
+        config = load_config(None, [override, *NEEDS.get(override, [])])
         default = getattr(getattr(Config(), section), field)
         assert getattr(getattr(config, section), field) != default, f"{override} is the default"
         assert yaml.safe_load(value) is not None
