@@ -75,7 +75,8 @@ class Engine:
         with quiet():
             model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
             self.optimizer = Optimizer(model.parameters(), config)
-            self._refuse_uneven_groups()
+            if pipelined:
+                self._refuse_uneven_groups()
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,

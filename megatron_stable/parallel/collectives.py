@@ -5,11 +5,11 @@ function          forward                backward
 ================  =====================  =====================
 copy_to           identity               all-reduce
 reduce_from       all-reduce             identity
-gather_sequence   all-gather over s      reduce-scatter over s
 scatter_sequence  reduce-scatter over s  all-gather over s
 ================  =====================  =====================
 
-The first pair is Megatron's f and g (arXiv 1909.08053), the second its sequence-parallel form (arXiv 2205.05198).
+The first two are Megatron's f and g (arXiv 1909.08053); the third takes g's place under sequence parallelism (arXiv
+2205.05198), where f's is within ``layers.column_linear``.
 Without a TP group each is the identity and leaves no trace in the graph.
 """
 
@@ -64,17 +64,6 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.tp = tp
-        return all_gather_sequence(x, tp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_sequence(grad, ctx.tp), None
-
-
 class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
@@ -98,11 +87,6 @@ def copy_to(x: Tensor, tp: TensorParallel) -> Tensor:
 def reduce_from(x: Tensor, tp: TensorParallel) -> Tensor:
     """Leave a sharded region: sum the partial results of all ranks."""
     return _ReduceFrom.apply(x, tp) if tp.active else x
-
-
-def gather_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
-    """``[b, s/tp, ...]`` -> ``[b, s, ...]``."""
-    return _GatherSequence.apply(x, tp) if tp.active else x
 
 
 def scatter_sequence(x: Tensor, tp: TensorParallel) -> Tensor:

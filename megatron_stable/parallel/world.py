@@ -57,7 +57,7 @@ def join_world() -> None:
     with quiet():
         import deepspeed  # takes seconds, so only where ranks really start
 
-        # an op that only inference calls and that would be compiled for 40 s at the first start
+        # an op that only inference calls, which would be compiled at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 

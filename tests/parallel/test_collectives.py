@@ -49,7 +49,6 @@ def test_forward_and_backward(ranks: Ranks, tensor: int, batch: int) -> None:
     wanted: dict[str, tuple[bool, bool, Any, Any]] = {
         "copy_to": (False, False, on_all(full, 0), total(on_all(full, 100))),
         "reduce_from": (False, False, total(on_all(full, 0)), on_all(full, 100)),
-        "gather_sequence": (True, False, gathered(on_all(short, 0)), scattered(on_all(full, 100))),
         "scatter_sequence": (False, True, scattered(on_all(full, 0)), gathered(on_all(short, 100))),
     }
     for name, (shard_in, shard_out, outputs, gradients) in wanted.items():
@@ -59,7 +58,7 @@ def test_forward_and_backward(ranks: Ranks, tensor: int, batch: int) -> None:
             torch.testing.assert_close(gradient, wanted_gradient, msg=name)
 
 
-@pytest.mark.parametrize("name", ["copy_to", "reduce_from", "gather_sequence", "scatter_sequence", "leave_region"])
+@pytest.mark.parametrize("name", ["copy_to", "reduce_from", "scatter_sequence", "leave_region"])
 def test_alone_each_is_the_identity_without_a_trace(name: str) -> None:
     x = torch.randn(2, 4, requires_grad=True)
     assert getattr(collectives, name)(x, TensorParallel(sequence=True)) is x
