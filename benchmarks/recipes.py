@@ -1,7 +1,7 @@
-"""What each recipe costs: step time as a ratio to the baseline's in the same run, and peak memory.
+"""What each recipe and rule costs: step time as a ratio to the baseline's in the same run, and peak memory.
 
     python benchmarks/recipes.py                        # this machine: a CPU, or a GPU with torch.compile
-    python benchmarks/recipes.py --recipes baseline qk_norm sigma_reparam --steps 40
+    python benchmarks/recipes.py --recipes baseline qk_norm qk_clip --steps 40
 
 For each recipe, an engine of the baseline and one of the recipe take turns in a process of their own, so that the
 ratio holds when the machine's speed drifts. The table has the median of the ratios, pair by pair, and their 10% to 90%
@@ -36,14 +36,22 @@ from megatron_stable.parallel.world import join_world
 
 GPU: dict[str, Any] = {"size": "302m", "dtype": "bf16", "micro": 8, "vocabulary": 32000, "compile": True}
 CPU: dict[str, Any] = {"size": "tiny", "dtype": "fp32", "micro": 4, "vocabulary": 2048, "compile": False}
+# rules of the optimizer, measured like recipes
+RULES: dict[str, dict[str, Any]] = {
+    "qk_clip": {"qk_clip": 100.0},
+    "stable_adamw": {"name": "stable_adamw"},
+    "adagc": {"clipping": "adagc"},
+    "muon": {"name": "muon"},
+}
 
 
 def make_config(args: argparse.Namespace, recipe: str) -> Config:
     """The configuration that is measured."""
-    model = {"size": args.size, "recipe": recipe, "compile": args.compile, "vocab_size": args.vocabulary}
+    model = {"size": args.size, "compile": args.compile, "vocab_size": args.vocabulary}
     return Config.model_validate(
         {
-            "model": model,
+            "model": model if recipe in RULES else {**model, "recipe": recipe},
+            "optimizer": RULES.get(recipe, {}),
             "precision": {"dtype": args.dtype},
             "batch": {"global_size": args.micro, "micro_size": args.micro},
             "loss": {"z_loss": 1e-4},
@@ -114,7 +122,9 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     defaults = GPU if on_gpu else CPU
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=[*RECIPES, *RULES], default=[*RECIPES, *RULES], metavar="RECIPE"
+    )
     parser.add_argument("--size", default=defaults["size"])
     parser.add_argument("--dtype", default=defaults["dtype"])
     parser.add_argument("--micro", type=int, default=defaults["micro"], help="sequences per step")

@@ -10,7 +10,10 @@ import typer
 from megatron_stable.errors import MegatronStableError
 
 # in the order in which a newcomer meets them; each is the function of its name in the module of its name
-VERBS = ["demo", "init", "tokenizer", "preprocess", "pretrain", "evaluate", "generate", "checkpoints", "convert"]
+VERBS = [
+    "demo", "init", "tokenizer", "preprocess", "pretrain", "evaluate", "generate", "spikes", "checkpoints", "inspect",
+    "skip", "convert",
+]  # fmt: skip
 
 app = typer.Typer(
     name="megatron-stable",

@@ -20,7 +20,7 @@ def check(config: Config, world_size: int | None = None) -> None:
 
 def conflicts(config: Config, world_size: int | None = None) -> list[Problem]:
     """All conflicts in `config`, for a run of `world_size` ranks if that is known."""
-    return [*_model(config), *_layout(config), *_batch(config, world_size), *_optimization(config)]
+    return [*_model(config), *_layout(config), *_batch(config, world_size), *_optimization(config), *_guard(config)]
 
 
 def _model(config: Config) -> list[Problem]:
@@ -91,6 +91,10 @@ def _recipe(config: Config) -> list[Problem]:
     if model.embedding_scale and model.embedding_norm:
         why = "contradict each other, as a norm takes every factor out again"
         contradict(("model.embedding_scale", "model.embedding_norm"), why, "set one of them to false")
+    for key in ("model.qk_norm", "model.sigma_reparam"):
+        if config.optimizer.qk_clip is not None and getattr(model, key.split(".")[1]):
+            why = "contradict each other, as a norm takes the scaling of its weights out again"
+            contradict(("optimizer.qk_clip", key), why, f"set optimizer.qk_clip=null, or {key}=false")
     if model.sigma_reparam and config.parallel.zero_stage == 3:
         why = "cannot go together, as the spectral norm needs whole weights before a step"
         contradict(("model.sigma_reparam", "parallel.zero_stage"), why, "set parallel.zero_stage=2 or 1")
@@ -261,6 +265,8 @@ def _optimizer(config: Config) -> list[Problem]:
             for key in ("spike_threshold", "momentum_reset_every")
             if getattr(optimizer, key) is not None
         ]
+    if optimizer.qk_clip is None and optimizer.qk_clip_alpha != default.qk_clip_alpha:
+        found.append(_idle(config, "qk_clip_alpha", "qk_clip", "100", f"{default.qk_clip_alpha:g}"))
     every, warmup = optimizer.momentum_reset_every, optimizer.momentum_reset_warmup
     if every is None and warmup != default.momentum_reset_warmup:
         found.append(
@@ -308,6 +314,30 @@ def _idle(config: Config, key: str, master: str, needs: str, default: str) -> Pr
         f"optimizer.{key} {value} has no effect with optimizer.{master} {'null' if has is None else has}: "
         f"set optimizer.{master} to {needs}, or optimizer.{key}={default}",
     )
+
+
+def _guard(config: Config) -> list[Problem]:
+    guard, found = config.guard, []
+    if guard.drop_spikes and guard.mode in ("off", "watch"):
+        found.append(
+            Problem(
+                ("guard.drop_spikes", "guard.mode"),
+                f"guard.drop_spikes true has no effect with guard.mode {guard.mode}, which makes every update: "
+                "set guard.mode to drop or recover, or guard.drop_spikes=false",
+            )
+        )
+    if guard.warmup > guard.window:
+        found.append(
+            Problem(
+                ("guard.warmup", "guard.window"),
+                f"guard.warmup {guard.warmup} is more than guard.window {guard.window} ever holds: lower the first",
+            )
+        )
+    for first, last in config.data.skip:
+        if first > last:
+            message = f"data.skip [{first}, {last}] ends before it begins: give [first, last], inclusive"
+            found.append(Problem(("data.skip",), message))
+    return found
 
 
 def _indivisible(key: str, value: int, by: str, divisor: int) -> Problem:

@@ -15,6 +15,7 @@ from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.sizes import SIZES
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Factor = Annotated[float, Field(gt=0, le=1)]
 Blend = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
 
@@ -206,6 +207,9 @@ class DataConfig(Section):
     """Prefix of the training .bin/.idx, or a blend: {prefix: weight, ...}."""
     validation: str | Blend | None = None
     """Prefix of the validation .bin/.idx, or a blend; null: no evaluation."""
+    skip: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
+    """Windows of data steps that are not trained on, [first, last], inclusive and counted from 1; the guard and
+    `megatron-stable skip` add others, which are kept in the run's interventions.json."""
 
 
 class OptimizerConfig(Section):
@@ -245,6 +249,11 @@ class OptimizerConfig(Section):
     """Zero the moments every so many steps; null: never (SPAM: 500)."""
     momentum_reset_warmup: int = Field(150, ge=0)
     """Steps in which the learning rate rises again after a reset of the moments."""
+    qk_clip: float | None = Field(None, gt=0)
+    """QK-Clip: after each update, scale down queries and keys of heads whose largest attention logit was above this
+    (arXiv 2507.20534, with muon: 100); null: do not."""
+    qk_clip_alpha: float = Field(0.5, ge=0, le=1)
+    """QK-Clip: the share of the scaling that queries take, as an exponent; keys take the rest."""
     parametrization: Literal["standard", "mu_simple", "mu_full", "complete_p"] = "standard"
     """How learning rate, eps, decay, initialisation and multipliers follow from a base model's (see
     `megatron_stable/config/parametrization.py`); mu_simple and mu_full: arXiv 2309.14322, complete_p: 2505.01618."""
@@ -278,6 +287,41 @@ class LossConfig(Section):
     (arXiv 2601.02031: 1e-4)."""
 
 
+class GuardConfig(Section):
+    mode: Literal["off", "watch", "drop", "recover"] = "recover"
+    """off: nothing watches; watch: spikes are found and recorded; drop: besides, updates with a loss that is not finite
+    are not made, and too many of these end the run; recover: the run goes back to a healthy checkpoint instead, and
+    skips the data. Updates with gradients that are not finite are never made."""
+    threshold: float = Field(8.0, gt=0)
+    """A spike rises so many median absolute deviations above the median of recent steps."""
+    window: int = Field(256, ge=15)
+    """Recent steps behind that median and those deviations."""
+    warmup: int = Field(50, ge=1)
+    """Steps before spikes are looked for."""
+    patience: int = Field(50, ge=1)
+    """A spike of the loss that has not fallen back after so many steps is a divergence."""
+    drop_spikes: bool = False
+    """Do not make updates at a spike of loss or gradient norm either (as OLMo-core's SkipStep does)."""
+    max_consecutive_drops: int = Field(10, ge=1)
+    """So many dropped updates in a row ask for recovery."""
+    max_drops: int = Field(50, ge=1)
+    """So many dropped updates within 1000 steps ask for recovery."""
+    rollback_steps: int = Field(100, ge=0)
+    """Recovery goes back to a healthy checkpoint at least so many steps before the onset (PaLM, WeLM: about 100)."""
+    skip_steps: int = Field(200, ge=1)
+    """Recovery skips so many data steps, half of them before the onset (PaLM: 200 to 500, WeLM: 200)."""
+    near_steps: int = Field(500, ge=1)
+    """Trouble that begins less than so many steps after the last is at the same place: the next attempt."""
+    max_rollbacks: int = Field(3, ge=0)
+    """Attempts at one place, after which the run ends with exit code 3."""
+    widen: tuple[Annotated[float, Field(ge=1)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
+    """By attempt, the last one for all further: factor of `rollback_steps` and `skip_steps`."""
+    learning_rate_factors: tuple[Factor, ...] = Field((1.0, 0.7, 0.7), min_length=1)
+    """By attempt: what the learning rate is multiplied by from then on."""
+    clip_factors: tuple[Factor, ...] = Field((1.0, 1.0, 0.5), min_length=1)
+    """By attempt: what `optimizer.clip_grad` is multiplied by from then on."""
+
+
 class CheckpointConfig(Section):
     every: int = Field(100, ge=1)
     """Steps between checkpoints; one is always written at the end."""
@@ -286,7 +330,8 @@ class CheckpointConfig(Section):
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this step are kept for ever; null: none."""
     healthy_after: int = Field(50, ge=1)
-    """A checkpoint is healthy once so many further steps have passed without a dropped update or a loss of NaN."""
+    """A checkpoint is healthy once so many further steps have passed without a spike of the loss, a dropped update or a
+    loss that is not finite."""
 
 
 class LoggingConfig(Section):
@@ -324,6 +369,8 @@ class Config(Section):
     """The learning rate over the run."""
     loss: LossConfig = LossConfig()
     """Terms beside the cross-entropy."""
+    guard: GuardConfig = GuardConfig()
+    """What watches over the run: spikes, dropped updates, going back to a healthy checkpoint."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints, below `run.directory`/checkpoints."""
     logging: LoggingConfig = LoggingConfig()

@@ -102,7 +102,7 @@ def reshard(
         write_synced(beside / MANIFEST, replace(manifest, layout=shape, files=entries).dumps())
         beside.rename(final)
         sync_directory(root)
-        point_latest(root, final.name)
+        point_latest(root, manifest.step)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return final

@@ -49,6 +49,15 @@ class SkipWindows:
         """These windows and one more."""
         return SkipWindows([*self.windows, (first, last)])
 
+    def continued(self, position: int, ahead: SkipWindows) -> SkipWindows:
+        """These windows before data step `position`, up to which a run has trained, and those `ahead` after it.
+
+        What was trained on cannot be skipped any more, and what was skipped stays skipped: no count changes.
+        """
+        past = [window for window in self.windows if window[0] <= position]
+        future = [(max(first, position + 1), last) for first, last in ahead.windows if last > position]
+        return SkipWindows([*past, *future])
+
     def to_list(self) -> list[list[int]]:
         """Plain lists for JSON and YAML; the constructor takes them back."""
         return [list(window) for window in self.windows]

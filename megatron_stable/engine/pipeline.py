@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megatron_stable.config.schema import Config
 from megatron_stable.model.transformer import Layer, project
+from megatron_stable.optim.groups import settings
+from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.stages import stage_bounds
 from megatron_stable.parallel.topology import Topology
 
@@ -73,3 +79,24 @@ class TransformerPipeline(PipelineModule):
             grad = weight.grad if accumulated is None else accumulated
             found.append((SimpleNamespace(grad=grad, _hp_grad=getattr(weight, "_hp_grad", None)), group))
         return found
+
+
+@contextmanager
+def even_groups(model: nn.Module, config: Config, topology: Topology) -> Iterator[None]:
+    """Within, every stage has parameters in the same groups of the optimizer. Collective.
+
+    DeepSpeed's ZeRO-1 sums the gradient norm over the stages once per group, so that stages with different groups would
+    wait for each other for ever. A stage that lacks a group gets a filler: one element, 0, which has no gradient. It is
+    the model's only while DeepSpeed takes the model over.
+    """
+    own = {f"{settings(known, config)}": known for known in map(place, model.parameters())}
+    stages = [own] * topology.pipeline_size
+    dist.all_gather_object(stages, own, group=topology.pipeline_group)
+    lacking = {group: known for stage in stages for group, known in stage.items() if group not in own}
+    for i, known in enumerate(lacking.values()):
+        filler = nn.Parameter(torch.zeros(1))
+        filler.place = known  # type: ignore[attr-defined]
+        model.register_parameter(f"filler_{i}", filler)
+    yield
+    for i in range(len(lacking)):
+        delattr(model, f"filler_{i}")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_stable.config.schema import PrecisionConfig
 from megatron_stable.model import sigma
 from megatron_stable.optim.segments import Segment
 from megatron_stable.parallel.parameters import Place, place
@@ -84,6 +85,17 @@ def flats(engine: Any) -> list[tuple[int, Tensor]]:
     return [(i, flat) for i, group in enumerate(optimizer.optimizer.param_groups) for flat in group["params"]]
 
 
+def gradients(engine: Any) -> list[Tensor]:
+    """What this rank's optimizer holds of the reduced gradients when the base optimizer is first called in a step.
+
+    That is the gradient of the flats it is called with, and what DeepSpeed has ready for its later calls.
+    """
+    base = engine.optimizer.optimizer
+    ready = [flat.grad for group in base.param_groups for flat in group["params"]]
+    later = [grad for grads in getattr(engine.optimizer, "averaged_gradients", {}).values() for grad in grads or ()]
+    return [grad for grad in (*ready, *later) if grad is not None]
+
+
 def optimizer_steps(engine: Any) -> int:
     """Updates that the base optimizer has applied, which differ from attempted steps by the dropped ones."""
     updates: int = engine.optimizer.optimizer.updates
@@ -123,6 +135,12 @@ def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
     """Restore what :func:`loss_scaler_state` returned."""
     for key, kind in _SCALER.items():
         setattr(engine.optimizer.loss_scaler, key, kind(state[key]))
+
+
+def reset_loss_scaler(engine: Any, precision: PrecisionConfig) -> None:
+    """Make fp16's loss scale begin anew."""
+    begin = {"cur_scale": 2.0**precision.initial_scale_power, "cur_iter": 0, "last_overflow_iter": -1}
+    set_loss_scaler_state(engine, {**begin, "cur_hysteresis": precision.hysteresis})
 
 
 _SCALER = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}

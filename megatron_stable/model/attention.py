@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.model.backends import BACKENDS, Scores
+from megatron_stable.model.backends import BACKENDS, Scores, max_attention_logits
 from megatron_stable.model.init import output_init, qkv_init
 from megatron_stable.model.norms import projection_norm
 from megatron_stable.model.positions import rotate
@@ -24,11 +24,15 @@ class Attention(nn.Module):
 
         group 0                      group 1
         [ q ... q (heads/groups) k v | q ... q k v | ... ]
+
+    Attributes:
+        peaks: ``[heads/tp]``, raised to each head's largest logit, before any cap, whenever it trains; ``None``: not.
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, backend: str, by: ModelMultipliers) -> None:
         super().__init__()
         self.tp, self.dropout = tp, config.attention_dropout
+        self.peaks: Tensor | None = None  # no buffer: half precision would round it, and checkpoints need not hold it
         self.scores = Scores(
             by.attention_scale * config.attention_temperature, config.attention_cap, config.attention_clip
         )
@@ -50,8 +54,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
-        q, k, v = self.project(x)
-        y = self._attend(*(part.transpose(1, 2) for part in (q, k, v)))
+        q, k, v = (part.transpose(1, 2) for part in self.project(x))
+        if self.peaks is not None and self.training:
+            self.peaks.copy_(torch.maximum(self.peaks, max_attention_logits(q, k, self.scores.scale)))
+        y = self._attend(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,7 +157,8 @@ def _refuse_absent(name: str, device: str) -> None:
 def max_attention_logits(q: Tensor, k: Tensor, scale: float, chunk: int = 128) -> Tensor:
     """The largest attention logit of each head, before any cap, over the keys that each query may see.
 
-    In memory are the logits of ``chunk`` queries at a time, not s x s.
+    In memory are the logits of ``chunk`` queries at a time, not s x s. Products of bf16 are rounded to bf16, which is
+    enough to compare with a threshold; those of fp16 are fp32, as they may not fit.
 
     Args:
         q: ``[b, heads, s, d]``.
@@ -169,11 +170,13 @@ def max_attention_logits(q: Tensor, k: Tensor, scale: float, chunk: int = 128) -
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     wide = torch.promote_types(q.dtype, torch.float32)
+    if q.dtype == torch.float16:
+        q, k = q.float(), k.float()
     length = q.shape[2]
     top = torch.full(q.shape[1:2], -torch.inf, dtype=wide, device=q.device)
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        logits = q[:, :, start:stop].to(wide) @ k[:, :, :stop].to(wide).transpose(-2, -1) * scale
+        products = q[:, :, start:stop] @ k[:, :, :stop].transpose(-2, -1)
         future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(1 + start)
-        top = torch.maximum(top, logits.masked_fill(future, -torch.inf).amax((0, 2, 3)))
-    return top
+        top = torch.maximum(top, products.masked_fill(future, -torch.inf).amax((0, 2, 3)).to(wide))
+    return top * scale

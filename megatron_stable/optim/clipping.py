@@ -20,7 +20,13 @@ from megatron_stable.optim.segments import Partition, Segment
 
 
 class Clipping(Protocol):
-    """A clipping rule."""
+    """A clipping rule.
+
+    Attributes:
+        limit: What it clips the global norm to in any case (in AdaGC's warm-up).
+    """
+
+    limit: float
 
     def observe(self, norm: float) -> None:
         """Take note of this step's global gradient norm, before any of its gradients is scaled."""

@@ -47,9 +47,12 @@ def settings(known: Place, config: Config) -> dict[str, Any]:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: Config) -> list[dict[str, Any]]:
-    """Parameters with equal settings share a group, and so one of DeepSpeed's flats, in order of appearance."""
-    found: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    """Parameters with equal settings share a group, and so one of DeepSpeed's flats.
+
+    Groups are sorted by their settings, so that pipeline stages with the same groups have them in the same order.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for weight in parameters:
         own = settings(place(weight), config)
-        found.setdefault(tuple(own.items()), {**own, "params": []})["params"].append(weight)
-    return list(found.values())
+        found.setdefault(f"{own}", {**own, "params": []})["params"].append(weight)
+    return [found[key] for key in sorted(found)]

@@ -176,6 +176,8 @@ def muon(flats: list[Flat], exchanges: dict[Tensor, Exchange], model: ModelConfi
         momentum.lerp_(grad, 1 - decay)
         update = grad.lerp_(momentum, decay)
         exchange = exchanges[weight]
+        if not exchange.places:  # a group that other stages alone have
+            continue
         names = {i: place.name for i, place in exchange.places.items()}
         wholes = exchange.gather(update)
         exchange.scatter({i: orthogonal_update(names[i], whole, model, dtype) for i, whole in wholes.items()}, update)

@@ -7,12 +7,14 @@ parameters over the ranks of a pipeline stage::
 
     begin_step(rate) ── forward, backward … ── step() ── step() ── …
                                                │ once: guard, count of updates, statistics of the global norm
-                                               └ each: scale gradients, cut off spikes, update, centre the output
+                                               └ each: scale gradients, cut off spikes, update, centre the output,
+                                                       clip queries and keys
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from megatron_stable.optim.adamw import Flat
 from megatron_stable.optim.centering import center_
 from megatron_stable.optim.clipping import build_clipping
 from megatron_stable.optim.groups import parameter_groups
+from megatron_stable.optim.qk_clip import qk_clip_
 from megatron_stable.optim.segments import Partition, Segment
 from megatron_stable.parallel.parameters import place
 
@@ -43,6 +46,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         updates: Steps that were applied; dropped ones are not counted.
+        max_logits: Asked once per step that is taken, if the configuration has QK-Clip: by block ("blocks.0"), the
+            largest attention logit of each local head over the global batch.
         guard: Asked once per step with the global gradient norm, before anything changes. Where it says no, the step is
             dropped: weights, moments, statistics and counts stay as they are. It must say the same on all ranks.
             ``None``: every step is taken.
@@ -54,6 +59,8 @@ class Optimizer(torch.optim.Optimizer):
         self.config = config
         self.updates = 0
         self.guard: Callable[[float], bool] | None = None
+        self.max_logits: Callable[[], Mapping[str, Tensor]] = dict
+        self._peaks: Mapping[str, Tensor] = {}  # of this step
         self.group_of = {place(weight).name: i for i, group in enumerate(groups) for weight in group["params"]}
         weights = [(i, weight) for i, group in enumerate(groups) for weight in group["params"]]
         self._global_norm: Callable[[], float] | None = None
@@ -121,6 +128,11 @@ class Optimizer(torch.optim.Optimizer):
         if "step" in self._state(flat):
             self._state(flat)["step"].zero_()
 
+    def set_clip(self, limit: float) -> None:
+        """Change the global norm at which an adaptive clipping rule clips in any case; 0: it does not."""
+        if self._clipping is not None:
+            self._clipping.limit = limit or inf
+
     def state_values(self) -> dict[str, Any]:
         """Statistics that are not shaped like parameters, as plain values for a checkpoint. Collective."""
         values = self._clipping.values() if self._clipping is not None else {}
@@ -159,6 +171,8 @@ class Optimizer(torch.optim.Optimizer):
         self._taken = self.guard is None or self.guard(norm)
         if self._taken:
             self.updates += 1
+            if self.config.optimizer.qk_clip is not None:
+                self._peaks = self.max_logits()
             if self._clipping is not None:
                 self._clipping.observe(norm)
 
@@ -176,6 +190,10 @@ class Optimizer(torch.optim.Optimizer):
             for number, segment in partition.within(flat.weight for flat in flats):
                 if segment.place.name == output:
                     center_(partition, number)
+        if self.config.optimizer.qk_clip is not None:
+            weights = [flat.weight for flat in flats]
+            threshold, alpha = self.config.optimizer.qk_clip, self.config.optimizer.qk_clip_alpha
+            qk_clip_(partition, weights, self._peaks, self.config.model, threshold, alpha)
 
     def _spam(self, flats: list[Flat]) -> list[Flat]:
         """Zero moments, cut off spikes, and lower the learning rate after a reset, where the configuration says so."""

@@ -46,7 +46,8 @@ def row_factors(max_logits: Tensor, model: ModelConfig, threshold: float = 100.0
         fp32 ``[groups/tp x (queries + 2) x head_dim]``, in the order of the rows of QKV; 1 for the values.
     """
     gamma = (threshold / max_logits.float()).clamp(max=1.0)
-    gamma = torch.where(max_logits > 0, gamma, 1.0).view(-1, model.heads // model.groups)  # [groups/tp, queries]
+    gamma = torch.where((max_logits > 0) & max_logits.isfinite(), gamma, 1.0)
+    gamma = gamma.view(-1, model.heads // model.groups)  # [groups/tp, queries]
     key = gamma.amin(1, keepdim=True) ** (1 - alpha)
     factors = torch.cat([gamma / key, key, torch.ones_like(key)], dim=1)  # [groups/tp, queries + 2]
     return factors.flatten().repeat_interleave(model.head_dim)

@@ -20,6 +20,9 @@ class Callback(Protocol):
     def record(self, record: Record) -> None:
         """After a step that is logged or evaluated; see DESIGN for the keys of ``metrics.jsonl``."""
 
+    def rewind(self, step: int) -> None:
+        """After the run went back to a checkpoint of ``step``: records of later steps come anew."""
+
     def message(self, text: str) -> None:
         """Something to tell the user: a checkpoint, a warning, the end."""
 
@@ -35,6 +38,9 @@ class MetricsFile:
 
     def record(self, record: Record) -> None:
         append_line(self.path, record)
+
+    def rewind(self, step: int) -> None:
+        pass
 
     def message(self, text: str) -> None:
         pass
@@ -61,6 +67,9 @@ class TensorBoard:
         "mfu": "train/mfu",
         "validation_loss": "validation/loss",
         "validation_perplexity": "validation/perplexity",
+        "loss_score": "guard/loss_score",
+        "grad_norm_score": "guard/grad_norm_score",
+        "skipped": "guard/dropped",
     }
 
     def __init__(self, directory: Path, first_step: int) -> None:
@@ -71,12 +80,13 @@ class TensorBoard:
     def _open(self) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # takes a second, and only rank 0 needs it
 
-        self.writer = SummaryWriter(str(self.directory), purge_step=self.first_step if self.first_step > 1 else None)
+        self.writer = SummaryWriter(str(self.directory), purge_step=self.first_step)
         charts = {
             "loss": ["Multiline", ["train/loss", "validation/loss"]],
             "gradient norm": ["Multiline", ["train/grad_norm"]],
             "z-loss": ["Multiline", ["train/z_loss"]],
             "learning rate": ["Multiline", ["train/learning_rate"]],
+            "guard": ["Multiline", ["guard/loss_score", "guard/grad_norm_score", "guard/dropped"]],
         }
         self.writer.add_custom_scalars({"stability": charts})
 
@@ -91,6 +101,10 @@ class TensorBoard:
         except OSError:
             self.writer = None  # it does not recover: the next record begins a file of its own
             raise
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        self.writer = None  # the next record begins a file that supersedes what follows the checkpoint
 
     def message(self, text: str) -> None:
         pass
@@ -148,6 +162,9 @@ class ProgressLine:
         self._print(("\r\x1b[2K" if self.live else "") + line + ("\n" if keep else ""))
         self.shown = not keep
 
+    def rewind(self, step: int) -> None:
+        self.began = None
+
     def message(self, text: str) -> None:
         self.close()
         self._print(f"{text}\n")
@@ -181,6 +198,10 @@ class Callbacks:
                 if callback not in self.failed:
                     self.failed.add(callback)
                     self.message(f"warning: {type(callback).__name__} cannot write, training goes on: {error}")
+
+    def rewind(self, step: int) -> None:
+        for callback in self.callbacks:
+            callback.rewind(step)
 
     def message(self, text: str) -> None:
         for callback in self.callbacks:

@@ -251,7 +251,7 @@ class Demo:
 
 def newest_step(run: str | Path) -> int:
     """The step of the newest usable checkpoint of a run, 0 if there is none."""
-    usable = [entry.step for entry in store.entries(Path(run) / "checkpoints") if entry.manifest is not None]
+    usable = [entry.step for entry in store.entries(Path(run) / "checkpoints") if entry.usable]
     return usable[-1] if usable else 0
 
 

@@ -13,6 +13,7 @@ from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError
 from megatron_stable.stability.ledger import Ledger
+from megatron_stable.stability.logbook import render
 
 # fields of `model` that may change from one start of a run to the next: names and what does not change the function
 FREE = {
@@ -34,7 +35,13 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.ledger = Ledger(self.path / "ledger.jsonl")
+        self.logbook = self.path / "logbook.md"
         self._lock: IO[bytes] | None = None
+
+    def log(self, event: str, step: int, **facts: Any) -> None:
+        """Put an event into the ledger and the logbook. OSError: it cannot be written."""
+        self.ledger.write(event, step, **facts)
+        self.logbook.write_text(render(self.ledger.read()), encoding="utf-8")
 
     def claim(self, config: Config) -> None:
         """Make the directory this process's, and see that it can be written to. What a run is goes there later, by
@@ -50,6 +57,16 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
             self._prepare(config).unlink()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the run from being started inside the block. ConfigError: it is no run's, or in use."""
+        if not self.config.is_file():
+            raise ConfigError(
+                f"{self.path} is no run's directory: it has no config.yaml; name the run.directory of a run"
+            )
+        with self.explained(), self._locked():
+            yield
 
     def commit(self, config: Config) -> None:
         """Write the resolved configuration.

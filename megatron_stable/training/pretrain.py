@@ -8,10 +8,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
@@ -92,19 +91,18 @@ def _train(config: Config, stop: StopSignal, rank: int, world: int) -> None:
         if trainer.step >= config.run.steps:
             report(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
             return
-        record: Callable[[dict[str, Any]], None] = _silence
+        callbacks = Callbacks()
         with together():
             if rank == 0:
                 directory.commit(config)
                 facts = {"layout": vars(config.parallel), "ranks": world} | ({"changed": changed} if changed else {})
                 with directory.explained():
-                    directory.ledger.write("resume" if trainer.step else "start", trainer.step, **facts)
+                    directory.log("resume" if trainer.step else "start", trainer.step, **facts)
                     writers = (
                         [TensorBoard(directory.tensorboard, trainer.step + 1)] if config.logging.tensorboard else []
                     )
                 callbacks = stack.enter_context(closing(Callbacks(MetricsFile(directory.metrics), *writers, progress)))
-                record = callbacks.record
-        signal = trainer.run(record, stop)
+        signal = trainer.run(callbacks, stop)
         if signal:
             report(f"{signal}: stopped after step {trainer.step}, saved; the same command goes on from there")
         else:

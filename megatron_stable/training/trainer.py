@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_stable.config.schema import Config
@@ -28,17 +29,21 @@ from megatron_stable.engine.shards import (
     loss_scaler_state,
     optimizer_steps,
     refresh,
+    reset_loss_scaler,
     set_loss_scaler_state,
     set_optimizer_steps,
     vector_shards,
 )
-from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.errors import ConfigError, DataError, DivergenceError, LossScaleError
 from megatron_stable.optim.schedule import learning_rate
 from megatron_stable.parallel.agreement import StopSignal, together
 from megatron_stable.parallel.topology import Topology
-from megatron_stable.training.callbacks import Record, strict
+from megatron_stable.stability.interventions import Interventions
+from megatron_stable.stability.recovery import Trouble
+from megatron_stable.training.callbacks import Callbacks, Record, strict
 from megatron_stable.training.directory import RunDirectory, differences, refuse_other_model
 from megatron_stable.training.flops import flops_per_token, peak_flops
+from megatron_stable.training.watch import FLOOR, Watch, explain_floor
 
 
 class Trainer:
@@ -65,7 +70,7 @@ class Trainer:
     ) -> None:
         self.config, self.topology, self.directory, self.report = config, topology, directory, report
         self.step = 0  # the last one that was trained
-        self.skip = SkipWindows()
+        self.watch = Watch(config, directory, report, topology.rank)
         with together():
             self.train_data = self._batches(config.data.train)
             self.validation_data = self._batches(config.data.validation) if config.data.validation else None
@@ -75,10 +80,12 @@ class Trainer:
                     check_tokenizer(data, tokenizer)
                 check_vocabulary(data, config.model.vocab_size)
         self.engine = Engine(config, topology)
-        self.saver = Saver(
-            directory.checkpoints, Retention(config.checkpoint.keep, config.checkpoint.keep_every), report
-        )
-        self.bad_steps: list[int] = []  # with a bad verdict, the latest; rank 0 knows
+        if self.watch.guard is not None:
+            self.engine.set_guard(lambda metrics: self.watch.judge(self.step, metrics))
+        kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.guard.rollback_steps)
+        self.saver = Saver(directory.checkpoints, kept, report)
+        self.bad_steps: list[int] = []  # with a bad verdict, the latest
+        self._follow(SkipWindows(), 0)
         self.tokens_per_step = config.batch.global_size * config.model.sequence_length
         peak = peak_flops(config.precision.dtype)
         self.peak = peak and peak * topology.world / flops_per_token(config.model)  # tokens/s at full utilisation
@@ -94,17 +101,34 @@ class Trainer:
             DataError: On all ranks alike: it is damaged.
         """
         entry = loader.choose(self.directory.checkpoints, self.report)
+        shared: list[Interventions | None] = [None]
+        with together():
+            if self.topology.rank == 0:
+                shared = [Interventions.read(self.directory.path)]
+        dist.broadcast_object_list(shared, src=0)
         if entry is None:
+            self.watch.interventions = shared[0] or Interventions()
+            self._follow(SkipWindows(), 0)
             return {}
         assert entry.manifest is not None
-        engine, module = self.engine.deepspeed, self.engine.module
-        shards = local_shards(engine, module) + vector_shards(engine, module)
         with together():
             changed = differences(stored_config(entry.directory, entry.manifest), self.config)
             refuse_other_model(changed, f"{entry.directory} is of another model")
-            incomplete = loader.load_shards(entry.directory, entry.manifest, shards)
+            # a checkpoint that was brought here from another run's directory brings them along
+            self.watch.interventions = shared[0] or store.written_under(entry.manifest)
+        self._load(entry)
+        self.report(f"resumed from {entry.directory} (step {self.step})")
+        return changed
+
+    def _load(self, entry: store.Entry) -> None:
+        """Make the run what a checkpoint says it was, but for the interventions made since. Collective."""
+        assert entry.manifest is not None
+        engine, module, manifest = self.engine.deepspeed, self.engine.module, entry.manifest
+        shards = local_shards(engine, module) + vector_shards(engine, module)
+        with together():
+            incomplete = loader.load_shards(entry.directory, manifest, shards)
             try:
-                self._restore(entry.manifest.state)
+                self._restore(manifest.state, store.written_under(manifest))
             except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
                 raise DataError(f"{entry.directory}: its manifest's state is not usable ({error!r})") from None
         for shard in incomplete:
@@ -113,56 +137,81 @@ class Trainer:
             self.report(
                 f"moments start at zero where optimizer.name {self.config.optimizer.name} keeps others than before"
             )
-        refresh(self.engine.deepspeed)
-        self.step = entry.manifest.step
-        self.report(f"resumed from {entry.directory} (step {self.step})")
-        return changed
+        refresh(engine)
+        self.step = manifest.step
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        set_optimizer_steps(self.engine.deepspeed, int(state["optimizer_steps"]))
+    def _restore(self, state: dict[str, Any], before: Interventions) -> None:
+        engine, precision = self.engine.deepspeed, self.config.precision
+        set_optimizer_steps(engine, int(state["optimizer_steps"]))
         if message := self.engine.optimizer.load_state_values(state.get("optimizer")):
             self.report(message)
-        if state["loss_scaler"] is not None and self.config.precision.dtype == "fp16":
-            set_loss_scaler_state(self.engine.deepspeed, state["loss_scaler"])
-        self.skip = SkipWindows(state["skip_windows"])
+        later = self.watch.interventions.since(before.items) or ()
+        if precision.dtype == "fp16":
+            if any(item.reset_loss_scale for item in later):
+                reset_loss_scaler(engine, precision)
+            elif state["loss_scaler"] is not None:
+                set_loss_scaler_state(engine, state["loss_scaler"])
         self.bad_steps = [int(step) for step in state.get("bad_steps", [])]
+        if self.watch.guard is not None:
+            try:
+                self.watch.guard.load(state.get("guard"))
+            except (KeyError, TypeError, ValueError) as error:
+                self.watch.guard.load(None)
+                self.report(f"the guard's statistics start anew: those of the checkpoint do not fit ({error!r})")
+        self._follow(SkipWindows(state["skip_windows"]), int(state["data_step"]))
 
-    def run(self, record: Callable[[Record], None], stop: StopSignal) -> str | None:
+    def _follow(self, trained: SkipWindows, position: int) -> None:
+        """Do what the configuration and the interventions say from data step ``position`` on."""
+        config, interventions = self.config, self.watch.interventions
+        ahead = SkipWindows([*config.data.skip, *interventions.skip.windows])
+        self.skip = trained.continued(position, ahead)
+        batch = config.batch
+        self._train_batches = Batches(
+            self.train_data, batch.global_size, batch.micro_size, self.skip, config.model.vocab_size
+        )
+        self.engine.set_clip_factor(interventions.clip_factor)
+
+    def run(self, callbacks: Callbacks, stop: StopSignal) -> str | None:
         """Train to ``run.steps``.
 
         Args:
-            record: Called on rank 0 with the record of each step that is logged.
+            callbacks: Told of each step that is logged; none on ranks other than 0.
             stop: Ends the run early, after the step in progress and a checkpoint.
 
         Returns:
             The signal that ended it ("SIGTERM"; "a signal" on a rank that received none), or ``None`` at the end.
 
         Raises:
+            DivergenceError, LossScaleError: On all ranks alike: the run cannot go on.
             MegatronStableError: On all ranks alike: the last checkpoint could not be written.
             DataError: On this rank alone: the data is not what it was.
         """
         config = self.config
-        self._train_batches = Batches(
-            self.train_data, config.batch.global_size, config.batch.micro_size, self.skip, config.model.vocab_size
-        )
+        if self.step == 0 and config.guard.mode == "recover":
+            self.save()  # there is always something to go back to
         stop.ask()
         clock, stopped, saved = _Clock(), stop.agreed(), self.step
         while self.step < config.run.steps and not stopped:
             self.step += 1
             stop.ask()
-            rate = learning_rate(config, self.step)
+            rate = learning_rate(config, self.step) * self.watch.interventions.learning_rate_factor
+            self.engine.faults.begin(self.skip.data_step(self.step))
             self.engine.train_step(self.step, self._micro_batches(self._train_batches, self.step), rate)
             stopped = stop.agreed()
+            trouble = self._look_back()
             last = self.step == config.run.steps
             evaluates = self.validation_data is not None and (self.step % config.evaluation.every == 0 or last)
-            if self.step % config.logging.every == 0 or evaluates or last or stopped:
+            if self.step % config.logging.every == 0 or evaluates or last or stopped or trouble:
                 line = self._record(rate, clock)
                 if evaluates:
                     with clock.paused():
                         line |= self._evaluate()
-                if self.topology.rank == 0:
-                    record(line)
-            if self.step % config.checkpoint.every == 0:
+                callbacks.record(line)
+            if trouble is not None:
+                self._recover(trouble)
+                callbacks.rewind(self.step)
+                clock, saved = _Clock(), self.step
+            elif self.step % config.checkpoint.every == 0:
                 with clock.paused():
                     self.save()
                 saved = self.step
@@ -171,14 +220,74 @@ class Trainer:
         self.saver.finish()
         return (stop.received or "a signal") if stopped else None
 
-    def save(self) -> None:
-        """Judge the earlier checkpoints, and start writing one of the last step. Collective."""
+    def _look_back(self) -> Trouble | None:
+        """What the guard and the loss scale say of the step that was just made."""
+        judgement, step, trouble = self.watch.judgement, self.step, None
+        data_step = self.skip.data_step(step)
+        if self.watch.guard is not None and judgement is not None:
+            for event, facts in judgement.events:
+                self.watch.tell(event, step, data_step=data_step, **facts)
+            if judgement.bad:
+                self.bad_steps = [*self.bad_steps, step][-1000:]
+            trouble = judgement.trouble
+        if self.engine.loss_scale_exhausted:
+            diagnosis = self.engine.diagnose(step, lambda: self._micro_batches(self._train_batches, step))
+            reason = explain_floor(diagnosis, self.config.precision.min_scale, step, data_step)
+            scale = self.config.precision.min_scale
+            found = {"module": diagnosis.module, "norms": diagnosis.norms}
+            self.watch.tell("loss_scale_floor", step, data_step=data_step, scale=scale, **found)
+            storm = self.watch.guard.overflows if self.watch.guard is not None else 1
+            trouble = Trouble(FLOOR, step - storm + 1, step, reason)
+        return trouble
+
+    def _recover(self, trouble: Trouble) -> None:
+        """Go back to an earlier checkpoint and on from there with other data, or end the run. Collective.
+
+        Raises:
+            DivergenceError, LossScaleError: On all ranks alike: the run may not go back, or not again.
+        """
+        self.saver.wait()
+        self._judge_checkpoints()
+        while True:
+            repair = self.watch.plan(trouble, self.skip) if self.config.guard.mode == "recover" else None
+            if repair is None:
+                self._end(trouble)
+            entry = loader.choose(self.directory.checkpoints, self.report, at_most=repair.rollback_to)
+            if entry is not None and entry.step == repair.rollback_to:
+                break  # otherwise it is damaged, and marked so by now
+        self.watch.commit(repair, self.step)
+        self._load(entry)
+
+    def _end(self, trouble: Trouble) -> NoReturn:
+        """Save everything, leave the run at a checkpoint from before the trouble if it may go back, and end it."""
+        self.save()
+        self.saver.finish()
+        remedies = "lower optimizer.learning_rate, choose a recipe that bounds the logits (model.recipe=qk_norm_cap)"
+        if self.config.guard.mode == "recover":
+            stands = self.watch.give_up(trouble, self.step)
+            where = (
+                "there is no checkpoint to go back to" if stands is None else f"the run stands at step {stands} again"
+            )
+            text = f"{trouble.reason}\n{self.watch.tried()}\n{where}; {remedies}"
+        else:
+            text = f"{trouble.reason}\nguard.mode=recover goes back and skips the data; or {remedies}"
+        floor = trouble.rule == FLOOR
+        error = LossScaleError(f"{text}, or set precision.dtype=bf16") if floor else DivergenceError(text)
+        self.watch.tell("stop", self.step, exit_code=error.exit_code, reason=trouble.reason)
+        error.agreed = True
+        raise error
+
+    def _judge_checkpoints(self) -> None:
         if self.topology.rank == 0:
             try:
                 settings = self.config.checkpoint
                 store.judge_all(self.directory.checkpoints, self.step, self.bad_steps, settings.healthy_after)
             except OSError as error:
                 self.report(f"warning: {self.directory.checkpoints}: health cannot be recorded: {error}")
+
+    def save(self) -> None:
+        """Judge the earlier checkpoints, and start writing one of the last step. Collective."""
+        self._judge_checkpoints()
         topology, engine = self.topology, self.engine.deepspeed
         layout = {
             "tensor": topology.tensor_size,
@@ -194,13 +303,15 @@ class Trainer:
             "skip_windows": self.skip.to_list(),
             "data_step": self.skip.data_step(self.step) if self.step else 0,
             "bad_steps": self.bad_steps,
+            "interventions": self.watch.interventions.to_list(),
+            "guard": self.watch.guard.state() if self.watch.guard is not None else None,
         }
         shards = local_shards(engine, self.engine.module) + vector_shards(engine, self.engine.module)
         self.saver.save(self.step, shards, layout, self.config.model_dump(mode="json"), state)
 
     def _record(self, rate: float, clock: _Clock) -> Record:
         metrics = self.engine.metrics()  # on all ranks: it is collective
-        if metrics.skipped or strict(metrics.loss) is None:
+        if self.watch.guard is None and (metrics.skipped or strict(metrics.loss) is None):
             self.bad_steps = [*self.bad_steps, self.step][-1000:]
         steps, seconds = clock.lap(self.step)
         speed = steps * self.tokens_per_step / seconds if steps else None
@@ -216,6 +327,8 @@ class Trainer:
             "skipped": metrics.skipped,
             "data_step": self.skip.data_step(self.step),
         }
+        if self.watch.judgement is not None:
+            line |= {f"{name}_score": strict(score) for name, score in self.watch.judgement.scores.items()}
         if self.config.loss.mu_loss:
             line["mu_loss"] = strict(metrics.mu_loss)
         if self.peak and speed:

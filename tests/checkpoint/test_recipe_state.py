@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_stable.config.recipes import RECIPES
 from megatron_stable.engine.checkpoint.format import read_manifest
 from megatron_stable.engine.checkpoint.model import load_model
 from megatron_stable.engine.checkpoint.reader import Reader
@@ -22,11 +23,12 @@ from tests.training.runs import Values, curve, layout, metrics, settings, train
 
 STEPS, SAVED = 6, 3
 MODEL = {"recipe": "sigma_reparam", "layers": 2, "activation": "swiglu"}
-CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "dp2-zero2-fp32": (layout(zero_stage=2), "fp32"),
-    "tp2-sp-bf16": (layout(tensor=2, sequence=True), "bf16"),
-    "pp2-fp32": (layout(pipeline=2), "fp32"),
+CASES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "dp2-zero2-fp32": (layout(zero_stage=2), "fp32", "sigma_reparam"),
+    "tp2-sp-bf16": (layout(tensor=2, sequence=True), "bf16", "sigma_reparam"),
+    "pp2-fp32": (layout(pipeline=2), "fp32", "sigma_reparam"),
 }
+STATELESS = {name: (layout(tensor=2, sequence=True), "fp32", name) for name in RECIPES if name != "sigma_reparam"}
 
 
 def sigma_settings(folder: Path, name: str, parallel: dict[str, Any], dtype: str, **sections: Any) -> Values:
@@ -43,9 +45,15 @@ def sigma_settings(folder: Path, name: str, parallel: dict[str, Any], dtype: str
     )
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_resumes_bit_for_bit(ranks: Ranks, folder: Path, case: tuple[dict[str, Any], str]) -> None:
-    values = sigma_settings(folder, "run", *case)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name) for name, case in CASES.items()]
+    + [pytest.param(case, id=name, marks=pytest.mark.full) for name, case in STATELESS.items()],
+)
+def test_resumes_bit_for_bit(ranks: Ranks, folder: Path, case: tuple[dict[str, Any], str, str]) -> None:
+    parallel, dtype, recipe = case
+    values = sigma_settings(folder, "run", parallel, dtype)
+    values["model"]["recipe"] = recipe
     run = folder / "run"
     assert ranks.run(2, train, values) == [0, 0]
     whole, files = curve(run), _files(run)
@@ -58,7 +66,8 @@ def test_resumes_bit_for_bit(ranks: Ranks, folder: Path, case: tuple[dict[str, A
     assert _files(run) == files
     last = run / f"checkpoints/step_{STEPS:08d}"
     vectors = [name for name in Reader(last, read_manifest(last)).names() if name.endswith(("reparametrize.u", ".v"))]
-    assert len(vectors) == 2 * 4 * 2, "two vectors for each of four matrices in each of two blocks"
+    expected = 2 * 4 * 2 if recipe == "sigma_reparam" else 0
+    assert len(vectors) == expected, "two vectors for each of four matrices in each of two blocks"
 
 
 def _files(run: Path) -> Any:

@@ -54,6 +54,21 @@ CONFLICTS = {
         {"parallel": {"zero_stage": 3}, "loss": {"mu_loss": 1e-4}},
         ["loss.mu_loss 0.0001", "parallel.zero_stage 3", "optimizer.mu_centering=true"],
     ),
+    "qk_clip, qk_norm": (
+        {"recipe": "qk_norm"},
+        {"optimizer": {"qk_clip": 100}},
+        ["optimizer.qk_clip 100", "model.qk_norm true", "set optimizer.qk_clip=null, or model.qk_norm=false"],
+    ),
+    "qk_clip, sigma_reparam": (
+        {"recipe": "sigma_reparam"},
+        {"optimizer": {"name": "muon", "qk_clip": 100}},
+        ["optimizer.qk_clip 100", "model.sigma_reparam true", "model.sigma_reparam=false"],
+    ),
+    "alpha without qk_clip": (
+        {},
+        {"optimizer": {"qk_clip_alpha": 0.3}},
+        ["optimizer.qk_clip_alpha 0.3", "optimizer.qk_clip null", "set optimizer.qk_clip to 100"],
+    ),
     "mu_loss, mu_centering": (
         {},
         {"optimizer": {"mu_centering": True}, "loss": {"mu_loss": 1e-4}},

@@ -16,12 +16,11 @@ from tests.engine.layouts import (
     initial_parameters,
     make_config,
     train_many_on_ranks,
-    train_on_ranks,
     train_reference,
     unpadded,
     update_error,
 )
-from tests.harness.ranks import RankError, Ranks
+from tests.harness.ranks import Ranks
 from tests.reference.optimizer import Trained
 
 STEPS, RATE = 3, 3e-3
@@ -104,38 +103,3 @@ def test_cases_have_no_conflicts_and_each_makes_a_difference() -> None:
         if name != "baseline":
             same = _reference(name).losses == pytest.approx(baseline.losses, rel=1e-9)
             assert not same, f"{name} trains like the baseline: nothing is tested"
-
-
-PARAMETRIZATIONS = {
-    "mu_full": {"optimizer": {"parametrization": "mu_full", "base_width": 8}},
-    "complete_p": {
-        "model": {"init": "fixed", "layer_scale": 0.5},
-        "optimizer": {"parametrization": "complete_p", "base_width": 8, "base_depth": 1},
-    },
-}
-
-
-@pytest.mark.parametrize(("pipeline", "dtype", "bound"), [(1, "fp32", 1e-5), (2, "bf16", 1e-3)])
-@pytest.mark.parametrize("name", PARAMETRIZATIONS)
-def test_a_parametrization_changes_the_model_alike_on_every_layout(
-    ranks: Ranks, name: str, pipeline: int, dtype: str, bound: float
-) -> None:
-    """Initial values and multipliers, by the loss of the first step; tests/optim have the optimizer's part."""
-    sections = PARAMETRIZATIONS[name]
-    model = {"layers": 2, **sections.get("model", {})}
-    batch, optimizer = {"global_size": 8, "micro_size": 4}, sections["optimizer"]
-    parallel = {"tensor": 2, "pipeline": pipeline, "sequence": True}
-    config = make_config(model, batch=batch, optimizer=optimizer, parallel=parallel, precision={"dtype": dtype})
-    found = ranks.run(2 * pipeline, train_on_ranks, config.model_dump(mode="json"), 1)[0]["metrics"][0]
-    expected, plain = (train_reference(c, 1).losses[0] for c in (config, make_config(model, batch=batch)))
-    assert found["loss"] + found["z_loss"] == pytest.approx(expected, rel=bound)
-    assert expected != pytest.approx(plain, rel=2 * bound), "the parametrization makes no difference here"
-
-
-@pytest.mark.parametrize("name", PARAMETRIZATIONS)
-def test_stages_with_unlike_parameter_groups_are_refused_where_they_would_hang(ranks: Ranks, name: str) -> None:
-    optimizer, parallel = PARAMETRIZATIONS[name]["optimizer"], {"pipeline": 2}
-    config = make_config({"layers": 2}, optimizer=optimizer, parallel=parallel, precision={"dtype": "fp32"})
-    with pytest.raises(RankError, match=r"use precision\.dtype bf16, or parallel\.pipeline 1") as caught:
-        ranks.run(2, train_on_ranks, config.model_dump(mode="json"), 1, timeout=60)
-    assert caught.value.exception == "ConfigError"

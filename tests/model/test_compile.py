@@ -12,10 +12,11 @@ from tests.harness.ranks import Ranks
 STEPS = 2
 
 
-def both(ranks: Ranks, world: int, model: dict[str, Any], parallel: dict[str, Any]) -> None:
+def both(ranks: Ranks, world: int, model: dict[str, Any], parallel: dict[str, Any], **optimizer: Any) -> None:
     runs = []
     for compiled in (False, True):
-        config = make_config({"layers": 1, "recipe": "qk_norm_cap", **model, "compile": compiled}, parallel=parallel)
+        shape = {"layers": 1, "recipe": "qk_norm_cap", **model, "compile": compiled}
+        config = make_config(shape, parallel=parallel, optimizer=optimizer)
         runs.append(ranks.run(world, train_on_ranks, config.model_dump(mode="json"), STEPS, timeout=240))
     plain, compiled_run = runs
     for before, after in zip(plain[0]["metrics"], compiled_run[0]["metrics"], strict=True):
@@ -52,3 +53,9 @@ def test_compiled_recipes_train_like_the_plain_ones(
     ranks: Ranks, world: int, model: dict[str, Any], parallel: dict[str, Any]
 ) -> None:
     both(ranks, world, model, parallel)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_compiled_attention_records_its_logits_for_qk_clip(ranks: Ranks, recompute: str) -> None:
+    both(ranks, 2, {"recipe": "soft_cap", "activation_checkpointing": recompute}, {"tensor": 2}, qk_clip=1.0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from megatron_stable.config.schema import Config
+from tests.reference import model as plain
 
 Parameters = dict[str, Tensor]
 LAST_QUIET = 20  # as SPAM's code has it; tests of a few steps lower it
@@ -154,17 +156,64 @@ def orthogonalized(x: Tensor) -> Tensor:
     return (y.T if n > m else y) * 0.2 * math.sqrt(max(n, m))
 
 
+def largest_logits(parameters: Parameters, tokens: Tensor, config: Config) -> dict[str, Tensor]:
+    """Of each attention ``[heads]``, before any cap, from all s x s logits of the batch; for models without QK-norm."""
+    cfg, inputs, found = config.model, {}, {}
+    d, scale = cfg.head_dim, cfg.attention_temperature * plain.multipliers(cfg, config.optimizer)[0]
+    attention = plain.attention
+
+    def spy(params: Parameters, name: str, x: Tensor, *rest: Any) -> Tensor:
+        inputs[name] = x
+        return attention(params, name, x, *rest)
+
+    with mock.patch.object(plain, "attention", spy), torch.no_grad():
+        plain.forward(parameters, tokens, cfg)
+    for name, x in inputs.items():
+        qkv = plain.linear(parameters, f"{name}.qkv", x).unflatten(-1, (cfg.groups, -1, d))  # [b, s, g, r + 2, d]
+        q, k = qkv[:, :, :, :-2].flatten(2, 3), qkv[:, :, :, -2]
+        if cfg.positions == "rope":
+            q, k = plain.rotate(q, cfg.rope_theta), plain.rotate(k, cfg.rope_theta)
+        heads = []
+        row, column = torch.tril_indices(x.shape[1], x.shape[1])
+        for head in range(cfg.heads):
+            logits = q[:, :, head] @ k[:, :, head * cfg.groups // cfg.heads].mT  # [b, s, s]
+            heads.append((logits * scale)[:, row, column].max())
+        found[name] = torch.stack(heads)
+    return found
+
+
+def clip_heads(parameters: Parameters, largest: dict[str, Tensor], config: Config) -> Parameters:
+    """QK-Clip: head by head, queries x gamma / kappa, keys x kappa, kappa = (least gamma of the key)^(1 - alpha)."""
+    cfg, clipped = config.model, dict(parameters)
+    r, d = cfg.heads // cfg.groups, cfg.head_dim
+    for name, logits in largest.items():
+        gamma = [min(1.0, config.optimizer.qk_clip / float(x)) if x > 0 else 1.0 for x in logits]
+        for which in (f"{name}.qkv.weight", f"{name}.qkv.bias"):
+            if which not in parameters:
+                continue
+            rows = parameters[which].clone()
+            for group in range(cfg.groups):
+                own = gamma[group * r : (group + 1) * r]
+                kappa, first = min(own) ** (1 - config.optimizer.qk_clip_alpha), group * (r + 2) * d
+                for i, factor in enumerate([*(g / kappa for g in own), kappa]):
+                    rows[first + i * d : first + (i + 1) * d] *= factor
+            clipped[which] = rows
+    return clipped
+
+
 def train(config: Config, parameters: Parameters, batches: list[Tensor], quiet: int = LAST_QUIET) -> Any:
     """The plain model of tests/reference trained with these rules; returns (parameters, global norms)."""
-    from tests.reference import model
     from tests.reference.optimizer import learning_rate
 
     rules, norms = Rules(config, quiet), []
     parameters = {name: value.double() for name, value in parameters.items()}
     for step, tokens in enumerate(batches, start=1):
         leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-        loss = model.loss(leaves, tokens[:, :-1], tokens[:, 1:], config.model, config.loss.z_loss)
+        loss = plain.loss(leaves, tokens[:, :-1], tokens[:, 1:], config.model, config.loss.z_loss,
+                          config.loss.mu_loss, config.optimizer)  # fmt: skip
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         norms.append(norm(list(gradients.values())))
+        largest = largest_logits(parameters, tokens[:, :-1], config) if config.optimizer.qk_clip else {}
         parameters = rules.step(parameters, gradients, learning_rate(step, config))
+        parameters = clip_heads(parameters, largest, config)
     return parameters, norms

@@ -11,6 +11,7 @@ import pytest
 
 from tests.checkpoint.stored import keep_only
 from tests.harness.ranks import Ranks
+from tests.optim.test_rules_layouts import RULES
 from tests.training.runs import Values, curve, layout, settings, train, write_data
 
 STEPS, SAVED = 6, 3
@@ -18,12 +19,16 @@ STABLE_ADAGC = {
     "name": "stable_adamw", "clipping": "adagc", "clipping_warmup": 2, "clipping_threshold": 0.9, "mu_centering": True,
 }  # fmt: skip
 MUON_ZCLIP = {"name": "muon", "clipping": "zclip", "clipping_warmup": 2, "clipping_threshold": 0.01}
+QK_CLIP = {**MUON_ZCLIP, "qk_clip": 1.0, "no_decay": ["embeddings"]}  # gives stages different groups of parameters
 SPAM = {"momentum_reset_every": 5, "momentum_reset_warmup": 3, "spike_threshold": 10.0, "mu_centering": True}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "stable-adagc-pp2": (STABLE_ADAGC, layout(pipeline=2), {"tied_embeddings": True}, "bf16"),
-    "muon-zclip-dp2-zero3": (MUON_ZCLIP, layout(zero_stage=3), {"kv_heads": 2, "activation": "swiglu"}, "fp32"),
+    "muon-qk-clip-dp2-zero3": (
+        QK_CLIP, layout(zero_stage=3), {"kv_heads": 2, "activation": "swiglu", "recipe": "soft_temp"}, "fp32"
+    ),
+    "muon-qk-clip-pp2": (QK_CLIP, layout(pipeline=2), {"recipe": "baseline"}, "fp16"),
     "spam-tp2": (SPAM, layout(tensor=2), {}, "fp16"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -50,6 +55,21 @@ def test_resumes_bit_for_bit(ranks: Ranks, folder: Path, case: str) -> None:
     optimizer, place, model, dtype = CASES[case]
     precision = {"dtype": dtype, "initial_scale_power": 10}
     values = run_of(folder, "run", optimizer, place, model=model, precision=precision)
+    resumes(ranks, folder, values)
+    if "clipping" in optimizer:
+        before, after = (saved(folder / "run", step)[1]["optimizer"]["statistics"] for step in (SAVED, STEPS))
+        assert before != after, "there is nothing to remember"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("place", [layout(tensor=2), layout(pipeline=2)], ids=["tp2", "pp2"])
+def test_every_rule_resumes_bit_for_bit(ranks: Ranks, folder: Path, place: dict[str, Any], rule: str) -> None:
+    optimizer, model, sections = RULES[rule]
+    resumes(ranks, folder, run_of(folder, "run", optimizer, place, model={"recipe": "baseline", **model}, **sections))
+
+
+def resumes(ranks: Ranks, folder: Path, values: Values) -> None:
     assert ranks.run(2, train, values) == [0, 0]
     whole, losses = saved(folder / "run"), curve(folder / "run")
     (folder / "run/metrics.jsonl").unlink()
@@ -57,9 +77,6 @@ def test_resumes_bit_for_bit(ranks: Ranks, folder: Path, case: str) -> None:
     assert ranks.run(2, train, values) == [0, 0]
     assert saved(folder / "run") == whole
     assert curve(folder / "run") == {step: losses[step] for step in range(SAVED + 1, STEPS + 1)}
-    if "clipping" in optimizer:
-        before, after = (saved(folder / "run", step)[1]["optimizer"]["statistics"] for step in (SAVED, STEPS))
-        assert before != after, "there is nothing to remember"
 
 
 @pytest.mark.parametrize("optimizer", [STABLE_ADAGC, MUON_ZCLIP], ids=["stable-adagc", "muon-zclip"])

@@ -37,6 +37,8 @@ def learning_rate(step: int, cfg: Config) -> float:
     """
     peak, low = cfg.optimizer.learning_rate, cfg.schedule.min_learning_rate
     warmup, last = cfg.schedule.warmup_steps, cfg.run.steps
+    if cfg.schedule.warmup_tokens is not None:
+        warmup = math.ceil(cfg.schedule.warmup_tokens / (cfg.batch.global_size * cfg.model.sequence_length))
     if step <= warmup:
         return peak * step / warmup
     match cfg.schedule.kind:

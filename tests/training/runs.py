@@ -48,6 +48,7 @@ def settings(folder: Path, name: str = "run", steps: int = 10, **sections: dict[
         "loss": {"z_loss": 1e-3},
         "checkpoint": {"every": 5, "keep": 9},
         "logging": {"tensorboard": False},
+        "guard": {"mode": "drop"},  # recover would begin each run with a checkpoint
     }  # fmt: skip
     for section, fields in sections.items():
         values[section] = {**values.get(section, {}), **fields}

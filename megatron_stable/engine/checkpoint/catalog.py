@@ -10,6 +10,8 @@ from megatron_stable.engine.checkpoint.format import MANIFEST, Manifest
 from megatron_stable.engine.checkpoint.health import verdict
 from megatron_stable.errors import DataError
 
+HEALTH_WORDS = {True: "healthy", False: "unhealthy", None: "candidate"}
+
 
 class Whole(NamedTuple):
     """A checkpoint that is complete and whose checksums hold."""
@@ -20,7 +22,7 @@ class Whole(NamedTuple):
 
 
 def newest_whole(run: str | Path, step: int | None = None) -> Whole:
-    """The newest checkpoint of a run that is whole, or the one of ``step``; in one process.
+    """The newest checkpoint of a run that is whole and not abandoned, or the one of ``step``; in one process.
 
     Raises:
         DataError: There is none, or it is damaged.
@@ -28,7 +30,7 @@ def newest_whole(run: str | Path, step: int | None = None) -> Whole:
     root = Path(run) / "checkpoints"
     if not root.is_dir():
         raise DataError(f"{run} is no run's directory: it has no checkpoints/; name the run.directory of a run")
-    found = [entry for entry in store.entries(root) if step is None or entry.step == step]
+    found = [entry for entry in store.entries(root) if (not entry.abandoned if step is None else entry.step == step)]
     problem = None
     for entry in reversed(found):
         wrong = store.damage(entry)
@@ -52,7 +54,7 @@ def summary(entry: store.Entry, problem: str | None, verified: bool) -> dict[str
         "step": entry.step,
         "directory": str(entry.directory),
         "bytes": size,
-        "health": {True: "healthy", False: "unhealthy", None: "candidate"}[verdict(entry.directory)],
+        "health": "abandoned" if entry.abandoned else HEALTH_WORDS[verdict(entry.directory)],
         "layout": manifest.layout if manifest else None,
         "complete": problem is None,
         "verified": verified and problem is None,

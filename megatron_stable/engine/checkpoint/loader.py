@@ -16,11 +16,12 @@ from megatron_stable.errors import DataError
 from megatron_stable.parallel.agreement import together
 
 
-def choose(root: Path, report: Callable[[str], None]) -> store.Entry | None:
+def choose(root: Path, report: Callable[[str], None], at_most: int | None = None) -> store.Entry | None:
     """The newest complete checkpoint below ``root`` whose checksums hold, or ``None``. Collective.
 
-    Every rank verifies its share of the files, and all ranks return the same. ``report`` is called on rank 0 with
-    what was passed over and why, which is also recorded beside it.
+    Abandoned ones and those of steps after ``at_most`` are not looked at. Every rank verifies its share of the files,
+    and all ranks return the same. ``report`` is called on rank 0 with what was passed over and why, which is also
+    recorded beside it.
 
     Raises:
         DataError: On all ranks: there are checkpoints, but none that can be used: starting anew would bury them.
@@ -29,7 +30,8 @@ def choose(root: Path, report: Callable[[str], None]) -> store.Entry | None:
     found: list[list[store.Entry]] = [[]]
     with together():
         if rank == 0:
-            found = [store.entries(root)]
+            line = [entry for entry in store.entries(root) if not entry.abandoned]
+            found = [[entry for entry in line if at_most is None or entry.step <= at_most]]
     dist.broadcast_object_list(found, src=0)
     passed_over: list[tuple[store.Entry, str]] = []
     for entry in reversed(found[0]):

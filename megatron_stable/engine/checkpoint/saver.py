@@ -155,7 +155,7 @@ class Saver:
         try:
             if replaced:
                 store.remove(replaced)
-            store.point_latest(self.root, final.name)
+            store.point_latest(self.root, manifest.step)
             store.rotate(self.root, self.retention)
         except (OSError, MegatronStableError) as error:
             self.report(f"warning: {self.root} cannot be tidied: {error}")

@@ -12,13 +12,15 @@ from pathlib import Path
 from megatron_stable.engine.checkpoint.format import (
     LATEST,
     Manifest,
+    directory_name,
     read_json,
     read_manifest,
     verify_file,
     write_synced,
 )
 from megatron_stable.engine.checkpoint.health import Retention, doomed, judge, mark, verdict
-from megatron_stable.errors import DataError
+from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.stability.interventions import Interventions
 
 COMPLETE = re.compile(r"step_(\d{8,})")
 PARTIAL = re.compile(r"\.step_\d{8,}\.[0-9a-f]+(\.deleted)?")
@@ -27,12 +29,22 @@ DAMAGED = "damaged.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint directory: its manifest, or why it cannot be used."""
+    """A checkpoint directory: its manifest, or why it cannot be used.
+
+    Attributes:
+        abandoned: The run went back to an earlier one since; see :mod:`megatron_stable.stability.interventions`.
+    """
 
     directory: Path
     step: int
     manifest: Manifest | None
     problem: str | None
+    abandoned: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether the run may go on from it."""
+        return self.manifest is not None and not self.abandoned
 
 
 def entries(root: Path) -> list[Entry]:
@@ -41,11 +53,21 @@ def entries(root: Path) -> list[Entry]:
         names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     except OSError as error:
         raise DataError(f"{root} cannot be read: {error.strerror or error}") from None
-    found = [_entry(root / name, int(match[1])) for name in names if (match := COMPLETE.fullmatch(name))]
+    line = Interventions.read(root.parent) if names else None
+    found = [_entry(root / name, int(match[1]), line) for name in names if (match := COMPLETE.fullmatch(name))]
     return sorted(found, key=lambda entry: entry.step)
 
 
-def _entry(directory: Path, step: int) -> Entry:
+def written_under(manifest: Manifest) -> Interventions:
+    """The interventions that were in force when a checkpoint was written; DataError if it does not say so rightly."""
+    try:
+        return Interventions.parse(manifest.state.get("interventions", []))
+    except (ValueError, ConfigError) as error:
+        raise DataError(f"state.interventions of the checkpoint of step {manifest.step}: {error}") from None
+
+
+def _entry(directory: Path, step: int, line: Interventions | None) -> Entry:
+    abandoned = False
     try:
         if directory.is_symlink():
             raise DataError(f"{directory}: a symbolic link, which is not a checkpoint")
@@ -54,11 +76,12 @@ def _entry(directory: Path, step: int) -> Entry:
         manifest = read_manifest(directory)
         if manifest.step != step:
             raise DataError(f"{directory}: its manifest is that of step {manifest.step}")
+        abandoned = line is not None and not line.holds(step, written_under(manifest).items)
         checks = (verify_file(directory, *item, checksum=False) for item in manifest.files.items())
         problem = next(filter(None, checks), None)
     except (DataError, OSError) as error:
         manifest, problem = None, str(error)
-    return Entry(directory, step, None if problem else manifest, problem)
+    return Entry(directory, step, None if problem else manifest, problem, abandoned)
 
 
 def mark_damaged(entry: Entry, problem: str) -> None:
@@ -84,19 +107,24 @@ def clean(root: Path) -> list[Path]:
 
 
 def rotate(root: Path, rule: Retention) -> list[int]:
-    """Delete the complete checkpoints that ``rule`` does not keep; returns their steps. Damaged ones are the user's."""
-    complete = {entry.step: entry.directory for entry in entries(root) if entry.manifest is not None}
+    """Delete the complete checkpoints that ``rule`` does not keep; returns their steps. Damaged ones are the user's.
+
+    Abandoned ones go when the run has passed them.
+    """
+    found = entries(root)
+    complete = {entry.step: entry.directory for entry in found if entry.usable}
     healthy = [step for step, directory in complete.items() if verdict(directory)]
-    gone = doomed(complete, healthy, rule)
-    for step in gone:
-        delete(complete[step])
-    return gone
+    passed = {e.step: e.directory for e in found if e.abandoned and e.step < max(complete, default=0)}
+    gone = {**{step: complete[step] for step in doomed(complete, healthy, rule)}, **passed}
+    for directory in gone.values():
+        delete(directory)
+    return sorted(gone)
 
 
 def judge_all(root: Path, now: int, bad: Collection[int], healthy_after: int) -> None:
     """Pass a verdict at step ``now`` on every checkpoint that is due one; see :func:`health.judge`."""
     for entry in entries(root):
-        if entry.manifest is not None and entry.step < now and verdict(entry.directory) is None:
+        if entry.usable and entry.step < now and verdict(entry.directory) is None:
             healthy = judge(entry.step, now, bad, healthy_after)
             if healthy is not None:
                 mark(entry.directory, healthy, now)
@@ -119,6 +147,6 @@ def remove(path: Path) -> None:
     path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
-def point_latest(root: Path, name: str) -> None:
+def point_latest(root: Path, step: int) -> None:
     """Write the ``latest`` pointer."""
-    write_synced(root / LATEST, name + "\n")
+    write_synced(root / LATEST, directory_name(step) + "\n")

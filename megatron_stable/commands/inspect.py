@@ -1,0 +1,182 @@
+"""`megatron-stable inspect`: which documents were in a step's batch, and whether they or the state made it spike."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megatron_stable.training.inspection import Document, Inspection, Sample
+
+ROWS = 20
+
+
+def inspect(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")],
+    step: Annotated[int | None, typer.Option(help="The optimizer step whose batch to look into.")] = None,
+    data_step: Annotated[
+        int | None, typer.Option(help="Or the data step: its place in the data order, whether trained on or skipped.")
+    ] = None,
+    checkpoint: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Measure each sample's loss under the checkpoint of this step: the last before the spike."
+        ),
+    ] = None,
+    against: Annotated[
+        int | None,
+        typer.Option(min=0, help="And under this one, to tell data from state: a healthy one, e.g. much earlier."),
+    ] = None,
+    excerpt: Annotated[int, typer.Option(min=0, metavar="CHARS", help="Characters of text of each document.")] = 100,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The SentencePiece model, if it is not where the run's configuration says.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help=f"List everything, not only the first {ROWS} rows.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Name the documents in a step's batch, and say whether the data or the state is to blame for a spike.
+
+    Documents are counted from 0 in their dataset. With --checkpoint, samples are
+    sorted by their loss under it: nats per token, in fp32, in one process. With
+    --against: samples that stand out under both checkpoints speak against the
+    data, samples that stand out under --checkpoint alone against its state.
+
+    \b
+    Example:
+      megatron-stable inspect runs/first --step 1250
+      megatron-stable inspect runs/first --step 1250 --checkpoint 1200 --against 600
+    """
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from megatron_stable.errors import ConfigError
+    from megatron_stable.training.inspection import inspect as look
+
+    if against is not None and checkpoint is None:
+        raise ConfigError("--against is compared with --checkpoint: name that one as well")
+    if against is not None and against == checkpoint:
+        raise ConfigError(f"--against {against} is --checkpoint itself: name another one")
+    chosen = [one for one in (checkpoint, against) if one is not None]
+    with Progress(console=Console(stderr=True), disable=not chosen) as bar:
+        tasks: dict[int, TaskID] = {}
+
+        def progress(at: int, done: int, total: int) -> None:
+            if at not in tasks:
+                tasks[at] = bar.add_task(f"checkpoint {at}", total=total)
+            bar.update(tasks[at], completed=done)
+
+        found = look(run, step, data_step, chosen, excerpt, tokenizer, progress)
+    if as_json:
+        typer.echo(json.dumps({"run": str(run), **found.plain()}))
+        return
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # texts have characters that the terminal's encoding may lack
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    names = _names(found)
+    _print_position(found, names, console)
+    if not chosen:
+        _print_documents([(s, d) for s in found.samples for d in s.documents], found, names, every, console)
+        return
+    _print_samples(found, names, every, console)
+    _print_documents(found.worst_documents, found, names, every, console)
+    _print_verdict(found, run, console)
+
+
+def _names(found: "Inspection") -> dict[str, str]:
+    """What tables call the datasets: the last part of a prefix, where that names one only."""
+    prefixes = {document.dataset for sample in found.samples for document in sample.documents}
+    short = {prefix: Path(prefix).name for prefix in sorted(prefixes)}
+    return short if len(set(short.values())) == len(short) else {prefix: prefix for prefix in short}
+
+
+def _print_position(found: "Inspection", names: dict[str, str], console: "Console") -> None:
+    step, data_step, record, notes = found.position
+    where = f"step {step}, data step {data_step}" if step is not None else f"data step {data_step}"
+    tokens = sum(document.tokens for sample in found.samples for document in sample.documents)
+    first, last = found.samples[0].number, found.samples[-1].number
+    console.print(f"{where}: samples {first} to {last}, {tokens:,} tokens of {', '.join(names)}")
+    if record is not None:
+        loss, norm = (_number(record.get(key), ".4f") for key in ("loss", "grad_norm"))
+        console.print(f"recorded then: loss {loss}, gradient norm {norm}")
+    for note in notes:
+        console.print(f"note: {note}")
+
+
+def _print_samples(found: "Inspection", names: dict[str, str], every: bool, console: "Console") -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = "Samples, worst first; σ: robust deviations above the median"
+    table = Table("sample", title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
+    for step in found.checkpoints:
+        table.add_column(f"loss at {step}", justify="right", no_wrap=True)
+        table.add_column("σ", justify="right", no_wrap=True)
+    table.add_column("documents", overflow="fold")
+    samples = found.by_loss
+    for sample in samples if every else samples[:ROWS]:
+        pairs = zip(sample.losses, sample.scores, strict=True)
+        numbers = [text for loss, score in pairs for text in (_number(loss, ".4f"), _number(score, "+.1f"))]
+        documents = [str(document.number) for document in sample.documents]
+        more = f" and {len(documents) - 5} more" if len(documents) > 5 else ""
+        name = names[sample.documents[0].dataset]
+        table.add_row(str(sample.number), *numbers, Text(f"{name} {', '.join(documents[:5])}{more}"))
+    console.print(table, soft_wrap=False)
+    _print_rest(len(samples), every, console)
+
+
+def _print_documents(
+    rows: "list[tuple[Sample, Document]]", found: "Inspection", names: dict[str, str], every: bool, console: "Console"
+) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = "Documents" + (", first what raises the batch's loss most" if found.checkpoints else "")
+    table = Table("sample", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("document", overflow="fold")
+    table.add_column("tokens", no_wrap=True)
+    for step in found.checkpoints:
+        table.add_column(f"loss at {step}", justify="right")
+    if found.checkpoints:
+        table.add_column("raises", justify="right", no_wrap=True)
+    table.add_column("text", overflow="fold", min_width=16)
+    for sample, document in rows if every else rows[:ROWS]:
+        numbers = [f"{document.first}-{document.first + document.tokens - 1}"]
+        numbers += [_number(loss, ".4f") for loss in document.losses]
+        numbers += [_number(document.raises, "+.4f")] if document.raises is not None else []
+        name = Text(f"{names[document.dataset]} {document.number}")
+        table.add_row(str(sample.number), name, *numbers, Text(document.excerpt))
+    console.print(table, soft_wrap=False)
+    _print_rest(len(rows), every, console)
+
+
+def _print_rest(rows: int, every: bool, console: "Console") -> None:
+    if rows > ROWS and not every:
+        console.print(f"and {rows - ROWS} more: --all lists them")
+
+
+def _print_verdict(found: "Inspection", run: Path, console: "Console") -> None:
+    verdict, data_step = found.verdict, found.position.data_step
+    assert verdict is not None
+    console.print(f"Verdict: {verdict.text}.")
+    for finding in verdict.findings:
+        console.print(f"- {finding.text}")
+    if verdict.kind == "undecided" and len(found.checkpoints) == 1:
+        console.print("--against STEP compares with another checkpoint, e.g. a much earlier, healthy one.")
+    if verdict.kind in ("data", "both"):
+        console.print(f"To skip these data: megatron-stable skip {run} --from-step {data_step} --to-step {data_step}")
+    if verdict.kind in ("state", "both"):
+        console.print(
+            "Going back to a checkpoint from before the spike helps; so may a lower learning rate, or skipping,"
+        )
+        console.print("which brings other data together with the state (PaLM, arXiv 2204.02311, section 5.1).")
+    console.print(f"What this cannot tell: {verdict.caveat}.")
+
+
+def _number(value: float | None, form: str) -> str:
+    return format(value, form) if value is not None and abs(value) < float("inf") else "not finite"

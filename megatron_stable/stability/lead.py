@@ -1,0 +1,32 @@
+"""Whether the gradient norm rose before the loss did: GLM-130B's collapses lag it by a few steps (arXiv 2210.02414)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_stable.stability.detector import GRAD_NORM, LOSS, DetectorSettings, Spike, find_spikes
+from megatron_stable.stability.series import Series, is_gradient_norm
+
+NEAR = 20  # recorded steps before a spike of the loss in which one of the gradient norm belongs to it
+
+
+def settings_for(name: str) -> DetectorSettings:
+    """How to search a series of this name: the noise of a norm multiplies, that of a loss adds."""
+    return GRAD_NORM if is_gradient_norm(name) else LOSS
+
+
+def lead(spike: Spike, norm: Series, settings: DetectorSettings = GRAD_NORM) -> int | None:
+    """By how many steps the gradient norm's excursion began before a spike of the loss; negative if it began after.
+
+    ``None`` if it had none: from `NEAR` recorded steps before the loss's onset to the loss's peak. Only the steps
+    about the spike are looked at, so that it costs the same in a run of any length.
+    """
+    onset = int(np.searchsorted(norm.steps, spike.onset))
+    first = max(0, onset - NEAR)
+    begin = max(0, first - settings.window - settings.warmup)
+    end = int(np.searchsorted(norm.steps, spike.onset + spike.duration, "right")) + 1
+    found = find_spikes(norm.steps[begin:end].tolist(), norm.values[begin:end].tolist(), settings)
+    if not found or first == len(norm.steps):
+        return None
+    near = [each.onset for each in found if norm.steps[first] <= each.onset <= spike.peak_step]
+    return spike.onset - min(near) if near else None

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_stable.config.schema import GuardConfig
+from megatron_stable.stability.interventions import Interventions
+from megatron_stable.stability.recovery import Candidate, Trouble, attempt, choose, last_resort, plan, window
+
+SETTINGS = GuardConfig()
+
+
+def at(*steps: int, healthy: bool | None = True) -> list[Candidate]:
+    return [Candidate(step, step, healthy) for step in steps]
+
+
+def test_the_newest_healthy_checkpoint_far_enough_before_the_onset() -> None:
+    chosen, _ = choose(at(100, 200, 300, 400), onset=410, rollback_steps=100)  # type: ignore[misc]
+    assert chosen.step == 300
+    assert choose(at(100, 200, 300, 310), 410, 100)[0].step == 310  # type: ignore[index]
+
+
+def test_the_next_best_where_none_is_far_enough() -> None:
+    near, why = choose(at(350, 380), 410, 100)  # type: ignore[misc]
+    assert near.step == 350
+    assert "less than 100" in why
+    unjudged = [*at(100, healthy=False), *at(200, 300, 400, healthy=None)]
+    assert choose(unjudged, 410, 100)[0].step == 300  # type: ignore[index]
+    assert choose(at(100, 200, healthy=False), 410, 100)[0].step == 100  # type: ignore[index]
+    late, why = choose(at(410, 500), 410, 100)  # type: ignore[misc]
+    assert late.step == 410
+    assert "none is from before the onset" in why
+    assert choose([], 410, 100) is None
+
+
+def test_palms_window() -> None:
+    """Back about 100 steps before the spike, and 200 batches skipped that cover those before and during it."""
+    assert window(position=400, onset=500, found=520, length=200) == (401, 600)
+    assert window(position=100, onset=500, found=520, length=200) == (400, 599), "not what lies far before the spike"
+    assert window(position=400, onset=500, found=900, length=200) == (401, 900), "all of a long spike"
+
+
+@given(st.integers(0, 1000), st.integers(1, 1000), st.integers(0, 500), st.integers(1, 500))
+def test_a_window_lies_after_the_checkpoint_and_covers_the_trouble(
+    position: int, ahead: int, long: int, n: int
+) -> None:
+    onset = position + ahead
+    first, last = window(position, onset, onset + long, n)
+    assert position < first <= onset <= onset + long <= max(last, onset + long) == last or n < 2
+    assert last - first + 1 >= n
+
+
+def test_the_ladder_and_its_end() -> None:
+    done, tried = Interventions(), []
+    for onset in (1000, 1100, 1050, 1200):
+        repair = plan(
+            Trouble("divergence", onset, onset + 50, "it rose"), at(600, 900), (onset, onset + 50), done, SETTINGS
+        )
+        if repair is None:
+            break
+        tried.append((repair.learning_rate_factor, repair.clip_factor, repair.rollback_to, repair.windows))
+        done = done.add(repair)
+    assert [entry[:3] for entry in tried] == [(1.0, 1.0, 900), (0.7, 1.0, 900), (0.7, 0.5, 600)]
+    (one,), (two,), (four,) = (entry[3] for entry in tried)
+    assert [last - first + 1 for first, last in (one, two, four)] == [200, 400, 800]
+    assert done.learning_rate_factor == 0.7 * 0.7
+    again = last_resort(Trouble("divergence", 1200, 1250, "it rose"), at(700, 900), SETTINGS)
+    assert again is not None
+    assert (again.rollback_to, again.windows, again.learning_rate_factor) == (900, (), 1.0)
+
+
+def test_trouble_elsewhere_begins_the_ladder_anew() -> None:
+    repair = plan(Trouble("divergence", 1000, 1050, "it rose"), at(900), (1000, 1050), Interventions(), SETTINGS)
+    assert repair is not None
+    done = Interventions((repair,))
+    assert attempt(done, 1000 + SETTINGS.near_steps, SETTINGS.near_steps) == 1
+    assert attempt(done, 1000 + SETTINGS.near_steps - 1, SETTINGS.near_steps) == 2
+    assert attempt(done, 900, SETTINGS.near_steps) == 2
+    by_hand = Interventions((repair.model_copy(update={"by": "user"}),))
+    assert attempt(by_hand, 1001, SETTINGS.near_steps) == 1, "the user did something else"
+
+
+def test_nothing_to_go_back_to() -> None:
+    trouble = Trouble("divergence", 10, 60, "it rose")
+    assert plan(trouble, [], (10, 60), Interventions(), SETTINGS) is None
+    assert last_resort(trouble, [], SETTINGS) is None

@@ -1,0 +1,66 @@
+"""Runs in which something goes wrong on purpose, and what each rank decided."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_stable.config.schema import Config
+from megatron_stable.data import Batches, open_dataset
+from megatron_stable.data.indexed import dataset_paths
+from tests.training.runs import VOCAB, Values, settings, train
+
+RARE = 6  # tokens
+QUICK = {
+    "mode": "recover", "window": 64, "warmup": 20, "patience": 6, "rollback_steps": 5, "skip_steps": 10, "max_consecutive_drops": 4,
+    "learning_rate_factors": [1.0], "clip_factors": [1.0], "near_steps": 50,
+}  # fmt: skip
+
+
+def run_of(folder: Path, name: str, steps: int, **sections: Any) -> Values:
+    """Settings of a run that is guarded closely."""
+    guard = {**QUICK, **sections.pop("guard", {})}
+    checkpoint = {"every": 5, "keep": 30, "healthy_after": 3}
+    constant = {"kind": "constant", "warmup_steps": 2}
+    return settings(folder, name, steps, guard=guard, checkpoint=checkpoint, schedule=constant, **sections)
+
+
+def train_with_faults(values: Values, faults: list[dict[str, Any]]) -> tuple[int, list[Any]]:
+    """On a rank: the exit code, and what the guard said there of each step, in order."""
+    from megatron_stable.engine.faults import VARIABLE
+    from megatron_stable.training.watch import Watch
+
+    os.environ[VARIABLE] = json.dumps(faults)
+    said: list[Any] = []
+    judge = Watch.judge
+
+    def listening(self: Watch, step: int, metrics: Any) -> bool:
+        taken = judge(self, step, metrics)
+        assert self.judgement is not None
+        said.append((step, taken, self.judgement.trouble, self.judgement.scores))
+        return taken
+
+    Watch.judge = listening  # type: ignore[method-assign]
+    try:
+        return train(values), said
+    finally:
+        Watch.judge = judge  # type: ignore[method-assign]
+
+
+def poison(values: Values, data_steps: range) -> None:
+    """Overwrite the samples of some data steps with the ``RARE`` last tokens, which occur nowhere else."""
+    config = Config.model_validate(values)
+    assert isinstance(config.data.train, str)
+    dataset = open_dataset(config.data.train, config.model.sequence_length, config.run.seed)
+    batches = Batches(dataset, config.batch.global_size, config.batch.micro_size)
+    tokens = np.memmap(dataset_paths(Path(config.data.train))[0], dtype=np.uint16, mode="r+")
+    length, drawn = config.model.sequence_length, np.random.default_rng(0)
+    for step in data_steps:
+        for k in batches.samples(step):
+            start = dataset.locate(k).start
+            tokens[start : start + length] = VOCAB - 1 - drawn.integers(0, RARE, length)
+    tokens.flush()
