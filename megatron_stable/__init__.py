@@ -17,16 +17,21 @@ if TYPE_CHECKING:
     from megatron_stable.model.loss import vocab_parallel_cross_entropy
     from megatron_stable.model.transformer import Transformer, layer_list
     from megatron_stable.parallel.topology import TensorParallel, Topology
+    from megatron_stable.stability.detector import SpikeDetector, find_spikes
+    from megatron_stable.stability.guard import Guard
     from megatron_stable.training.pretrain import pretrain
 
 __all__ = [
     "Config",
+    "Guard",
     "IndexedDataset",
     "SkipWindows",
+    "SpikeDetector",
     "TensorParallel",
     "Tokenizer",
     "Topology",
     "Transformer",
+    "find_spikes",
     "layer_list",
     "load_config",
     "pretrain",
@@ -35,12 +40,15 @@ __all__ = [
 
 _HOMES = {
     "Config": "config.schema",
+    "Guard": "stability.guard",
     "IndexedDataset": "data.indexed",
     "SkipWindows": "data.skip",
+    "SpikeDetector": "stability.detector",
     "TensorParallel": "parallel.topology",
     "Tokenizer": "data.tokenizer",
     "Topology": "parallel.topology",
     "Transformer": "model.transformer",
+    "find_spikes": "stability.detector",
     "layer_list": "model.transformer",
     "load_config": "config.load",
     "pretrain": "training.pretrain",

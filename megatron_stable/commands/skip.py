@@ -2,18 +2,28 @@
 
 import json
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from megatron_stable.stability.detector import Spike
+    from megatron_stable.stability.interventions import Intervention
+    from megatron_stable.stability.series import Series
+    from megatron_stable.training.repair import Seen, StoppedRun
+
+T = TypeVar("T")
+Windows = list[tuple[int, int]]
 
 
 def skip(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="The directory of a run that is not in progress.")
+        Path | None, typer.Argument(metavar="RUN", help="The directory of a run that is not in progress.")
     ] = None,
     spike: Annotated[
-        int | None, typer.Option(min=1, help="Which of the spikes that are listed; the last one if not given.")
+        int | None, typer.Option(min=1, help="Which spike of the list; default: the last one not dealt with yet.")
     ] = None,
     from_step: Annotated[
         list[int] | None, typer.Option(min=1, help="First data step to skip, in place of a spike; may be repeated.")
@@ -25,12 +35,14 @@ def skip(
         int | None, typer.Option(min=0, help="The step of the checkpoint to go back to; chosen if not given.")
     ] = None,
     learning_rate_factor: Annotated[
-        float | None, typer.Option(help="Multiply the learning rate by this from there on.")
+        float | None, typer.Option(help="Multiply the learning rate by this from there on, above 0 and up to 1.")
     ] = None,
-    clip_factor: Annotated[float | None, typer.Option(help="Multiply optimizer.clip_grad by this from there on.")] = None,
+    clip_factor: Annotated[
+        float | None, typer.Option(help="Multiply optimizer.clip_grad by this from there on, above 0 and up to 1.")
+    ] = None,
     keep_loss_scale: Annotated[bool, typer.Option("--keep-loss-scale", help="Do not reset fp16's loss scale.")] = False,
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Find spikes in the TensorBoard directory of any trainer instead.")
+        Path | None, typer.Option(metavar="DIR", help="Find spikes in this TensorBoard directory, of any trainer.")
     ] = None,
     tag: Annotated[str | None, typer.Option(help="The loss there, such as 'lm loss'; guessed if not given.")] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Write the proposal into the run.")] = False,
@@ -39,9 +51,12 @@ def skip(
 ) -> None:
     """Go back to a checkpoint before a loss spike and skip the data that caused it.
 
-    Lists the spikes, and proposes a checkpoint, a window of data steps and changes, with reasons. With --apply they
+    Lists the spikes, and proposes a checkpoint, a window of data to skip and changes, with reasons. With --apply they
     are written into the run, and the same `pretrain` command goes on from that checkpoint with the window skipped.
-    For runs of other trainers, it prints what to tell them.
+
+    A data step is a position in the order of the data: the step, plus what has been skipped before it.
+
+    Without RUN, for a run of another trainer (Megatron-LM, OLMo-core ...), it prints what to tell that one.
 
     \b
     Example:
@@ -52,100 +67,189 @@ def skip(
       megatron-stable skip --tensorboard logs --tag "lm loss"
     """
     from megatron_stable.errors import ConfigError
-    from megatron_stable.training.repair import Changes, StoppedRun
 
-    windows = list(zip(from_step or [], to_step or [], strict=False))
-    if len(from_step or []) != len(to_step or []):
+    search = {"--spike": spike, "--tensorboard": tensorboard, "--tag": tag}
+    changes = {
+        "--checkpoint": checkpoint,
+        "--learning-rate-factor": learning_rate_factor,
+        "--clip-factor": clip_factor,
+        "--keep-loss-scale": keep_loss_scale,
+        "--apply": apply,
+    }
+    firsts, lasts = from_step or [], to_step or []
+    if len(firsts) != len(lasts):
         raise ConfigError("--from-step and --to-step go together: give each window both, inclusive")
+    windows = list(zip(firsts, lasts, strict=True))
+    if windows:
+        _refuse(search, "--from-step and --to-step say already what to skip")
+    if undo:
+        named = {"--from-step": from_step or None}
+        _refuse({**search, **changes, **named}, "--undo only takes back what was done last")
     if run is None:
+        _refuse({**changes, "--undo": undo}, "there is nothing to change without RUN")
         if tensorboard is None and not windows:
             raise ConfigError("name the RUN to repair, or a --tensorboard directory to look at")
-        if apply or undo:
-            raise ConfigError("--apply and --undo need the RUN to write into; another trainer has to be told by hand")
-        _advise(tensorboard, tag, spike, windows, as_json)
-        return
-    stopped = StoppedRun(run)
-    go_on = f"go on with: {shlex.join(stopped.command())}"
-    if undo:
-        last = stopped.undo()
-        said = f"took back the rollback to step {last.rollback_to} of {last.time}: {last.reason}"
-        _show(as_json, {"undone": last.model_dump(mode="json"), "command": stopped.command()}, [said, go_on])
-        return
-    changes = Changes(learning_rate_factor, clip_factor, not keep_loss_scale)
-    found, lines = ([], []) if windows else _spikes(tensorboard or run, tag)
-    if not (found or windows):
-        _show(as_json, {"spikes": [], "proposal": None, "applied": False}, [*lines, "Nothing to skip."])
-        return
-    if windows:
-        repair = stopped.without_data(windows, changes, checkpoint)
+        facts, lines = _advise(tensorboard, tag, spike, windows)
+    elif undo:
+        facts, lines = _undo(run)
     else:
-        repair = stopped.after_spike(_chosen(found, spike), changes, checkpoint)
-    lines += [
+        from megatron_stable.training.repair import Changes, StoppedRun
+
+        wanted = Changes(learning_rate_factor, clip_factor, not keep_loss_scale)
+        stopped = StoppedRun(run)
+        facts, lines, repair = {"notes": [], "series": None, "spikes": []}, [], None
+        if windows:
+            repair = stopped.without_data(windows, wanted, checkpoint)
+        else:
+            series, seen = stopped.spikes(tensorboard, tag)
+            facts, lines = _listed(series, [each.spike for each in seen], seen)
+            open_ = [each for each in seen if each.settled is None]
+            if chosen := _chosen(seen, spike, open_):
+                repair = stopped.after_spike(chosen, wanted, checkpoint)
+        more, said = _proposed(stopped, repair, apply)
+        facts, lines = {**facts, **more}, [*lines, *said]
+    print(json.dumps(facts, indent=1, allow_nan=False) if as_json else "\n".join(lines).lstrip("\n"))
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """ConfigError if one of these was given."""
+    from megatron_stable.errors import ConfigError
+
+    if given := [name for name, value in options.items() if value is not None and value is not False]:
+        raise ConfigError(f"{why}: leave out {', '.join(given)}")
+
+
+def _proposed(stopped: "StoppedRun", repair: "Intervention | None", apply: bool) -> tuple[dict[str, Any], list[str]]:
+    """A proposal in plain values and in lines; applied, if so wanted."""
+    run, newest = stopped.directory.path, stopped.stands_at
+    facts = {"proposal": repair and repair.model_dump(mode="json"), "applied": apply and repair is not None}
+    if repair is None:
+        lines = ["Nothing to skip. To skip data nevertheless, name it with --from-step and --to-step."]
+        lines += _go_on(stopped) if stopped.done.items else []
+        return {**facts, "abandoned": [], "command": stopped.command()}, lines
+    what, *why = repair.reason.split("; ")
+    again = newest - repair.rollback_to
+    lines = [
         "",
-        f"Go back to the checkpoint of step {repair.rollback_to} ({repair.reason})",
-        "Skip data steps " + ", ".join(f"{first}-{last}" for first, last in repair.windows),
-        f"Learning rate x {repair.learning_rate_factor:g}, clip_grad x {repair.clip_factor:g}"
+        f"Proposal, for the {what}:" if repair.rule != "named by the user" else "Proposal:",
+        f"  go back to the checkpoint of step {repair.rollback_to}: {again} steps up to the newest are trained again"
+        if again
+        else f"  go on from the checkpoint of step {newest}, the newest",
+        f"  skip data steps {_spans(repair.windows)}",
+        f"  learning rate x {repair.learning_rate_factor:g}, optimizer.clip_grad x {repair.clip_factor:g}"
         + (", loss scale reset" if repair.reset_loss_scale else ""),
+        "Reasons:",
+        *(f"  {reason}" for reason in why),
         "",
     ]
+    abandoned: list[int] = []
     if apply:
-        stopped.apply(repair)
-        lines += [f"Written into {run}; take it back with: megatron-stable skip {shlex.quote(str(run))} --undo", go_on]
+        abandoned = stopped.apply(repair)
+        lines += [f"Written into {run}; take it back with: megatron-stable skip {shlex.quote(str(run))} --undo"]
+        lines += _abandoned(abandoned, "they are deleted when the run has passed them")
+        lines += _go_on(stopped)
     else:
-        lines += ["Nothing is changed yet: give --apply as well to write this into the run."]
-    facts = {"spikes": [vars(s) for s in found], "proposal": repair.model_dump(mode="json"), "applied": apply}
-    _show(as_json, {**facts, "command": stopped.command()}, lines)
+        lines += ["Nothing is changed yet: the same command with --apply writes this into the run."]
+    return {**facts, "abandoned": abandoned, "command": stopped.command()}, lines
+
+
+def _undo(run: Path) -> tuple[dict[str, Any], list[str]]:
+    from megatron_stable.training.repair import StoppedRun
+
+    stopped = StoppedRun(run)
+    last, abandoned = stopped.undo()
+    lines = [
+        f"Took back what the {last.by} did at {last.time}: rollback to step {last.rollback_to}"
+        + (f", data steps {_spans(last.windows)} skipped" if last.windows else "")
+        + f" ({last.reason})",
+        f"The run stands at step {stopped.stands_at}.",
+        *_abandoned(abandoned, "trained with what was taken back"),
+        *_go_on(stopped),
+    ]
+    facts = {"undone": last.model_dump(mode="json"), "stands_at": stopped.stands_at, "abandoned": abandoned}
+    return {**facts, "command": stopped.command()}, lines
+
+
+def _abandoned(steps: list[int], why: str) -> list[str]:
+    return [f"Checkpoints that are not resumed from any more: {', '.join(map(str, steps))} ({why})"] if steps else []
+
+
+def _go_on(stopped: "StoppedRun") -> list[str]:
+    return ["Go on as the run was started before, such as with:", f"  {shlex.join(stopped.command())}"]
 
 
 def _advise(
-    tensorboard: Path | None, tag: str | None, spike: int | None, windows: list[tuple[int, int]], as_json: bool
-) -> None:
+    tensorboard: Path | None, tag: str | None, spike: int | None, windows: Windows
+) -> tuple[dict[str, Any], list[str]]:
     """What to tell another trainer."""
     from megatron_stable.config.schema import GuardConfig
+    from megatron_stable.stability.detector import find_spikes
     from megatron_stable.stability.foreign import flags
+    from megatron_stable.stability.lead import settings_for
     from megatron_stable.stability.recovery import window
+    from megatron_stable.stability.series import read_series
 
-    usual = GuardConfig()
-    found, lines = _spikes(tensorboard, tag) if tensorboard is not None and not windows else ([], [])
-    if found:
-        one = _chosen(found, spike)
+    facts: dict[str, Any] = {"notes": [], "series": None, "spikes": []}
+    lines: list[str] = []
+    if tensorboard is not None:
+        series = read_series(tensorboard, tag)
+        found = find_spikes(series.steps.tolist(), series.values.tolist(), settings_for(series.name))
+        found = [each for each in found if each.kind != "shift"]
+        facts, lines = _listed(series, found)
+        one = _chosen(found, spike, found)
+        if one is None:
+            return {**facts, "windows": [], "rollback_to": None, "trainers": []}, [*lines, "Nothing to skip."]
+        usual = GuardConfig()
         rollback_to = max(one.onset - usual.rollback_steps, 0)
         windows = [window(rollback_to, one.onset, one.onset + one.duration - 1, usual.skip_steps)]
-    elif windows:
-        rollback_to = min(first for first, _ in windows) - 1
     else:
-        _show(as_json, {"spikes": [], "windows": [], "trainers": []}, [*lines, "Nothing to skip."])
-        return
-    said = ", ".join(f"{first}-{last}" for first, last in windows)
-    lines += ["", f"Go back to a checkpoint of step {rollback_to} or somewhat before, and skip steps {said}:"]
+        from megatron_stable.data.skip import SkipWindows
+
+        windows = list(SkipWindows(windows).windows)
+        rollback_to = windows[0][0] - 1
+    lines += [
+        "",
+        f"Go back to a checkpoint of step {rollback_to} or somewhat before, and skip steps {_spans(windows)}:",
+    ]
     known = flags(windows, rollback_to)
     for entry in known:
         lines += [f"  {entry.trainer}: {entry.text}", *([f"    {entry.note}"] if entry.note else [])]
-    facts = {"spikes": [vars(s) for s in found], "windows": windows, "rollback_to": rollback_to}
-    _show(as_json, {**facts, "trainers": [entry._asdict() for entry in known]}, lines)
+    facts |= {"windows": windows, "rollback_to": rollback_to, "trainers": [entry._asdict() for entry in known]}
+    return facts, lines
 
 
-def _spikes(source: Path, tag: str | None) -> tuple[list[Any], list[str]]:
-    """The spikes and divergences of a loss, and the lines that list them."""
-    from megatron_stable.stability.detector import LOSS, find_spikes
-    from megatron_stable.stability.series import read_series
+def _listed(
+    series: "Series", found: "Sequence[Spike]", seen: "Sequence[Seen] | None" = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Spikes in plain values, and the lines that list them; ``seen``: the same, where they lie in a run's data."""
+    from megatron_stable.training.callbacks import strict
 
-    series = read_series(source, tag)
-    found = [s for s in find_spikes(series.steps.tolist(), series.values.tolist(), LOSS) if s.kind != "shift"]
-    lines = [*series.notes, f"{series.name}: {len(series.steps)} steps, {len(found)} spike(s)"]
-    for number, s in enumerate(found, 1):
-        peak = "not finite" if s.peak is None else f"{s.peak:.4g} at step {s.peak_step}"
-        lines.append(f"  {number}. {s.kind} at step {s.onset}, {s.duration} steps long: {s.level:.4g} -> {peak}")
-    return found, lines
+    count = {0: "no spikes", 1: "1 spike or divergence"}.get(len(found), f"{len(found)} spikes and divergences")
+    span = f"steps {series.steps[0]} to {series.steps[-1]}"
+    lines = [*series.notes, f"{count} in {len(series.steps):,} points of {series.name!r}, {span}"]
+    facts: list[dict[str, Any]] = []
+    for i, s in enumerate(found):
+        facts.append({**vars(s), "level": strict(s.level), "score": strict(s.score)})
+        line = f"  {i + 1}. {s.kind}, steps {s.onset}-{s.onset + s.duration - 1}"
+        if seen is not None:
+            facts[-1] |= {"data_steps": seen[i].data_steps, "settled": seen[i].settled}
+            line += f" (data steps {_spans([seen[i].data_steps])})"
+        peak = "not finite" if s.peak is None else f"{s.peak:.4g}"
+        line += f": from {s.level:.4g} to {peak} at step {s.peak_step}"
+        lines.append(line + (f"; {seen[i].settled}" if seen is not None and seen[i].settled else ""))
+    return {"notes": list(series.notes), "series": series.name, "spikes": facts}, lines
 
 
-def _chosen(found: list[Any], number: int | None) -> Any:
+def _chosen(found: Sequence[T], number: int | None, open_: Sequence[T]) -> T | None:
+    """The one of this number, from 1, or the last of those that are open, if any."""
     from megatron_stable.errors import ConfigError
 
-    if number is not None and number > len(found):
-        raise ConfigError(f"--spike {number}: {len(found)} were found")
-    return found[(number or len(found)) - 1]
+    if number is None:
+        return open_[-1] if open_ else None
+    if number > len(found):
+        raise ConfigError(f"--spike {number}: there are {len(found)}; without it the last one is taken")
+    return found[number - 1]
 
 
-def _show(as_json: bool, facts: dict[str, Any], lines: list[str]) -> None:
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines))
+def _spans(windows: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{first}-{last}" for first, last in windows)

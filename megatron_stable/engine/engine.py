@@ -170,9 +170,7 @@ class Engine:
             scale = factor * scaler["cur_scale"] if scaler else 1.0
             if scaler:
                 set_loss_scaler_state(self.deepspeed, {**scaler, "cur_scale": scale})
-            return diagnose(
-                self.module, self.topology, lambda: self.train_step(step, micro_batches(), 0.0), scale
-            )
+            return diagnose(self.module, self.topology, lambda: self.train_step(step, micro_batches(), 0.0), scale)
 
         try:
             found = replay(1.0)

@@ -10,20 +10,22 @@ multiplies):
 A value is accepted two steps late, so that the first steps of a rise are not, and never while an excursion lasts or
 when it is not finite. An excursion begins at a value that is not finite, or if
 
-    score >= limit                    at once: with T = `threshold`, limit = T max(tail, (highest / 5)^2)
+    score >= T tail single     at once, with T = `threshold`
     the last three scores, each taken as 0 to T tail, sum to 2.05 T tail, this one being at least T tail / 2
 
-where `highest` is the highest x - level of the last 4 `window` values in MADs, which Gaussian noise keeps about 5, and `tail`
-the 98th percentile over 4.5 (both factors are at least 1): where single steps stand out now and then, one step is no
-evidence, and three are. Each step above level + T tail / 2, level and scale being those before the onset, then belongs
-to it, and three in a row below end it. If it has not fallen back after `patience` values, it is a shift if it has
-settled at a moderate height (a change of the data), or else a divergence. A rise too slow to stand out is a divergence
-once it is a part `drift` of the lowest level. The figures behind the defaults are in docs/benchmarks.md (`benchmarks/detector.py`).
+where `tail` is the 98th percentile of x - level over the last 4 `window` values, in units of 4.5 MADs, and `single` the
+square of the highest of these in units of 5 MADs (about what Gaussian noise comes to), or `window` over the number of
+those above 0 while they are few, at first and in a fall; both are at least 1, `single` at most 6. So where single steps
+stand out now and then, or may, one step is no evidence, and three are. Each step above level + T tail / 2, level and
+scale being those before the onset, then belongs to the excursion, and three in a row below end it. If it has not fallen
+back after `patience` values, it is a shift if it has settled at a moderate height (a change of the data), or else a
+divergence. A rise too slow to stand out is a divergence once it is a part `drift` of the lowest level. What the
+defaults rest on: docs/benchmarks.md, from `benchmarks/detector.py`.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +40,7 @@ TAILS = 4  # windows that tell how heavy tails are
 HELD = 2  # values that wait for what follows them
 QUIET = 3  # values in a row below the limit, after which an excursion is over
 HIGHEST, HIGH = 5.0, 4.5  # MADs: about the highest of so many Gaussian values; a 98th percentile, 3 for Gaussian ones
+SINGLE = 6.0  # times T tail: one step of so many MADs is a spike however high others have been
 SUM = 2.05  # times T tail: two steps that stand out need a third that is not quite usual either
 RISING, NOISY = 7.0, 4.0  # of what has settled, at most: MADs from half to half, times sqrt(their length); MAD to MAD
 
@@ -217,15 +220,17 @@ class SpikeDetector:
         return max(self._part(self.settings.drift, self._low), self.settings.threshold * scale)
 
     def _tail(self, scale: float) -> tuple[float, float]:
-        """How heavy the upper tail is: ``tail`` and (highest / 5)^2. Rarely called: only for what may stand out."""
+        """``tail`` and ``single``: how heavy the upper tail is. Rarely called: only for what may stand out."""
         gaps = sorted(self._gaps)
-        high, highest = gaps[len(gaps) * 98 // 100], gaps[-1]
-        return max(1.0, high / scale / HIGH), max(1.0, highest / scale / HIGHEST) ** 2
+        high, highest = gaps[len(gaps) * 98 // 100] / scale, gaps[-1] / scale
+        above = len(gaps) - bisect_right(gaps, 0.0)
+        single = max(1.0, (highest / HIGHEST) ** 2 if highest > 0 else 1.0, self.settings.window / max(above, 1))
+        return max(1.0, high / HIGH), min(single, SINGLE)
 
     def _stands_out(self, score: float, scale: float) -> bool:
         tail, single = self._tail(scale)
         most = self.settings.threshold * tail
-        if score >= self.settings.threshold * max(tail, single):
+        if score >= most * single:
             return True
         scores = (*(held[3] for held in self._held), score)
         return score >= most / 2 and sum(min(max(s, 0.0), most) for s in scores) >= SUM * most
@@ -354,7 +359,7 @@ def find_spikes(steps: Sequence[int], values: Sequence[float], settings: Detecto
             earlier = range(0)
         spike = spikes[-1]
         for j in (*(j for j in earlier if steps[j] >= onset), i):
-            if spike.peak is not None and not values[j] <= spike.peak:
+            if spike.peak is not None and not (isfinite(values[j]) and values[j] <= spike.peak):
                 peak = values[j] if isfinite(values[j]) else None
                 spike = replace(spike, peak=peak, peak_step=steps[j])
         score = max(spike.score, verdict.score)

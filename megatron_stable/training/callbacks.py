@@ -65,6 +65,7 @@ class TensorBoard:
         "loss_scale": "train/loss_scale",
         "tokens_per_second": "train/tokens_per_second",
         "mfu": "train/mfu",
+        "data_step": "train/data_step",
         "validation_loss": "validation/loss",
         "validation_perplexity": "validation/perplexity",
         "loss_score": "guard/loss_score",
@@ -86,6 +87,7 @@ class TensorBoard:
             "gradient norm": ["Multiline", ["train/grad_norm"]],
             "z-loss": ["Multiline", ["train/z_loss"]],
             "learning rate": ["Multiline", ["train/learning_rate"]],
+            "data step": ["Multiline", ["train/data_step"]],
             "guard": ["Multiline", ["guard/loss_score", "guard/grad_norm_score", "guard/dropped"]],
         }
         self.writer.add_custom_scalars({"stability": charts})

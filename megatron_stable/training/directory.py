@@ -39,8 +39,12 @@ class RunDirectory:
         self._lock: IO[bytes] | None = None
 
     def log(self, event: str, step: int, **facts: Any) -> None:
-        """Put an event into the ledger and the logbook. OSError: it cannot be written."""
+        """Put an event into the ledger, and the ledger into the logbook. OSError: it cannot be written."""
         self.ledger.write(event, step, **facts)
+        self.tell()
+
+    def tell(self) -> None:
+        """Write the logbook. OSError: it cannot be written."""
         self.logbook.write_text(render(self.ledger.read()), encoding="utf-8")
 
     def claim(self, config: Config) -> None:

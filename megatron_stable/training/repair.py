@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_stable.config.load import load_config
 from megatron_stable.config.schema import GuardConfig
@@ -15,19 +14,44 @@ from megatron_stable.data.skip import SkipWindows
 from megatron_stable.engine.checkpoint import store
 from megatron_stable.engine.checkpoint.health import verdict
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.stability.detector import Spike
+from megatron_stable.stability.detector import Spike, find_spikes
 from megatron_stable.stability.interventions import Intervention, Interventions
+from megatron_stable.stability.lead import settings_for
 from megatron_stable.stability.recovery import Candidate, attempt, choose, new_id, now, rung, window
+from megatron_stable.stability.series import Series, read_series
 from megatron_stable.training.directory import RunDirectory
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What else to change; ``None``: what the run's ladder (``guard.*_factors``) says for this attempt."""
+    """What else to change; ``None``: what the run's ladder (``guard.*_factors``) says for this attempt.
+
+    Raises ConfigError for a factor that is none.
+    """
 
     learning_rate_factor: float | None = None
     clip_factor: float | None = None
     reset_loss_scale: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate_factor", "clip_factor"):
+            factor = getattr(self, name)
+            if factor is not None and not 0 < factor <= 1:
+                raise ConfigError(f"{name.replace('_', '-')} {factor:g}: give a number above 0 and up to 1")
+
+
+class Seen(NamedTuple):
+    """A spike or divergence in a run's curve.
+
+    Attributes:
+        spike: In steps.
+        data_steps: Its first and last data step, as they were trained on.
+        settled: Why nothing is left to be done about it; ``None``: it can be repaired.
+    """
+
+    spike: Spike
+    data_steps: tuple[int, int]
+    settled: str | None
 
 
 class StoppedRun:
@@ -44,41 +68,76 @@ class StoppedRun:
             raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
         self.config = load_config(self.directory.config)
         self.guard: GuardConfig = self.config.guard
-        self.entries = [entry for entry in store.entries(self.directory.checkpoints) if entry.usable]
-        newest = self.entries[-1].manifest if self.entries else None
+        self._look()
+
+    def _look(self) -> None:
+        """See where the run stands: its interventions and checkpoints, and the windows in force."""
+        entries = [entry for entry in store.entries(self.directory.checkpoints) if entry.usable]
+        manifests = [entry.manifest for entry in entries if entry.manifest is not None]
         own = Interventions.read(self.directory.path)
-        self.done = own if own is not None else store.written_under(newest) if newest else Interventions()
-        trained = SkipWindows(newest.state["skip_windows"]) if newest else SkipWindows()
+        try:
+            self.candidates = [
+                Candidate(entry.step, int(manifest.state["data_step"]), verdict(entry.directory))
+                for entry, manifest in zip(entries, manifests, strict=True)
+            ]
+            trained = SkipWindows(manifests[-1].state["skip_windows"] if manifests else ())
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            raise DataError(f"{self.directory.checkpoints}: a manifest's state is not usable ({error!r})") from None
+        self.done = own if own is not None else store.written_under(manifests[-1]) if manifests else Interventions()
         ahead = SkipWindows([*self.config.data.skip, *self.done.skip.windows])
-        self.skip = trained.continued(int(newest.state["data_step"]) if newest else 0, ahead)
-        """Windows in force, as the newest checkpoint and all interventions have them."""
+        self.skip = trained.continued(self.candidates[-1].data_step if self.candidates else 0, ahead)
 
     @property
-    def candidates(self) -> list[Candidate]:
-        """Its checkpoints."""
-        return [
-            Candidate(entry.step, int(entry.manifest.state["data_step"]), verdict(entry.directory))
-            for entry in self.entries
-            if entry.manifest is not None
-        ]
+    def stands_at(self) -> int:
+        """The step of the checkpoint that it goes on from; 0: from the start."""
+        return self.candidates[-1].step if self.candidates else 0
 
-    def after_spike(self, spike: Spike, changes: Changes, checkpoint: int | None = None) -> Intervention:
+    def spikes(self, source: Path | None = None, tag: str | None = None) -> tuple[Series, list[Seen]]:
+        """The loss, and its spikes and divergences, as the run's guard would find them.
+
+        Args:
+            source: Where to read it, in place of the run's own records.
+            tag: Its name there; guessed if not given.
+
+        Raises:
+            DataError, ConfigError: See :func:`read_series`.
+        """
+        series = read_series(source or self.directory.path, tag)
+        own = self.guard.model_dump(include={"window", "warmup", "threshold", "patience"})
+        found = find_spikes(series.steps.tolist(), series.values.tolist(), replace(settings_for(series.name), **own))
+        recorded = series
+        if series.data_steps is None and self.directory.metrics.is_file():
+            recorded = read_series(self.directory.path)
+        return series, [self._seen(spike, recorded) for spike in found if spike.kind != "shift"]
+
+    def _seen(self, spike: Spike, recorded: Series) -> Seen:
+        last = spike.onset + max(spike.duration, 1) - 1
+        first_data, last_data = (recorded.data_step(step) or self.skip.data_step(step) for step in (spike.onset, last))
+        settled = None
+        if first_data in self.skip:
+            settled = "its data is skipped already"
+        elif self.skip.data_step(spike.onset) != first_data:
+            settled = "the run has gone back to before it since"
+        return Seen(spike, (first_data, last_data), settled)
+
+    def after_spike(self, seen: Seen, changes: Changes, checkpoint: int | None = None) -> Intervention:
         """Skip the data about a spike that was found.
 
         Raises:
+            ConfigError: It is settled, or the checkpoint that is named is from after it.
             DataError: There is no checkpoint from before it.
         """
+        spike = seen.spike
+        if seen.settled:
+            raise ConfigError(f"the {spike.kind} at step {spike.onset}: {seen.settled}; to choose anew, --undo that")
         number = attempt(self.done, spike.onset, self.guard.near_steps)
         widen = rung(self.guard.widen, number)
         chosen, why = self._choose(spike.onset, round(self.guard.rollback_steps * widen), checkpoint)
-        last = spike.onset + max(spike.duration, 1) - 1
-        skipped = window(
-            chosen.data_step,
-            self.skip.data_step(spike.onset),
-            self.skip.data_step(last),
-            round(self.guard.skip_steps * widen),
-        )
+        length = round(self.guard.skip_steps * widen)
+        skipped = window(chosen.data_step, *seen.data_steps, length)
         what = f"{spike.kind} of the loss from {spike.level:.4g} at step {spike.onset}, {spike.duration} steps long"
+        why += f"; window: {length} data steps about data step {seen.data_steps[0]}"
+        why += f", and on to the last of it, {skipped[1]}" if skipped[1] - skipped[0] >= length else ""
         return self._repair(what, spike.kind, spike.onset, chosen, why, [skipped], number, changes)
 
     def without_data(
@@ -87,32 +146,42 @@ class StoppedRun:
         """Skip data steps that the user names, inclusive.
 
         Raises:
-            ConfigError: These are no windows.
+            ConfigError: These are no windows, or all skipped already, or the checkpoint is from after them.
             DataError: There is no checkpoint from before them.
         """
         wanted = SkipWindows(windows)
+        named = ", ".join(f"{first}-{last}" for first, last in wanted.windows)
+        if SkipWindows([*self.skip.windows, *wanted.windows]) == self.skip:
+            raise ConfigError(f"data steps {named} are skipped already")
         first = wanted.windows[0][0]
-        onset = bisect_left(range(1, first + 1), first, key=self.skip.data_step) + 1  # the first step they change
-        newest = self.candidates[-1] if self.candidates else None
-        if newest is not None and newest.data_step < first and checkpoint is None:
-            chosen, why = newest, "the newest one, as the data lies ahead of it"
+        kept = next((last + 1 for start, last in self.skip.windows if start <= first <= last), first)
+        onset = self.skip.step(kept)  # the first step that they change
+        assert onset is not None
+        if checkpoint is None and self.candidates and self.stands_at < onset:
+            chosen, why = self.candidates[-1], "the newest one, as the data lies ahead of it"
         else:
             chosen, why = self._choose(onset, 0, checkpoint)
-        what = "the user names data steps " + ", ".join(f"{first}-{last}" for first, last in wanted.windows)
         number = attempt(self.done, onset, self.guard.near_steps)
+        what = f"the user names data steps {named}"
         return self._repair(what, "named by the user", onset, chosen, why, list(wanted.windows), number, changes)
 
-    def apply(self, repair: Intervention) -> None:
+    def apply(self, repair: Intervention) -> list[int]:
         """Write a repair into the run, so that it goes on accordingly when it is started again.
+
+        Returns:
+            The steps of the checkpoints that are abandoned by it.
 
         Raises:
             ConfigError: The run is in progress, or cannot be written to.
         """
         facts = repair.model_dump(mode="json", exclude={"time"})
-        self._write(self.done.add(repair), repair.rollback_to, "rollback", facts)
+        return self._write(self.done.add(repair), "rollback", facts)
 
-    def undo(self) -> Intervention:
-        """Take the last repair back; returns it. What was trained since is abandoned.
+    def undo(self) -> tuple[Intervention, list[int]]:
+        """Take the last repair back; what was trained since is abandoned.
+
+        Returns:
+            The repair, and the steps of the checkpoints that are abandoned.
 
         Raises:
             ConfigError: There is none, the run is in progress, or cannot be written to.
@@ -120,24 +189,27 @@ class StoppedRun:
         if not self.done.items:
             raise ConfigError(f"{self.directory.path}: nothing to undo, the run has no interventions")
         last = self.done.items[-1]
-        self._write(self.done.undone(), None, "undo", {"by": "user", "id": last.id})
-        return last
+        return last, self._write(self.done.undone(), "undo", {"by": "user", "id": last.id})
 
     def command(self) -> list[str]:
-        """What starts the run again."""
+        """What starts the run again, on this machine."""
         starts = [event for event in self.directory.ledger.read() if event.get("event") in ("start", "resume")]
         ranks = starts[-1].get("ranks", 1) if starts else 1
+        moved = Path(self.config.run.directory).resolve() != self.directory.path.resolve()
         more = ["--ranks", str(ranks)] if ranks > 1 else []
+        more += [f"run.directory={self.directory.path}"] if moved else []
         return ["megatron-stable", "pretrain", "--config", str(self.directory.config), *more]
 
     def _choose(self, onset: int, rollback_steps: int, step: int | None) -> tuple[Candidate, str]:
         there = ", ".join(str(candidate.step) for candidate in self.candidates) or "none"
+        before = [candidate for candidate in self.candidates if candidate.step < onset]
         if step is not None:
-            named = next((candidate for candidate in self.candidates if candidate.step == step), None)
-            if named is None:
+            if step not in (candidate.step for candidate in self.candidates):
                 raise DataError(f"{self.directory.path} has no usable checkpoint of step {step}; it has {there}")
-            return named, "named by the user"
-        chosen = choose(self.candidates, onset, rollback_steps)
+            if step >= onset:
+                raise ConfigError(f"the checkpoint of step {step} has trained on that data: name one before {onset}")
+            return next(candidate for candidate in before if candidate.step == step), "named by the user"
+        chosen = choose(before, onset, rollback_steps)
         if chosen is None:
             raise DataError(
                 f"{self.directory.path} has no usable checkpoint from before step {onset}; it has {there}: "
@@ -156,7 +228,14 @@ class StoppedRun:
         number: int,
         changes: Changes,
     ) -> Intervention:
-        rate, clip = changes.learning_rate_factor, changes.clip_factor
+        factors, reason = {}, f"{what}; checkpoint {chosen.step}: {why}"
+        for name, ladder in (("learning_rate", "learning_rate_factors"), ("clip", "clip_factors")):
+            given = getattr(changes, f"{name}_factor")
+            factor = rung(getattr(self.guard, ladder), number) if given is None else given
+            factors[f"{name}_factor"] = factor
+            if given is not None or factor != 1:
+                source = "named by the user" if given is not None else f"attempt {number} here, guard.{ladder}"
+                reason += f"; {name.replace('_', ' ')} x {factor:g}: {source}"
         return Intervention(
             id=new_id(),
             time=now(),
@@ -165,19 +244,19 @@ class StoppedRun:
             onset=onset,
             rollback_to=chosen.step,
             windows=tuple(windows),
-            learning_rate_factor=rung(self.guard.learning_rate_factors, number) if rate is None else rate,
-            clip_factor=rung(self.guard.clip_factors, number) if clip is None else clip,
             reset_loss_scale=changes.reset_loss_scale and self.config.precision.dtype == "fp16",
-            reason=f"{what}; checkpoint {chosen.step}: {why}",
+            reason=reason,
+            **factors,
         )
 
-    def _write(self, now_done: Interventions, latest: int | None, event: str, facts: dict[str, Any]) -> None:
-        directory = self.directory
-        step = self.entries[-1].step if self.entries else 0
+    def _write(self, done: Interventions, event: str, facts: dict[str, Any]) -> list[int]:
+        directory, step, before = self.directory, self.stands_at, {c.step for c in self.candidates}
         with directory.held(), explain_os_errors("write", directory.path):
-            now_done.write(directory.path)
-            self.done = now_done
-            usable = [entry.step for entry in store.entries(directory.checkpoints) if entry.usable]
-            if usable:
-                store.point_latest(directory.checkpoints, usable[-1] if latest is None else latest)
+            if (Interventions.read(directory.path) or self.done) != self.done:
+                raise ConfigError(f"{directory.path}: its interventions have changed meanwhile; look again")
+            done.write(directory.path)
+            self._look()
+            if self.candidates:
+                store.point_latest(directory.checkpoints, self.stands_at)
             directory.log(event, step, **facts)
+        return sorted(before - {candidate.step for candidate in self.candidates})

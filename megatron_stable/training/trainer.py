@@ -282,8 +282,9 @@ class Trainer:
             try:
                 settings = self.config.checkpoint
                 store.judge_all(self.directory.checkpoints, self.step, self.bad_steps, settings.healthy_after)
+                self.directory.tell()
             except OSError as error:
-                self.report(f"warning: {self.directory.checkpoints}: health cannot be recorded: {error}")
+                self.report(f"warning: {self.directory.path}: health and logbook cannot be recorded: {error}")
 
     def save(self) -> None:
         """Judge the earlier checkpoints, and start writing one of the last step. Collective."""
@@ -311,7 +312,8 @@ class Trainer:
 
     def _record(self, rate: float, clock: _Clock) -> Record:
         metrics = self.engine.metrics()  # on all ranks: it is collective
-        if self.watch.guard is None and (metrics.skipped or strict(metrics.loss) is None):
+        overflow = metrics.skipped and self.config.precision.dtype != "fp16"  # there, the loss scale's business
+        if self.watch.guard is None and (overflow or strict(metrics.loss) is None):
             self.bad_steps = [*self.bad_steps, self.step][-1000:]
         steps, seconds = clock.lap(self.step)
         speed = steps * self.tokens_per_step / seconds if steps else None

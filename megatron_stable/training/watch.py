@@ -21,6 +21,7 @@ from megatron_stable.stability.logbook import sentence
 from megatron_stable.stability.recovery import Candidate, Trouble, last_resort, plan
 from megatron_stable.training.directory import RunDirectory
 
+FREQUENT = ("drop", "spike", "spike_end")  # told in the logbook with the next checkpoint
 FLOOR = "loss scale at its floor"
 
 
@@ -52,7 +53,9 @@ class Watch:
             return
         self.report(sentence({"event": event, "step": step, **facts}))
         try:
-            self.directory.log(event, step, **facts)
+            self.directory.ledger.write(event, step, **facts)
+            if event not in FREQUENT:  # a storm of these must not hold training up
+                self.directory.tell()
         except OSError as error:
             self.report(f"warning: {self.directory.ledger.path} cannot be written: {error}")
 

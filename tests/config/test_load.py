@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_stable.config.load import dump_config, load_config
@@ -86,6 +86,7 @@ def test_aliased_sections_are_overridden_apart(write):
     assert (config.checkpoint.every, config.evaluation.every) == (20, 10)
 
 
+@settings(deadline=None)
 @given(
     directory=st.text(st.characters(exclude_categories=["Cs"])),
     steps=st.integers(1000, 10**12),

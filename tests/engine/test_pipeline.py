@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_stable.config.schema import ModelConfig
@@ -24,6 +24,7 @@ def brute_force(costs: list[float], blocks: list[bool], stages: int) -> float:
     )
 
 
+@settings(deadline=None)
 @given(
     layers=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=9),
     stages=st.integers(1, 5),

@@ -123,6 +123,7 @@ def test_parameters_are_those_of_the_formula(ranks: Ranks, layout: str, rules: l
         if rule.startswith("muon") and dtype != "fp32":
             bound = 0.4  # Newton-Schulz magnifies what rounding does to small singular values, see newton_schulz
         got = assemble([result[number] for result in results])
+        assert set(got) == set(parameters)
         assert [m["grad_norm"] for m in results[0][number]["metrics"]] == pytest.approx(
             norms, rel={"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}[dtype]
         )

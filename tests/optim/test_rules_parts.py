@@ -40,6 +40,7 @@ def cut(name: str, whole: Tensor, at: int, init: Init | None = None) -> tuple[Te
     return flat, [Segment(place, flat, 3, 0, at), Segment(place, flat, 3 + at, at, n - at)]
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 6), width=st.integers(1, 5), data=st.data())
 def test_row_blocks_are_the_elements_where_they_belong(rows: int, width: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, rows * width))
@@ -219,6 +220,7 @@ def test_multipliers_follow_the_table() -> None:
     assert optimizer_multipliers(at_base, "matrices", True) == optimizer_multipliers(config_of(), "matrices", True)
 
 
+@settings(deadline=None)
 @given(tokens=st.integers(0, 10**6), size=st.integers(1, 64))
 def test_warmup_in_tokens_ends_with_the_step_that_reaches_them(tokens: int, size: int) -> None:
     config = config_of(batch={"global_size": size}, schedule={"warmup_tokens": tokens, "kind": "constant"})

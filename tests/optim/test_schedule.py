@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_stable.config.schema import Config
@@ -24,6 +24,7 @@ def config(kind: str, steps: int, warmup: int, fraction: float = 0.1, peak: floa
     return Config.model_validate(values)
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     steps=st.integers(1, 500),

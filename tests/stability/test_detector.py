@@ -94,12 +94,13 @@ def test_a_divergence_that_falls_back_ends() -> None:
     assert found[2099].kind == "divergence" and {v.kind for v in found[2100:]} == {"normal"}
 
 
-@pytest.mark.parametrize("slope", [1.0, 0.1, 0.02])
-def test_a_slow_rise_is_a_divergence(slope: float) -> None:
-    """The window follows a slow rise, so that no step stands out: the lowest level is what tells."""
+@pytest.mark.parametrize("slope, noticed, told", [(1.0, 15, 70), (0.1, 150, 400), (0.02, 1700, 1700)])
+def test_a_slow_rise_is_a_divergence(slope: float, noticed: int, told: int) -> None:
+    """The level is slow to follow a rise; where the window follows it nevertheless, the lowest level tells."""
     values = noisy([3.0] * 1000 + [3.0 + slope * MAD * t for t in range(2500)])
-    first = next(i for i, v in enumerate(verdicts(values)) if v.kind == "divergence")
-    assert 1000 < first < 1000 + 60 + 0.5 / (slope * MAD)
+    kinds = [v.kind for v in verdicts(values)]
+    assert 1000 < next(i for i, kind in enumerate(kinds) if kind in ("spike", "divergence")) < 1000 + noticed
+    assert kinds.index("divergence") < 1000 + told
 
 
 def test_spikes_in_a_row_do_not_hide_each_other() -> None:
@@ -133,16 +134,13 @@ def test_a_loss_rounded_to_two_digits() -> None:
     assert spikes([round(x, 2) for x in noisy([2.2004] * 20_000, noise=0.002)]) == []
 
 
-def test_not_blind_after_the_warm_up() -> None:
-    """Fifty steps into a steep fall a spike well above the noise and the fall is found."""
-    values = noisy(falling(400))
-    for step in range(60, 65):
-        values[step] += 3.0
-    assert spikes(values) == [("spike", 60, 5)]
-    values = noisy(falling(400))
-    for step in range(300, 305):
-        values[step] += 20 * MAD
-    assert spikes(values) == [("spike", 300, 5)]
+@pytest.mark.parametrize("onset, height", [(60, 4.0), (300, 1.2), (1500, 10 * MAD)])
+def test_in_a_fall_what_stands_out_of_it_is_found(onset: int, height: float) -> None:
+    """In a steep fall the scale is that of the fall; where it flattens, that of the noise."""
+    values = noisy(falling(2000))
+    for step in range(onset, onset + 5):
+        values[step] += height
+    assert spikes(values) == [("spike", onset, 5)]
 
 
 def test_heavy_tails_ask_for_more_than_one_step() -> None:
@@ -172,15 +170,15 @@ def test_warmup_judges_nothing_but_non_finite_values() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("chosen", [LOSS, GRAD_NORM], ids=["loss", "norm"])
 def test_not_finite(bad: float, chosen: DetectorSettings) -> None:
-    """A spike at once, a divergence if it stays, and the values after it are judged as if it had not been."""
+    """A spike at once, a divergence if it stays, and what follows is judged by the level before."""
     values, rest = noisy([3.0] * 500), noisy([3.0] * 300, seed=1)
-    detector, clean = SpikeDetector(chosen), SpikeDetector(chosen)
-    verdicts(values, detector), verdicts(values, clean)
+    detector = SpikeDetector(chosen)
+    verdicts(values, detector)
     found = verdicts([bad] * 60, detector)
     assert [v.kind for v in found] == ["spike"] * 49 + ["divergence"] * 11
     assert all(v.score == math.inf and v.onset == 0 for v in found)
     assert {v.kind for v in verdicts(rest, detector)} == {"normal"}
-    assert detector.update(300, 3.5).kind == "spike"
+    assert detector.update(300, 6.0).kind == "spike"
     listed = find_spikes(range(561), [*values, *[bad] * 60, 3.0], chosen)
     assert [(s.onset, s.peak_step, s.peak, s.duration) for s in listed] == [(500, 500, None, 60)]
 
@@ -223,9 +221,17 @@ def test_a_spike_right_after_resume() -> None:
     assert second.update(1000, 6.0).kind == "spike"
 
 
+def test_stopped_while_a_spike_falls_back() -> None:
+    """Three usual values end an excursion, though the run stopped in between."""
+    first, second = SpikeDetector(), SpikeDetector()
+    verdicts([*noisy([3.0] * 300), 4.0, 3.0, 3.0], first)
+    second.load(json.loads(json.dumps(first.state())))
+    assert [v.onset for v in verdicts([3.0, 4.0], second, first=303)] == [None, 304]
+
+
 @settings(max_examples=30, deadline=None)
-@given(series, st.data())
-def test_non_finite_values_never_enter(values: list[float], data: st.DataObject) -> None:
+@given(series)
+def test_non_finite_values_never_enter(values: list[float]) -> None:
     detector = SpikeDetector(replace(LOSS, window=40, warmup=20))
     verdicts(values, detector)
     state = detector.state()
@@ -249,7 +255,8 @@ def test_shift_invariance(seed: int, offset: float) -> None:
     values = with_spikes(seed)
     plain, moved = (verdicts(x, SpikeDetector(chosen)) for x in (values, [v + offset for v in values]))
     assert [(v.kind, v.onset) for v in plain] == [(v.kind, v.onset) for v in moved]
-    assert [v.score for v in moved] == pytest.approx([v.score for v in plain], abs=1e-6)
+    for one, other in zip(plain[10:], moved[10:], strict=True):  # the first scales are those of one or two values
+        assert other.score == pytest.approx(one.score, rel=1e-6, abs=1e-6)
 
 
 @settings(max_examples=30, deadline=None)

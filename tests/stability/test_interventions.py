@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_stable.data.skip import SkipWindows
@@ -89,3 +90,101 @@ def test_windows_set_before_the_start_or_at_a_stop_give_one_order(ahead: list, s
     from_start = SkipWindows().continued(0, SkipWindows(ahead))
     at_stop = SkipWindows().continued(stop, SkipWindows(ahead))
     assert from_start == at_stop
+
+
+class Stored(NamedTuple):
+    """What of a checkpoint matters here."""
+
+    skip: SkipWindows
+    data_step: int
+    before: Interventions
+
+
+class Run:
+    """A run that is started, stopped, killed and sent back, but for the training: which data does it see?"""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.ids = every, 0
+        self.configured: list[tuple[int, int]] = []
+        self.done = Interventions()
+        self.stored: dict[int, Stored] = {}
+        self.seen: dict[int, int] = {}  # data steps by step
+        self.farthest = 0  # data step that was ever seen
+        self.start()
+
+    def start(self) -> None:
+        """As `Trainer.resume` does."""
+        usable = [step for step, entry in self.stored.items() if self.done.holds(step, entry.before.items)]
+        self.step = max(usable, default=0)
+        entry = self.stored[self.step] if self.step else Stored(SkipWindows(), 0, Interventions())
+        ahead = SkipWindows([*self.configured, *self.done.skip.windows])
+        self.skip = entry.skip.continued(entry.data_step, ahead)
+
+    def train(self, steps: int, killed: bool) -> None:
+        """On from where it stands; a run that is stopped writes a checkpoint, one that is killed does not."""
+        for self.step in range(self.step + 1, self.step + steps + 1):
+            self.seen = {step: data for step, data in self.seen.items() if step < self.step}
+            self.seen[self.step] = self.skip.data_step(self.step)
+            self.farthest = max(self.farthest, self.seen[self.step])
+            if self.step % self.every == 0:
+                self.save()
+        if not killed:
+            self.save()
+        self.start()
+
+    def save(self) -> None:
+        if self.step:
+            self.stored[self.step] = Stored(self.skip, self.skip.data_step(self.step), self.done)
+            top = max(step for step, entry in self.stored.items() if self.done.holds(step, entry.before.items))
+            for step, entry in list(self.stored.items()):  # as rotation does
+                if step < top and not self.done.holds(step, entry.before.items):
+                    del self.stored[step]
+
+    def repair(self, window: tuple[int, int]) -> bool:
+        """By recovery or the tool: go back to a checkpoint from before the window."""
+        usable = [step for step, entry in self.stored.items() if self.done.holds(step, entry.before.items)]
+        before = [step for step in usable if self.stored[step].data_step < window[0]]
+        if before:
+            self.ids += 1
+            self.done = self.done.add(made(str(self.ids), max(before), window))
+            self.start()
+        return bool(before)
+
+    def undo(self) -> None:
+        self.done = self.done.undone()
+        self.start()
+
+
+lengths = st.integers(0, 6)
+turns = st.one_of(
+    st.tuples(st.just("train"), st.integers(1, 15), st.just(0)),
+    st.tuples(st.just("kill"), st.integers(1, 15), st.just(0)),
+    st.tuples(st.just("configure"), st.integers(1, 20), lengths),
+    st.tuples(st.just("repair"), st.integers(1, 60), lengths),
+    st.tuples(st.just("undo"), st.just(0), st.just(0)),
+)
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 12), st.lists(turns, min_size=1, max_size=12))
+def test_however_windows_come_about_the_order_is_that_of_knowing_them_from_the_start(every: int, turns: list) -> None:
+    """Random windows: by the configuration at stops, by repairs that go back, some undone; with random stops and kills."""
+    run, told = Run(every), False
+    for kind, at, long in turns:
+        if kind == "train" or kind == "kill":
+            run.train(at, killed=kind == "kill")
+        elif kind == "configure":  # the user sets what lies ahead of all that was trained on
+            run.configured.append((run.farthest + at, run.farthest + at + long))
+            run.start()
+        elif kind == "repair":
+            run.repair((at, at + long))
+        elif run.done.items:
+            run.undo()
+        told = True
+    assume(told)
+    run.train(10, killed=False)
+    from_start = SkipWindows([*run.configured, *run.done.skip.windows])
+    wanted = {step: from_start.data_step(step) for step in range(1, run.step + 1)}
+    assert run.seen == wanted
+    assert len(set(run.seen.values())) == run.step, "no sample twice, none left out but those"
+    assert (run.stored[run.step].data_step, run.stored[run.step].skip) == (wanted[run.step], from_start)

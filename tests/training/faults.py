@@ -16,8 +16,8 @@ from tests.training.runs import VOCAB, Values, settings, train
 
 RARE = 6  # tokens
 QUICK = {
-    "mode": "recover", "window": 64, "warmup": 20, "patience": 6, "rollback_steps": 5, "skip_steps": 10, "max_consecutive_drops": 4,
-    "learning_rate_factors": [1.0], "clip_factors": [1.0], "near_steps": 50,
+    "mode": "recover", "window": 64, "warmup": 20, "patience": 6, "rollback_steps": 5, "skip_steps": 10,
+    "max_consecutive_drops": 4, "near_steps": 50, "learning_rate_factors": [1.0], "clip_factors": [1.0],
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tests.training.runs import layout, metrics, settings, train, write_data
 
 KEYS = {
     "step", "loss", "z_loss", "grad_norm", "learning_rate", "loss_scale", "tokens", "tokens_per_second", "skipped",
-    "data_step",
+    "data_step", "loss_score", "grad_norm_score",
 }  # fmt: skip
 TAGS = {
     "train/loss": "loss",
@@ -26,6 +26,10 @@ TAGS = {
     "train/tokens_per_second": "tokens_per_second",
     "validation/loss": "validation_loss",
     "validation/perplexity": "validation_perplexity",
+    "train/data_step": "data_step",
+    "guard/loss_score": "loss_score",
+    "guard/grad_norm_score": "grad_norm_score",
+    "guard/dropped": "skipped",
 }
 
 
@@ -71,7 +75,7 @@ def test_tensorboard_shows_the_same_numbers(resumed: Path) -> None:
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     records = metrics(resumed)
     for tag, key in TAGS.items():
-        expected = {step: record[key] for step, record in records.items() if record.get(key) is not None}
+        expected = {step: float(record[key]) for step, record in records.items() if record.get(key) is not None}
         assert {event.step: event.value for event in events.Scalars(tag)} == pytest.approx(expected, rel=1e-6), tag
 
 
@@ -98,7 +102,7 @@ def test_the_configuration_is_there_resolved(resumed: Path) -> None:
 
 def test_only_what_the_design_names_is_in_the_directory(resumed: Path) -> None:
     assert {path.name for path in resumed.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "ledger.jsonl", "tensorboard", "checkpoints", ".lock",
+        "config.yaml", "metrics.jsonl", "ledger.jsonl", "logbook.md", "tensorboard", "checkpoints", ".lock",
     }  # fmt: skip
     assert (resumed / "checkpoints/latest").read_text() == "step_00000010\n"
     assert {path.name for path in (resumed / "checkpoints").iterdir()} == {"latest", "step_00000010"}

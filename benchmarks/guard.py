@@ -1,0 +1,105 @@
+"""What the guard costs: training steps with and without it, in turn, on one engine.
+
+    python benchmarks/guard.py                                       # this machine, one rank
+    python benchmarks/guard.py --size 830m --dtype bf16 --micro 4    # on a GPU
+
+With the guard, a step looks at all gradients, reduces loss and norm over the ranks, reads them, and judges them. Both
+kinds of step end with the metrics of a logged step, which the guard's reduction then is; `--unlogged` leaves them out.
+Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from step import batches, make_config
+
+from megatron_stable.config.schema import GuardConfig
+from megatron_stable.engine.engine import Engine, StepMetrics
+from megatron_stable.parallel.topology import Topology
+from megatron_stable.parallel.world import join_world
+from megatron_stable.stability.guard import Guard
+
+
+class Steps:
+    """Training steps on random data, whose losses the guard has seen enough of to judge."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        config = make_config(args)
+        self.engine, self.batches, self.logged = Engine(config, Topology()), batches(config), not args.unlogged
+        self.guard, self.step = Guard(GuardConfig()), 0
+        for value in np.random.default_rng(0).normal(size=500):
+            self.step += 1
+            self.guard.judge(self.step, 7.6 + 0.01 * value, 0.5 + 0.01 * value)
+
+    def judge(self, metrics: StepMetrics) -> bool:
+        return self.guard.judge(self.step, metrics.loss, metrics.grad_norm, metrics.skipped).take
+
+    def timed(self, guarded: bool) -> float:
+        """Seconds of one step."""
+        self.engine._guard = self.judge if guarded else None
+        self.engine.optimizer.guard = self.engine._ask if guarded else None
+        self.step += 1
+        began = time.perf_counter()
+        self.engine.train_step(self.step, self.batches, 1e-5)
+        if self.logged:
+            self.engine.metrics()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def judging(count: int = 20000) -> float:
+    """Seconds of one judgement."""
+    guard = Guard(GuardConfig())
+    values = np.random.default_rng(0).normal(size=count).tolist()
+    began = time.perf_counter()
+    for step, value in enumerate(values, 1):
+        guard.judge(step, 3 + 0.01 * value, 0.5 + 0.01 * value)
+    return (time.perf_counter() - began) / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer layers than the size has")
+    parser.add_argument("--recipe", default="qk_norm")
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--micro", type=int, default=4, help="sequences per micro batch")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro batches per step")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--unlogged", action="store_true", help="no metrics without the guard: logging.every > 1")
+    args = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, 1 thread"
+    print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; {vars(args)}")
+    join_world()
+    steps = Steps(args)
+    for _ in range(args.warmup):
+        steps.timed(True)
+        steps.timed(False)
+    pairs = []
+    for turn in range(args.steps):
+        first = steps.timed(turn % 2 == 0)  # who is first changes: the second may find warm caches
+        second = steps.timed(turn % 2 != 0)
+        pairs.append((first, second) if turn % 2 == 0 else (second, first))
+    ratios = sorted(on / off for on, off in pairs)
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    print(f"step without the guard  {statistics.median(off for _, off in pairs) * 1e3:9.2f} ms")
+    print(f"step with the guard     {statistics.median(on for on, _ in pairs) * 1e3:9.2f} ms")
+    print(f"ratio, pair by pair: median {statistics.median(ratios):.4f}, 10%..90% {low:.3f}..{high:.3f}")
+    print(f"of which judging        {judging() * 1e6:9.1f} us")
+
+
+if __name__ == "__main__":
+    main()
