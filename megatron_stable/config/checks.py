@@ -20,7 +20,14 @@ def check(config: Config, world_size: int | None = None) -> None:
 
 def conflicts(config: Config, world_size: int | None = None) -> list[Problem]:
     """All conflicts in `config`, for a run of `world_size` ranks if that is known."""
-    return [*_model(config), *_layout(config), *_batch(config, world_size), *_optimization(config), *_guard(config)]
+    return [
+        *_model(config),
+        *_layout(config),
+        *_batch(config, world_size),
+        *_optimization(config),
+        *_schedule(config),
+        *_guard(config),
+    ]
 
 
 def _model(config: Config) -> list[Problem]:
@@ -170,7 +177,7 @@ def _batch(config: Config, world_size: int | None) -> list[Problem]:
 
 def _optimization(config: Config) -> list[Problem]:
     precision = config.precision
-    found = [*_schedule(config), *_optimizer(config), *_parametrization(config)]
+    found = [*_schedule(config), *_decay(config), *_optimizer(config), *_parametrization(config)]
     if precision.dtype == "fp16" and 2**precision.initial_scale_power < precision.min_scale:
         found.append(
             Problem(
@@ -281,6 +288,18 @@ def _optimizer(config: Config) -> list[Problem]:
             )
         )
     return found
+
+
+def _decay(config: Config) -> list[Problem]:
+    schedule = config.schedule
+    default = type(schedule)().decay_fraction
+    if schedule.kind == "wsd" or schedule.decay_fraction == default:
+        return []
+    message = (
+        f"schedule.decay_fraction {schedule.decay_fraction:g} has no effect with schedule.kind {schedule.kind}: "
+        f"set schedule.kind=wsd, or schedule.decay_fraction={default:g}"
+    )
+    return [Problem(("schedule.decay_fraction", "schedule.kind"), message)]
 
 
 def _parametrization(config: Config) -> list[Problem]:

@@ -21,7 +21,7 @@ from megatron_stable.optim.adamw import Flat
 from megatron_stable.optim.centering import center_
 from megatron_stable.optim.clipping import ZClip, build_clipping
 from megatron_stable.optim.groups import kind
-from megatron_stable.optim.qk_clip import qk_clip_
+from megatron_stable.optim.qk_clip import qk_clip_, row_factors
 from megatron_stable.optim.schedule import learning_rate
 from megatron_stable.optim.segments import Partition, Segment, row_blocks
 from megatron_stable.parallel.parameters import Init, Place
@@ -170,6 +170,8 @@ def test_qk_clip_splits_the_factor_by_alpha() -> None:
     factors = flat[3:-2].view(4, 3, 4, 16)[:, :, 0, 0]
     torch.testing.assert_close(factors[0], torch.tensor([0.25**0.25, 0.25**0.75, 1.0]))
     assert torch.equal(factors[1:], torch.ones(3, 3))
+    broken = torch.tensor([torch.inf, -torch.inf, torch.nan, 99.0])  # such heads are left alone
+    assert torch.equal(row_factors(broken, model), torch.ones(4 * 3 * 4))
     flat, segments = cut("blocks.0.attention.qkv.bias", torch.ones(4 * 3 * 4), 5)
     for segment in segments:
         qk_clip_(Partition([segment]), [flat], {"blocks.0": torch.tensor([400.0, 50.0, -3.0, 0.0])}, model, 100.0, 0.25)

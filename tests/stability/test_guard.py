@@ -27,8 +27,15 @@ def kinds(found: Judgement) -> list[str]:
     return [kind for kind, _ in found.events]
 
 
-@pytest.mark.parametrize(("loss", "norm", "rule"), [(inf, 0.5, "non-finite loss"), (nan, 0.5, "non-finite loss"),
-                                                  (3.0, inf, "non-finite gradient"), (nan, nan, "non-finite gradient")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "norm", "rule"),
+    [
+        (inf, 0.5, "non-finite loss"),
+        (nan, 0.5, "non-finite loss"),
+        (3.0, inf, "non-finite gradient"),
+        (nan, nan, "non-finite gradient"),
+    ],
+)
 def test_what_is_not_finite_is_dropped(loss: float, norm: float, rule: str) -> None:
     ours = guard()
     found = ours.judge(QUIET + 1, loss, norm)
