@@ -25,7 +25,6 @@ def conflicts(config: Config, world_size: int | None = None) -> list[Problem]:
         *_layout(config),
         *_batch(config, world_size),
         *_optimization(config),
-        *_schedule(config),
         *_guard(config),
     ]
 
