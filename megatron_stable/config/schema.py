@@ -310,8 +310,9 @@ class GuardConfig(Section):
     """Recovery goes back to a healthy checkpoint at least so many steps before the onset (PaLM, WeLM: about 100)."""
     skip_steps: int = Field(200, ge=1)
     """Recovery skips so many data steps, half of them before the onset (PaLM: 200 to 500, WeLM: 200)."""
-    near_steps: int = Field(500, ge=1)
-    """Trouble that begins less than so many steps after the last is at the same place: the next attempt."""
+    near_steps: int = Field(300, ge=1)
+    """Trouble that begins less than so many steps after the last is at the same place: the next attempt. A loss that
+    has risen slowly for longer is recorded as a divergence, but asks for no recovery."""
     max_rollbacks: int = Field(3, ge=0)
     """Attempts at one place, after which the run ends with exit code 3."""
     widen: tuple[Annotated[float, Field(ge=1)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
@@ -326,7 +327,8 @@ class CheckpointConfig(Section):
     every: int = Field(100, ge=1)
     """Steps between checkpoints; one is always written at the end."""
     keep: int = Field(3, ge=1)
-    """So many of the newest checkpoints are kept, and always the newest healthy one and one for a rollback."""
+    """So many of the newest checkpoints are kept, and always those not judged yet, the newest healthy one, and healthy
+    ones for rollbacks."""
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints at multiples of this step are kept for ever; null: none."""
     healthy_after: int = Field(50, ge=1)

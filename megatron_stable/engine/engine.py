@@ -163,7 +163,8 @@ class Engine:
         Args:
             micro_batches: Called for those of the step, each time it is replayed.
         """
-        guard, scaler = (self._guard, self.optimizer.guard), loss_scaler_state(self.deepspeed)
+        known, scaler = (self.metrics(), self.loss_scale_exhausted), loss_scaler_state(self.deepspeed)
+        guard = self._guard, self.optimizer.guard
         self._guard, self.optimizer.guard = None, lambda norm: False
 
         def replay(factor: float) -> Diagnosis:
@@ -179,6 +180,7 @@ class Engine:
             return found
         finally:
             self._guard, self.optimizer.guard = guard
+            self._metrics, self.loss_scale_exhausted = known
             if scaler:
                 set_loss_scaler_state(self.deepspeed, scaler)
 

@@ -148,7 +148,8 @@ class AdaGC:
         return {"steps": self.steps, "gamma": merged or self._loaded}
 
     def load(self, values: dict[str, Any]) -> None:
-        self.steps, self._loaded, self.gamma = int(values["steps"]), dict(values["gamma"]), None
+        self.steps, self._loaded = int(values["steps"]), dict(values["gamma"])
+        self.names, self.gamma = [], None
 
     def _gammas(self, partition: Partition) -> Tensor:
         if self.gamma is None:

@@ -67,6 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         self._begun = self._taken = False
         self._muon_dtype = torch.float32 if config.precision.dtype == "fp32" else torch.bfloat16
         self._lay_out(weights, Partition([Segment(place(w), w, 0, 0, w.numel()) for _, w in weights]))
+        self._pipeline_group: dist.ProcessGroup | None = None
         self._clipping = build_clipping(config.optimizer)
 
     def bind(
@@ -86,6 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         self._lay_out(flats, partition)
         self._global_norm = global_norm
+        self._pipeline_group = pipeline_group
         self._clipping = build_clipping(self.config.optimizer, pipeline_group)
         for _, flat in flats:
             self._state(flat)
@@ -144,6 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._clipping is None:
             return None
         if stored is None or stored["clipping"] != rule:
+            self._clipping = build_clipping(self.config.optimizer, self._pipeline_group)
             before = "nothing" if stored is None else stored["clipping"]
             return f"optimizer.clipping {rule} starts its statistics anew: the checkpoint has those of {before}"
         self._clipping.load(stored["statistics"])

@@ -71,7 +71,7 @@ class DetectorSettings:
     floor: float = 1e-3
     give_back: float = 0.2
     shift: float = 0.2
-    drift: float = 0.1
+    drift: float = 0.2
 
     def __post_init__(self) -> None:
         if self.window < SHORT or not 1 <= self.warmup <= self.window or self.patience < 1:

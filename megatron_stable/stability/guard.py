@@ -141,8 +141,10 @@ class Guard:
         if rule is not None and len(self.drops) >= config.max_drops:
             reason = f"{len(self.drops)} updates were dropped within {RECENT} steps, the last for a {rule}"
             return Trouble("total drops", self._onset(step), step, reason)
-        if loss is not None and loss.kind == "divergence" and config.mode == "recover":
-            onset = self._onset(step)
+        onset = self._onset(step)
+        # a rise that began longer ago is too slow for its data to be to blame: that is the user's to judge
+        recent = step - onset <= max(config.patience, config.near_steps)
+        if loss is not None and loss.kind == "divergence" and config.mode == "recover" and recent:
             reason = f"the loss rose from {loss.level:.4g} at step {onset} and has not fallen back by step {step}"
             return Trouble("divergence", onset, step, reason)
         return None

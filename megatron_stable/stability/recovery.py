@@ -49,9 +49,10 @@ def choose(candidates: Sequence[Candidate], onset: int, rollback_steps: int) -> 
     """
     before = sorted((c for c in candidates if c.step < onset), key=lambda c: c.step)
     far = [c for c in before if c.step <= onset - rollback_steps]
+    distance = f"{rollback_steps} steps or more " if rollback_steps else ""
     healthy, unjudged = [c for c in before if c.healthy], [c for c in before if c.healthy is None]
     choices = (
-        ([c for c in far if c.healthy][-1:], f"the newest healthy one {rollback_steps} steps or more before the onset"),
+        ([c for c in far if c.healthy][-1:], f"the newest healthy one {distance}before the onset"),
         (healthy[:1], f"the farthest back that is healthy, though less than {rollback_steps} steps before the onset"),
         ([c for c in far if c.healthy is None][-1:], "the newest before the onset; none has been found healthy yet"),
         (unjudged[:1], "the farthest back; none has been found healthy yet"),
@@ -76,10 +77,13 @@ def window(position: int, onset: int, found: int, length: int) -> tuple[int, int
 
 
 def attempt(done: Interventions, onset: int, near: int) -> int:
-    """Which attempt at one place this would be, from 1; attempts less than ``near`` steps apart are at one place."""
+    """Which attempt at one place this would be, from 1; attempts less than ``near`` steps apart are at one place.
+
+    The count begins anew after the user did something, and after a run was given up and started again.
+    """
     count = 1
     for earlier in reversed(done.items):
-        if earlier.by != "guard" or earlier.onset is None or onset - earlier.onset >= near:
+        if earlier.by != "guard" or not earlier.windows or earlier.onset is None or onset - earlier.onset >= near:
             break
         count, onset = count + 1, earlier.onset
     return count

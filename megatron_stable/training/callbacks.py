@@ -95,18 +95,21 @@ class TensorBoard:
     def record(self, record: Record) -> None:
         try:
             if self.writer is None:
-                self.first_step = record["step"]
                 self._open()
             for key, tag in self.TAGS.items():
                 if record.get(key) is not None:
                     self.writer.add_scalar(tag, record[key], record["step"])
         except OSError:
-            self.writer = None  # it does not recover: the next record begins a file of its own
+            # it does not recover: the next record begins a file of its own
+            self.writer, self.first_step = None, record["step"]
             raise
 
     def rewind(self, step: int) -> None:
-        self.close()
-        self.writer = None  # the next record begins a file that supersedes what follows the checkpoint
+        self.first_step = step + 1
+        try:
+            self.close()
+        finally:
+            self.writer = None  # the next record begins a file that supersedes what follows the checkpoint
 
     def message(self, text: str) -> None:
         pass
@@ -203,7 +206,10 @@ class Callbacks:
 
     def rewind(self, step: int) -> None:
         for callback in self.callbacks:
-            callback.rewind(step)
+            try:
+                callback.rewind(step)
+            except OSError as error:
+                self.message(f"warning: {type(callback).__name__} cannot write, training goes on: {error}")
 
     def message(self, text: str) -> None:
         for callback in self.callbacks:

@@ -98,6 +98,7 @@ def _train(config: Config, stop: StopSignal, rank: int, world: int) -> None:
                 facts = {"layout": vars(config.parallel), "ranks": world} | ({"changed": changed} if changed else {})
                 with directory.explained():
                     directory.log("resume" if trainer.step else "start", trainer.step, **facts)
+                    trainer.watch.catch_up(trainer.step)
                     writers = (
                         [TensorBoard(directory.tensorboard, trainer.step + 1)] if config.logging.tensorboard else []
                     )

@@ -117,7 +117,7 @@ class StoppedRun:
         if first_data in self.skip:
             settled = "its data is skipped already"
         elif self.skip.data_step(spike.onset) != first_data:
-            settled = "the run has gone back to before it since"
+            settled = "the run takes other data there by now"
         return Seen(spike, (first_data, last_data), settled)
 
     def after_spike(self, seen: Seen, changes: Changes, checkpoint: int | None = None) -> Intervention:
@@ -130,7 +130,7 @@ class StoppedRun:
         spike = seen.spike
         if seen.settled:
             raise ConfigError(f"the {spike.kind} at step {spike.onset}: {seen.settled}; to choose anew, --undo that")
-        number = attempt(self.done, spike.onset, self.guard.near_steps)
+        number = self._attempt(spike.onset)
         widen = rung(self.guard.widen, number)
         chosen, why = self._choose(spike.onset, round(self.guard.rollback_steps * widen), checkpoint)
         length = round(self.guard.skip_steps * widen)
@@ -161,7 +161,7 @@ class StoppedRun:
             chosen, why = self.candidates[-1], "the newest one, as the data lies ahead of it"
         else:
             chosen, why = self._choose(onset, 0, checkpoint)
-        number = attempt(self.done, onset, self.guard.near_steps)
+        number = self._attempt(onset)
         what = f"the user names data steps {named}"
         return self._repair(what, "named by the user", onset, chosen, why, list(wanted.windows), number, changes)
 
@@ -199,6 +199,11 @@ class StoppedRun:
         more = ["--ranks", str(ranks)] if ranks > 1 else []
         more += [f"run.directory={self.directory.path}"] if moved else []
         return ["megatron-stable", "pretrain", "--config", str(self.directory.config), *more]
+
+    def _attempt(self, onset: int) -> int:
+        """The rung of the ladder: after what the guard has tried there, whether or not it gave up then."""
+        tried = Interventions(tuple(item for item in self.done.items if item.windows))
+        return attempt(tried, onset, self.guard.near_steps)
 
     def _choose(self, onset: int, rollback_steps: int, step: int | None) -> tuple[Candidate, str]:
         there = ", ".join(str(candidate.step) for candidate in self.candidates) or "none"

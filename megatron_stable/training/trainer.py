@@ -34,7 +34,7 @@ from megatron_stable.engine.shards import (
     set_optimizer_steps,
     vector_shards,
 )
-from megatron_stable.errors import ConfigError, DataError, DivergenceError, LossScaleError
+from megatron_stable.errors import ConfigError, DataError, DivergenceError, LossScaleError, MegatronStableError
 from megatron_stable.optim.schedule import learning_rate
 from megatron_stable.parallel.agreement import StopSignal, together
 from megatron_stable.parallel.topology import Topology
@@ -80,10 +80,11 @@ class Trainer:
                     check_tokenizer(data, tokenizer)
                 check_vocabulary(data, config.model.vocab_size)
         self.engine = Engine(config, topology)
-        if self.watch.guard is not None:
-            self.engine.set_guard(lambda metrics: self.watch.judge(self.step, metrics))
-        kept = Retention(config.checkpoint.keep, config.checkpoint.keep_every, config.guard.rollback_steps)
-        self.saver = Saver(directory.checkpoints, kept, report)
+        self.engine.set_guard(lambda metrics: self.watch.judge(self.step, metrics))
+        guard, kept = config.guard, config.checkpoint
+        back = [round(guard.rollback_steps * widen) for widen in (guard.widen if guard.mode == "recover" else (1.0,))]
+        retention = Retention(kept.keep, kept.keep_every, tuple(back), kept.healthy_after)
+        self.saver = Saver(directory.checkpoints, retention, report)
         self.bad_steps: list[int] = []  # with a bad verdict, the latest
         self._follow(SkipWindows(), 0)
         self.tokens_per_step = config.batch.global_size * config.model.sequence_length
@@ -190,7 +191,7 @@ class Trainer:
         if self.step == 0 and config.guard.mode == "recover":
             self.save()  # there is always something to go back to
         stop.ask()
-        clock, stopped, saved = _Clock(), stop.agreed(), self.step
+        clock, stopped, saved, rewound = _Clock(), stop.agreed(), self.step, False
         while self.step < config.run.steps and not stopped:
             self.step += 1
             stop.ask()
@@ -201,12 +202,13 @@ class Trainer:
             trouble = self._look_back()
             last = self.step == config.run.steps
             evaluates = self.validation_data is not None and (self.step % config.evaluation.every == 0 or last)
-            if self.step % config.logging.every == 0 or evaluates or last or stopped or trouble:
+            if self.step % config.logging.every == 0 or evaluates or last or stopped or trouble or rewound:
                 line = self._record(rate, clock)
                 if evaluates:
                     with clock.paused():
                         line |= self._evaluate()
                 callbacks.record(line)
+            rewound = trouble is not None  # the step after it is recorded, too, and so supersedes what went before
             if trouble is not None:
                 self._recover(trouble)
                 callbacks.rewind(self.step)
@@ -222,14 +224,14 @@ class Trainer:
 
     def _look_back(self) -> Trouble | None:
         """What the guard and the loss scale say of the step that was just made."""
-        judgement, step, trouble = self.watch.judgement, self.step, None
+        step, trouble, judgement = self.step, None, self.watch.judgement
         data_step = self.skip.data_step(step)
-        if self.watch.guard is not None and judgement is not None:
+        if judgement is not None:
             for event, facts in judgement.events:
                 self.watch.tell(event, step, data_step=data_step, **facts)
-            if judgement.bad:
-                self.bad_steps = [*self.bad_steps, step][-1000:]
             trouble = judgement.trouble
+        if self.watch.bad:
+            self.bad_steps = [*self.bad_steps, step][-1000:]
         if self.engine.loss_scale_exhausted:
             diagnosis = self.engine.diagnose(step, lambda: self._micro_batches(self._train_batches, step))
             reason = explain_floor(diagnosis, self.config.precision.min_scale, step, data_step)
@@ -248,20 +250,25 @@ class Trainer:
         """
         self.saver.wait()
         self._judge_checkpoints()
+        damaged: set[int] = set()
         while True:
-            repair = self.watch.plan(trouble, self.skip) if self.config.guard.mode == "recover" else None
+            repair = self.watch.plan(trouble, self.skip, damaged) if self.config.guard.mode == "recover" else None
             if repair is None:
                 self._end(trouble)
             entry = loader.choose(self.directory.checkpoints, self.report, at_most=repair.rollback_to)
             if entry is not None and entry.step == repair.rollback_to:
-                break  # otherwise it is damaged, and marked so by now
+                break
+            damaged.add(repair.rollback_to)
         self.watch.commit(repair, self.step)
         self._load(entry)
 
     def _end(self, trouble: Trouble) -> NoReturn:
         """Save everything, leave the run at a checkpoint from before the trouble if it may go back, and end it."""
-        self.save()
-        self.saver.finish()
+        try:
+            self.save()
+            self.saver.finish()
+        except MegatronStableError as failure:  # it must not hide why the run ends
+            self.report(f"warning: {failure}")
         remedies = "lower optimizer.learning_rate, choose a recipe that bounds the logits (model.recipe=qk_norm_cap)"
         if self.config.guard.mode == "recover":
             stands = self.watch.give_up(trouble, self.step)
@@ -283,7 +290,7 @@ class Trainer:
                 settings = self.config.checkpoint
                 store.judge_all(self.directory.checkpoints, self.step, self.bad_steps, settings.healthy_after)
                 self.directory.tell()
-            except OSError as error:
+            except (OSError, MegatronStableError) as error:
                 self.report(f"warning: {self.directory.path}: health and logbook cannot be recorded: {error}")
 
     def save(self) -> None:
@@ -312,9 +319,6 @@ class Trainer:
 
     def _record(self, rate: float, clock: _Clock) -> Record:
         metrics = self.engine.metrics()  # on all ranks: it is collective
-        overflow = metrics.skipped and self.config.precision.dtype != "fp16"  # there, the loss scale's business
-        if self.watch.guard is None and (overflow or strict(metrics.loss) is None):
-            self.bad_steps = [*self.bad_steps, self.step][-1000:]
         steps, seconds = clock.lap(self.step)
         speed = steps * self.tokens_per_step / seconds if steps else None
         line: dict[str, Any] = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from math import isfinite
 from typing import Any
 
 import torch.distributed as dist
@@ -39,12 +40,17 @@ class Watch:
         self.config, self.directory, self.report, self.rank = config, directory, report, rank
         self.guard = Guard(config.guard, fp16=config.precision.dtype == "fp16") if config.guard.mode != "off" else None
         self.interventions = Interventions()
-        self.judgement: Judgement | None = None  # on the step in progress
+        self.judgement: Judgement | None = None  # on the last step
+        self.bad = False  # whether a checkpoint from shortly before it should not be called healthy
 
     def judge(self, step: int, metrics: StepMetrics) -> bool:
         """Whether the update of a step may be made; every rank comes to the same."""
-        assert self.guard is not None
+        if self.guard is None:
+            overflow = metrics.skipped and self.config.precision.dtype == "fp16"  # the loss scale's business
+            self.bad = not (isfinite(metrics.loss) and (overflow or isfinite(metrics.grad_norm)))
+            return isfinite(metrics.grad_norm)
         self.judgement = self.guard.judge(step, metrics.loss, metrics.grad_norm, metrics.skipped)
+        self.bad = self.judgement.bad
         return self.judgement.take
 
     def tell(self, event: str, step: int, **facts: Any) -> None:
@@ -59,11 +65,25 @@ class Watch:
         except OSError as error:
             self.report(f"warning: {self.directory.ledger.path} cannot be written: {error}")
 
-    def plan(self, trouble: Trouble, skip: SkipWindows) -> Intervention | None:
+    def catch_up(self, step: int) -> None:
+        """Tell of repairs that a crash kept out of the ledger; on rank 0."""
+        known = {event.get("id") for event in self.directory.ledger.read()}
+        for item in self.interventions.items:
+            if item.id not in known:
+                self.tell(
+                    "rollback" if item.windows else "gave_up", step, **item.model_dump(exclude={"time"}, mode="json")
+                )
+
+    def plan(self, trouble: Trouble, skip: SkipWindows, damaged: Collection[int]) -> Intervention | None:
         """The next repair, the same on all ranks; ``None``: give up. Collective; no save may be in progress."""
         data_steps = skip.data_step(trouble.onset), skip.data_step(trouble.step)
         fp16 = self.config.precision.dtype == "fp16"
-        return self._agree(lambda there: plan(trouble, there, data_steps, self.interventions, self.config.guard, fp16))
+
+        def decide(there: list[Candidate]) -> Intervention | None:
+            whole = [candidate for candidate in there if candidate.step not in damaged]
+            return plan(trouble, whole, data_steps, self.interventions, self.config.guard, fp16)
+
+        return self._agree(decide)
 
     def commit(self, repair: Intervention, step: int, event: str = "rollback") -> None:
         """Make a repair the run's, for good, before anything is done about it. Collective.
@@ -104,8 +124,13 @@ class Watch:
 
     def tried(self) -> str:
         """What was tried, in words."""
-        lines = [f"  {item.reason}" for item in self.interventions.items if item.by == "guard" and item.windows]
-        return "what was tried:\n" + "\n".join(lines) if lines else "nothing was tried"
+        made = self.interventions
+        lines = [f"  {item.reason}" for item in made.items if item.by == "guard" and item.windows]
+        if not lines:
+            return "nothing was tried"
+        force = f"learning rate x {made.learning_rate_factor:g}, clip_grad x {made.clip_factor:g}"
+        undo = f"megatron-stable skip {self.directory.path} --undo"
+        return "\n".join(["what was tried:", *lines, f"in force: {force}; `{undo}` takes it back, one by one"])
 
 
 def explain_floor(diagnosis: Diagnosis, min_scale: float, step: int, data_step: int) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as settings_
 from hypothesis import strategies as st
 
 from megatron_stable.engine.checkpoint import store
@@ -24,10 +25,10 @@ def test_rotation_never_deletes_what_a_rollback_may_need(
     steps: set[int], data: st.DataObject, keep: int, keep_every: int | None, rollback: int
 ) -> None:
     healthy = {step for step in sorted(steps) if data.draw(st.booleans())}
-    gone = set(doomed(steps, healthy, Retention(keep, keep_every, rollback)))
+    gone = set(doomed(steps, healthy, Retention(keep, keep_every, (rollback,))))
     left = steps - gone
     assert set(sorted(steps)[-keep:]) <= left
-    assert len(left) <= keep + 2 + sum(step % (keep_every or 10**9) == 0 for step in steps)
+    assert len(left) <= keep + 3 + sum(step % (keep_every or 10**9) == 0 for step in steps)
     assert all(step in left for step in steps if keep_every and step % keep_every == 0)
     if healthy:
         newest = max(healthy)
@@ -37,6 +38,30 @@ def test_rotation_never_deletes_what_a_rollback_may_need(
             assert any(step in healthy and step <= newest - rollback for step in left)
         else:
             assert min(healthy) in left
+
+
+@settings_(deadline=None)
+@given(
+    st.sampled_from([1, 5, 10, 25, 30, 50, 100, 250]),
+    st.integers(1, 4),
+    st.sampled_from([(100,), (100, 200, 400), (30,)]),
+    st.sampled_from([1, 20, 50]),
+)
+def test_a_run_that_goes_well_always_has_one_not_too_far_back(
+    every: int, keep: int, rollbacks: tuple[int, ...], healthy_after: int
+) -> None:
+    """What is kept ages into what a rollback needs, whatever the distances: never is the first step all there is."""
+    rule, steps = Retention(keep, None, rollbacks, healthy_after), [0]
+    for now in range(every, 3000, every):
+        steps.append(now)
+        healthy = [step for step in steps if judge(step, now, (), healthy_after)]
+        gone = doomed(steps, healthy, rule)
+        steps = [step for step in steps if step not in gone]
+    for distance in rollbacks:
+        newest = max(healthy)
+        best = max(step for step in healthy if step not in gone and step <= newest - distance)
+        assert newest - best <= 2 * distance + 3 * every + healthy_after
+    assert len(steps) <= keep + 2 + 2 * len(rollbacks) + -(-healthy_after // every)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +87,7 @@ def test_rotation_of_real_checkpoints_follows_their_health(ranks: Ranks, tmp_pat
     assert found == {10: True, 20: True, 30: False, 40: False, 50: None}
     words = [summary(entry, None, verified=False)["health"] for entry in store.entries(tmp_path)]
     assert words == ["healthy", "healthy", "unhealthy", "unhealthy", "candidate"]
-    assert store.rotate(tmp_path, Retention(keep=1, rollback_steps=5)) == [30, 40]
+    assert store.rotate(tmp_path, Retention(keep=1, rollbacks=(5,))) == [30, 40]
     assert [entry.step for entry in store.entries(tmp_path)] == [10, 20, 50]
 
 

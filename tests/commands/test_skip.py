@@ -15,11 +15,12 @@ import pytest
 
 from megatron_stable.commands.app import main
 from megatron_stable.config.load import dump_config, load_config
+from megatron_stable.data.skip import SkipWindows
 from megatron_stable.stability.interventions import Interventions
 from megatron_stable.training.directory import RunDirectory
 from tests.commands.test_spikes import curves, other_trainer
 from tests.harness.ranks import Ranks
-from tests.training.faults import RARE, poison, run_of
+from tests.training.faults import RARE, poison, run_of, train_with_faults
 from tests.training.runs import ROOT, VOCAB, metrics, train, write_data
 
 STEPS, POISONED = 60, range(40, 44)
@@ -176,6 +177,28 @@ def test_apply_go_on_and_undo(verb: Verb, run: Path, ranks: Ranks) -> None:
     assert [spike["onset"] for spike in verb(run, "--json").facts["spikes"]] == [40]
 
 
+def test_a_run_that_gave_up(verb: Verb, ranks: Ranks, tmp_path: Path) -> None:
+    """The guard could not save it; told by hand to skip more, and to learn more slowly, it comes through."""
+    write_data(tmp_path / "data", tokens=20000)
+    guard = {"mode": "recover", "max_rollbacks": 1, "skip_steps": 2, "max_consecutive_drops": 3}
+    values = run_of(tmp_path, "run", STEPS, guard=guard, model={"layers": 2, "hidden": 16, "heads": 2})
+    faults = [{"kind": "inf_loss", "data_steps": (30, 39)}]
+    assert ranks.run(1, train_with_faults, values, faults)[0][0] == 3
+    run = tmp_path / "run"
+    tried = Interventions.read(run).items  # type: ignore[union-attr]
+    assert [bool(item.windows) for item in tried] == [True, False], "one attempt, and the end"
+    found = verb(run, "--json").facts["spikes"]
+    assert [(spike["peak"], spike["settled"]) for spike in found] == [(None, None)]
+    assert found[0]["data_steps"][0] == tried[0].windows[0][1] + 1, "after what was skipped already"
+    assert verb(run, "--from-step", 30, "--to-step", 39, "--learning-rate-factor", 0.5, "--apply").code == 0
+    assert ranks.run(1, train_with_faults, values, faults)[0][0] == 0
+    assert (
+        data_steps(run)
+        == [d for d in range(1, STEPS + 40) if d not in SkipWindows([*tried[0].windows, (30, 39)])][:STEPS]
+    )
+    assert len(Interventions.read(run).items) == 3, "the guard had nothing left to do"  # type: ignore[union-attr]
+
+
 def test_undone_at_once_later_checkpoints_are_back(verb: Verb, run: Path) -> None:
     assert verb(run, "--apply").code == 0
     undone = verb(run, "--undo", "--json").facts
@@ -211,15 +234,17 @@ def test_a_checkpoint_of_ones_own(verb: Verb, run: Path) -> None:
 
 def test_the_ladder_after_the_guards_attempts(verb: Verb, run: Path) -> None:
     """What the guard has tried here already is not tried again."""
-    change(run, "guard", learning_rate_factors=(1.0, 0.7), clip_factors=(1.0, 0.5), widen=(1.0, 2.0))
+    change(run, "guard", learning_rate_factors=(1.0, 0.7, 0.1), clip_factors=(1.0, 0.5), widen=(1.0, 2.0))
     verb(run, "--apply")
     (repair,) = Interventions.read(run).items  # type: ignore[union-attr]
-    guards = repair.model_copy(update={"by": "guard", "windows": (), "rollback_to": 60, "onset": 41})
+    guards = repair.model_copy(update={"by": "guard", "windows": ((90, 91),), "rollback_to": 60, "onset": 41})
     Interventions((guards,)).write(run)
     proposal = verb(run, "--json").facts["proposal"]
     assert (proposal["rollback_to"], proposal["windows"]) == (30, [[34, 45]])
     assert (proposal["learning_rate_factor"], proposal["clip_factor"]) == (0.7, 0.5)
     assert "learning rate x 0.7: attempt 2 here, guard.learning_rate_factors" in proposal["reason"]
+    Interventions((guards, guards.model_copy(update={"id": "end", "windows": ()}))).write(run)
+    assert verb(run, "--json").facts["proposal"]["learning_rate_factor"] == 0.7, "to give up is no attempt"
     named = verb(run, "--learning-rate-factor", 1, "--json").facts["proposal"]
     assert (named["learning_rate_factor"], named["clip_factor"]) == (1, 0.5)
 
@@ -243,6 +268,14 @@ def test_data_steps_are_those_of_the_records(verb: Verb, run: Path) -> None:
     assert from_events["series"] == "lm loss"
     assert from_events["spikes"][-1]["data_steps"] == [131, 133], "as the run's own records say"
     assert from_events["proposal"]["windows"] == [[128, 133]]
+    verb(run, "--spike", 1, "--apply")
+    for source in ((), ("--tensorboard", run.parent / "logs")):
+        after = verb(run, *source, "--json").facts
+        assert [s["settled"] for s in after["spikes"]] == [
+            "its data is skipped already",
+            "the run takes other data there by now",
+        ]
+        assert after["proposal"] is None
 
 
 def events(lines: list[dict[str, Any]]) -> tuple[np.ndarray, None]:

@@ -43,6 +43,19 @@ def test_example() -> None:
     assert repr(skip) == "SkipWindows([[3, 5], [11, 20]])"
 
 
+def test_continued() -> None:
+    """What was trained on stays so, what was skipped stays skipped, and ahead the new windows hold alone."""
+    trained = SkipWindows([(3, 4), (9, 9), (20, 30)])
+    assert trained.continued(10, SkipWindows([(1, 1), (8, 12), (40, 41)])).to_list() == [
+        [3, 4],
+        [9, 9],
+        [11, 12],
+        [40, 41],
+    ]
+    assert trained.continued(0, SkipWindows([(5, 6)])).to_list() == [[5, 6]]
+    assert trained.continued(5, SkipWindows()).to_list() == [[3, 4]]
+
+
 def test_adding_leaves_the_old_one_alone() -> None:
     skip = SkipWindows([(1, 2)])
     skip.add(5, 6)

@@ -94,10 +94,10 @@ def test_a_divergence_that_falls_back_ends() -> None:
     assert found[2099].kind == "divergence" and {v.kind for v in found[2100:]} == {"normal"}
 
 
-@pytest.mark.parametrize("slope, noticed, told", [(1.0, 15, 70), (0.1, 150, 400), (0.02, 1700, 1700)])
+@pytest.mark.parametrize("slope, noticed, told", [(1.0, 15, 70), (0.1, 150, 400), (0.02, 3400, 3400)])
 def test_a_slow_rise_is_a_divergence(slope: float, noticed: int, told: int) -> None:
     """The level is slow to follow a rise; where the window follows it nevertheless, the lowest level tells."""
-    values = noisy([3.0] * 1000 + [3.0 + slope * MAD * t for t in range(2500)])
+    values = noisy([3.0] * 1000 + [3.0 + slope * MAD * t for t in range(4000)])
     kinds = [v.kind for v in verdicts(values)]
     assert 1000 < next(i for i, kind in enumerate(kinds) if kind in ("spike", "divergence")) < 1000 + noticed
     assert kinds.index("divergence") < 1000 + told

@@ -98,6 +98,7 @@ class Stored(NamedTuple):
     skip: SkipWindows
     data_step: int
     before: Interventions
+    seen: dict[int, int]  # data steps by step, that its weights come from
 
 
 class Run:
@@ -108,7 +109,6 @@ class Run:
         self.configured: list[tuple[int, int]] = []
         self.done = Interventions()
         self.stored: dict[int, Stored] = {}
-        self.seen: dict[int, int] = {}  # data steps by step
         self.farthest = 0  # data step that was ever seen
         self.start()
 
@@ -116,15 +116,14 @@ class Run:
         """As `Trainer.resume` does."""
         usable = [step for step, entry in self.stored.items() if self.done.holds(step, entry.before.items)]
         self.step = max(usable, default=0)
-        entry = self.stored[self.step] if self.step else Stored(SkipWindows(), 0, Interventions())
+        entry = self.stored[self.step] if self.step else Stored(SkipWindows(), 0, Interventions(), {})
         ahead = SkipWindows([*self.configured, *self.done.skip.windows])
-        self.skip = entry.skip.continued(entry.data_step, ahead)
+        self.skip, self.seen = entry.skip.continued(entry.data_step, ahead), dict(entry.seen)
 
     def train(self, steps: int, killed: bool) -> None:
         """On from where it stands; a run that is stopped writes a checkpoint, one that is killed does not."""
         for _ in range(steps):
             self.step += 1
-            self.seen = {step: data for step, data in self.seen.items() if step < self.step}
             self.seen[self.step] = self.skip.data_step(self.step)
             self.farthest = max(self.farthest, self.seen[self.step])
             if self.step % self.every == 0:
@@ -135,7 +134,7 @@ class Run:
 
     def save(self) -> None:
         if self.step:
-            self.stored[self.step] = Stored(self.skip, self.skip.data_step(self.step), self.done)
+            self.stored[self.step] = Stored(self.skip, self.skip.data_step(self.step), self.done, dict(self.seen))
             top = max(step for step, entry in self.stored.items() if self.done.holds(step, entry.before.items))
             for step, entry in list(self.stored.items()):  # as rotation does
                 if step < top and not self.done.holds(step, entry.before.items):

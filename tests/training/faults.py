@@ -40,8 +40,8 @@ def train_with_faults(values: Values, faults: list[dict[str, Any]]) -> tuple[int
 
     def listening(self: Watch, step: int, metrics: Any) -> bool:
         taken = judge(self, step, metrics)
-        assert self.judgement is not None
-        said.append((step, taken, self.judgement.trouble, self.judgement.scores))
+        found = self.judgement
+        said.append((step, taken, found and found.trouble, found and found.scores))
         return taken
 
     Watch.judge = listening  # type: ignore[method-assign]

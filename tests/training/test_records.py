@@ -105,4 +105,5 @@ def test_only_what_the_design_names_is_in_the_directory(resumed: Path) -> None:
         "config.yaml", "metrics.jsonl", "ledger.jsonl", "logbook.md", "tensorboard", "checkpoints", ".lock",
     }  # fmt: skip
     assert (resumed / "checkpoints/latest").read_text() == "step_00000010\n"
-    assert {path.name for path in (resumed / "checkpoints").iterdir()} == {"latest", "step_00000010"}
+    names = {path.name for path in (resumed / "checkpoints").iterdir()}
+    assert names == {"latest", "step_00000005", "step_00000007", "step_00000010"}

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_stable.config.load import load_config
 from megatron_stable.engine.checkpoint import store
+from megatron_stable.engine.checkpoint.catalog import newest_whole, summary
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.training.repair import Changes, StoppedRun
 from tests.checkpoint.stored import contents, equal
@@ -19,7 +20,7 @@ from tests.training.runs import SEQUENCE, Values, layout, metrics, train, write_
 
 STEPS, SAMPLES, TOKENS = 36, 8, 12000
 WINDOWS = [(12, 14), (24, 31)]
-Order = dict[int, tuple[int, int, float, float]]
+Order = dict[int, tuple[Any, ...]]
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def small(folder: Path, name: str, steps: int = STEPS, mode: str = "watch", **sections: Any) -> Values:
-    sections = {"model": {"layers": 2, "hidden": 16, "heads": 2}, "batch": {"micro_size": 4}, **sections}
+    model = {"layers": 2, "hidden": 16, "heads": 2}
+    sections = {"model": model, "batch": {"micro_size": 4}, "parallel": layout(), **sections}
     guard = {"mode": mode, "patience": 4, "max_consecutive_drops": 3}
     return run_of(folder, name, steps, guard=guard, **sections)
 
@@ -40,7 +42,7 @@ def directory(values: Values) -> Path:
 
 def go(ranks: Ranks, values: Values, world: int = 1, **sections: Any) -> Values:
     """Train with some sections changed; returns the settings for the next start."""
-    values = {name: {**fields, **sections.get(name, {})} for name, fields in ({"parallel": {}} | values).items()}
+    values = {name: {**fields, **sections.get(name, {})} for name, fields in values.items()}
     assert ranks.run(world, train, values) == [0] * world
     return values
 
@@ -48,7 +50,7 @@ def go(ranks: Ranks, values: Values, world: int = 1, **sections: Any) -> Values:
 def order(values: Values) -> Order:
     """By step: the data step, the tokens consumed, loss and gradient norm."""
     keys = ("data_step", "tokens", "loss", "grad_norm")
-    return {step: tuple(record[key] for key in keys) for step, record in metrics(directory(values)).items()}  # type: ignore[misc]
+    return {step: tuple(record[key] for key in keys) for step, record in metrics(directory(values)).items()}
 
 
 def kept(steps: int = STEPS) -> list[int]:
@@ -131,7 +133,7 @@ def train_until(values: Values, step: int, faults: list[dict[str, Any]]) -> Any:
         if line["step"] == step and (directory(values) / "interventions.json").is_file():
             os._exit(9)
 
-    Callbacks.record = dying  # type: ignore[method-assign]
+    Callbacks.record = dying  # type: ignore[method-assign, assignment]
     return train_with_faults(values, faults)
 
 
@@ -174,6 +176,8 @@ def test_abandoned_checkpoints(ranks: Ranks, folder: Path) -> None:
         return {entry.step: entry.abandoned for entry in store.entries(root)}
 
     assert there() == {step: step > 10 for step in range(5, 31, 5)}
+    assert [summary(e, None, False)["health"] for e in store.entries(root)][1:] == ["healthy", *["abandoned"] * 4]
+    assert newest_whole(directory(values)).step == 10, "for evaluate, generate and convert too"
     assert (root / "latest").read_text() == "step_00000010\n"
     values = go(ranks, values, run={"steps": 18}, checkpoint={"every": 9})
     assert order(values)[11][0] == 11 and order(values)[12][0] == 15, "went on from 10"

@@ -25,24 +25,31 @@ class Retention:
     Attributes:
         keep: The newest so many checkpoints, healthy or not.
         keep_every: Those at multiples of this step for ever; ``None``: none.
-        rollback_steps: How far before a spike a rollback goes.
+        rollbacks: How far before a spike a rollback goes, at the first attempt and at further ones.
+        healthy_after: Steps after which a checkpoint is judged, and until which it is kept: deleted before, none
+            would ever be found healthy.
     """
 
     keep: int
     keep_every: int | None = None
-    rollback_steps: int = 100
+    rollbacks: tuple[int, ...] = (100,)
+    healthy_after: int = 0
 
 
-def doomed(steps: Collection[int], healthy: Collection[int], rule: Retention) -> list[int]:
-    """Which of the checkpoints at ``steps`` to delete, oldest first; ``healthy`` are those known to be."""
+def doomed(
+    steps: Collection[int], healthy: Collection[int], rule: Retention, unhealthy: Collection[int] = ()
+) -> list[int]:
+    """Which of the checkpoints at ``steps`` to delete, oldest first, by those known to be healthy and not to be."""
     kept = set(sorted(steps)[-rule.keep :])
+    kept |= {step for step in steps if step > max(steps) - rule.healthy_after} - set(unhealthy)
     if rule.keep_every is not None:
         kept |= {step for step in steps if step % rule.keep_every == 0}
     well = sorted(set(steps) & set(healthy))
-    if well:
-        far_enough = [step for step in well if step <= well[-1] - rule.rollback_steps]
-        # without one that is far enough back, the oldest healthy one is the best there is
-        kept |= {well[-1], far_enough[-1] if far_enough else well[0]}
+    kept |= set(well[-1:])
+    for distance in rule.rollbacks if well else ():
+        far = [step for step in well if step <= well[-1] - distance]
+        # and its successor, which is to be far enough in time; without one that is, the oldest is the best there is
+        kept |= {*far[-1:], *well[len(far) : len(far) + 1]}
     return sorted(set(steps) - kept)
 
 

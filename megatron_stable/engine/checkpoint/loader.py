@@ -46,7 +46,7 @@ def choose(root: Path, report: Callable[[str], None], at_most: int | None = None
         if rank == 0:
             report(f"warning: passed over the checkpoint of step {entry.step}: {problem}")
     with together():
-        if found[0]:
+        if found[0] and at_most is None:
             raise DataError(
                 f"{root} holds {len(found[0])} checkpoint(s), none of which can be used (see the warnings above); "
                 "restore one from a backup, or choose another run.directory to start anew"

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Saver:
         if beside is None:
             return
         copies, index = _copies(shards)
-        manifest = Manifest(step, layout, config, state, files={})
+        manifest = Manifest(step, layout, config, deepcopy(state), files={})  # training changes what it refers to
         self._thread = threading.Thread(target=self._write, args=(beside, manifest, copies, index), name="checkpoint")
         self._thread.start()
 

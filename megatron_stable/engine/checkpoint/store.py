@@ -113,9 +113,10 @@ def rotate(root: Path, rule: Retention) -> list[int]:
     """
     found = entries(root)
     complete = {entry.step: entry.directory for entry in found if entry.usable}
-    healthy = [step for step, directory in complete.items() if verdict(directory)]
+    verdicts = {step: verdict(directory) for step, directory in complete.items()}
+    healthy, unhealthy = ([step for step, found in verdicts.items() if found is word] for word in (True, False))
     passed = {e.step: e.directory for e in found if e.abandoned and e.step < max(complete, default=0)}
-    gone = {**{step: complete[step] for step in doomed(complete, healthy, rule)}, **passed}
+    gone = {**{step: complete[step] for step in doomed(complete, healthy, rule, unhealthy)}, **passed}
     for directory in gone.values():
         delete(directory)
     return sorted(gone)
