@@ -20,6 +20,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import numpy as np
 import torch
 from detector import events, ours, ours_norm, six_sigma, zclip
 from instability import BATCH, SEQUENCE, batch, make_config, text
@@ -107,8 +108,8 @@ def main() -> None:
     for name, curve in curves.items():
         steps = range(1, len(curve["loss"]) + 1)
         loss, norm = (find_spikes(steps, curve[key], how) for key, how in (("loss", LOSS), ("grad_norm", GRAD_NORM)))
-        counts = [events(rule(curve["loss"])) for rule in (ours, six_sigma)]
-        norms = [events(rule(curve["grad_norm"])) for rule in (ours_norm, zclip)]
+        counts = [events(rule(np.array(curve["loss"]))) for rule in (ours, six_sigma)]
+        norms = [events(rule(np.array(curve["grad_norm"]))) for rule in (ours_norm, zclip)]
         print(f"{name:30} {told(loss):44} {told(norm):44} {counts[0]:5} {norms[0]:5} {counts[1]:7} {norms[1]:6}")
 
 

@@ -11,7 +11,7 @@ from math import inf, isfinite
 from typing import Any, NamedTuple
 
 from megatron_stable.config.schema import GuardConfig
-from megatron_stable.stability.detector import GRAD_NORM, LOSS, SpikeDetector, Verdict
+from megatron_stable.stability.detector import GRAD_NORM, LOSS, QUIET, SpikeDetector, Verdict
 from megatron_stable.stability.recovery import Trouble
 
 RECENT = 1000  # steps over which `max_drops` counts
@@ -56,6 +56,7 @@ class Guard:
         }
         self.kinds = dict.fromkeys(self.detectors, "warmup")  # the last verdicts
         self.onsets: dict[str, int] = {}  # of excursions in progress
+        self.calm = dict.fromkeys(self.detectors, 0)  # normal values in a row
         self.drops: list[int] = []  # recent steps without an update
         self.consecutive = 0
         self.overflows = 0  # in a row, of fp16
@@ -99,7 +100,7 @@ class Guard:
     def state(self) -> dict[str, Any]:
         """All of it, as plain values."""
         detectors = {name: detector.state() for name, detector in self.detectors.items()}
-        own = ("kinds", "onsets", "drops", "consecutive", "overflows")
+        own = ("kinds", "onsets", "calm", "drops", "consecutive", "overflows")
         return {"detectors": detectors, **{name: getattr(self, name) for name in own}}
 
     def load(self, state: dict[str, Any] | None) -> None:
@@ -110,6 +111,7 @@ class Guard:
                 detector.load(state["detectors"][name])
             self.kinds = {name: str(state["kinds"][name]) for name in self.kinds}
             self.onsets = {name: int(onset) for name, onset in state["onsets"].items() if name in self.detectors}
+            self.calm = {name: int(state["calm"][name]) for name in self.calm}
             self.drops = [int(step) for step in state["drops"]]
             self.consecutive, self.overflows = int(state["consecutive"]), int(state["overflows"])
 
@@ -120,16 +122,22 @@ class Guard:
         return "non-finite loss" if not isfinite(loss) and self.config.mode != "watch" else None
 
     def _turn(self, name: str, step: int, value: float, verdict: Verdict) -> list[tuple[str, dict[str, Any]]]:
-        """The event of a series whose verdict changes."""
-        before, self.kinds[name] = self.kinds[name], verdict.kind
-        if verdict.kind == before or (verdict.kind in NORMAL and before in (*NORMAL, "shift")):
-            return []
-        facts = {"series": name, "value": _plain(value), "level": _plain(verdict.level), "score": _plain(verdict.score)}
+        """The event of a series: what begins, changes its kind, or is over."""
         if verdict.kind in NORMAL:
-            onset = self.onsets.pop(name, step)
-            return [("spike_end", {"series": name, "onset": onset, "duration": step - onset})]
-        self.onsets[name] = verdict.onset or step
-        return [(verdict.kind, {**facts, "scale": _plain(verdict.scale), "onset": verdict.onset})]
+            self.calm[name] += 1
+            if name not in self.onsets or self.calm[name] < QUIET:
+                return []
+            onset, self.kinds[name] = self.onsets.pop(name), verdict.kind
+            return [("spike_end", {"series": name, "onset": onset, "duration": step - QUIET + 1 - onset})]
+        self.calm[name] = 0
+        onset = verdict.onset or step
+        if (verdict.kind, onset) == (self.kinds[name], self.onsets.get(name)):
+            return []
+        self.kinds[name], self.onsets[name] = verdict.kind, onset
+        if verdict.kind == "shift":
+            del self.onsets[name]  # the level is another now, so nothing has to fall back
+        facts = {"series": name, "value": _plain(value), "level": _plain(verdict.level), "score": _plain(verdict.score)}
+        return [(verdict.kind, {**facts, "scale": _plain(verdict.scale), "onset": onset})]
 
     def _trouble(self, step: int, rule: str | None, loss: Verdict | None) -> Trouble | None:
         config = self.config

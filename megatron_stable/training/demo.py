@@ -1,6 +1,8 @@
-"""The newcomer's run: from the text that every Python carries to a trained model, its curves and a sample.
+"""The newcomer's runs: the same model twice at a high learning rate, as it is and with qk_norm_cap.
 
-Every step calls what the verb of its name calls, and is announced as the command that does the same.
+From the text that every Python carries to a run that falls over and is rolled back, one that trains through, the curves
+of both and a sample. Every step calls what the verb of its name calls, and is announced as the command that does the
+same; what is said of a run is read from its ledger and its metrics.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
+from statistics import fmean
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.load import load_config
@@ -24,32 +28,48 @@ from megatron_stable.data.dataset import open_dataset
 from megatron_stable.data.files import write_file
 from megatron_stable.data.indexed import dataset_paths
 from megatron_stable.engine.checkpoint import store
-from megatron_stable.errors import DataError
+from megatron_stable.errors import DataError, DivergenceError
+from megatron_stable.stability.ledger import read_lines
+from megatron_stable.training.callbacks import Record
 from megatron_stable.training.demo_text import MOST_BYTES, write_standard_library
 from megatron_stable.training.directory import RunDirectory
-from megatron_stable.training.figure import draw, read_metrics
+from megatron_stable.training.figure import Event, draw, read_metrics
 from megatron_stable.training.generation import Sampling, generate, need_tokenizer, text_pieces
 from megatron_stable.training.launch import launch
 from megatron_stable.training.trained import open_run
 
 PROGRAM = "megatron-stable"
-PROMPT, SAMPLE_TOKENS = "    def __init__(self", 120
-BATCH = 8  # sequences
+RECIPES = ("baseline", "qk_norm_cap")  # the one that falls over, the one that does not and is shown at work
+GAVE_UP = DivergenceError.exit_code
+PROMPT, SAMPLE_TOKENS = "    def __init__(self", 200
+BATCH = 64  # sequences: many short ones, so that the loss is smooth enough to see it rise
 VALIDATION = 0.05  # of the documents
 # fp32, because it is fast on every CPU: bf16 is 2.5 times as fast where the CPU has instructions for it, and
 # several times slower where it has not
 SETTINGS = (
     "model.size=tiny",
-    "model.recipe=qk_norm",
+    "model.hidden=128",
+    "model.sequence_length=64",
     "precision.dtype=fp32",
-    f"batch.global_size={BATCH}",
-    "optimizer.learning_rate=4.0e-3",
-    "schedule.min_learning_rate=2.0e-4",
-    "schedule.warmup_steps=20",
     "run.steps=240",
-    "evaluation.every=20",
-    "evaluation.batches=4",
+    "optimizer.learning_rate=0.24",  # about 50 times what such a model is usually trained with
+    "schedule.min_learning_rate=0.002",
+    "schedule.warmup_steps=160",  # both learn for a while before it is too high for one of them
+    # a guard for a run of minutes: everything comes 3 to 10 times as soon as it would by default
+    "guard.window=30",
+    "guard.warmup=30",
+    "guard.threshold=6",
+    "guard.patience=50",
+    "guard.rollback_steps=20",
+    "guard.skip_steps=40",
+    "guard.max_rollbacks=2",
+    "checkpoint.every=20",
+    "checkpoint.healthy_after=20",
+    "evaluation.every=40",
+    "evaluation.batches=2",
 )
+ROSE = 1.05  # times the lowest loss: it has not merely wavered
+WORDS = {"spike": "spike of the loss", "divergence": "divergence", "rollback": "rollback", "gave_up": "gave up"}
 
 
 def say(text: str) -> None:
@@ -65,6 +85,7 @@ class Demo:
         directory: Where all of it goes.
         ranks: Processes that train; an even number of them is tensor parallel in pairs.
         settings: The configuration, as overrides.
+        batch: Sequences per step.
         vocab_size: Of the tokenizer.
         text_bytes: Of the standard library's source to use at most.
         say: Called with lines for the user.
@@ -73,7 +94,8 @@ class Demo:
     directory: Path
     ranks: int = 2
     settings: Sequence[str] = SETTINGS
-    vocab_size: int = 2048
+    batch: int = BATCH
+    vocab_size: int = 512
     text_bytes: int = MOST_BYTES
     say: Callable[[str], None] = say
 
@@ -95,22 +117,22 @@ class Demo:
         self._prepare_text()
         self._train_tokenizer()
         self._preprocess()
-        config = self._configure()
-        code = self._train(config)
-        if code:
-            return code
-        run = Path(config.run.directory)
-        trained = newest_step(run)
-        if not trained:
-            self.say("\nStopped before the first checkpoint. The same command goes on from here.")
-            return 0
+        runs = [(recipe, self._configure(recipe)) for recipe in RECIPES]
+        for number, (recipe, config) in enumerate(runs, 4):
+            code = self._train(number, recipe, config)
+            if code not in (0, GAVE_UP):
+                return code
+            run, steps = Path(config.run.directory), config.run.steps
+            trained = newest_step(run)
+            if code == 0 and trained < steps:
+                self.say(f"\nStopped at step {trained} of {steps}. The same command goes on from here.")
+                return 0
+            self.say(f"   {outcome(recipe, run, steps)}")
         self._sample(run)
-        self._draw(config, run)
+        self._draw(runs)
         minutes, seconds = divmod(round(time.monotonic() - began), 60)
-        if trained < config.run.steps:
-            self.say(f"\nStopped after step {trained} of {config.run.steps}. The same command goes on from there.")
-        self._explain(config, run, f"{minutes} min {seconds} s")
-        return 0
+        self._explain(runs, f"{minutes} min {seconds} s")
+        return code
 
     def _prepare_text(self) -> None:
         self.say(f"1. Text: the source of Python's standard library -> {self._text}")
@@ -155,64 +177,81 @@ class Demo:
             return 0
         return sum(part.indexed.tokens for dataset in found for part in dataset.parts)
 
-    def _configure(self) -> Config:
-        path = self.directory / "config.yaml"
+    def _configure(self, recipe: str) -> Config:
+        path = self._config(recipe)
         if not path.is_file():
             tensor = 2 if self.ranks % 2 == 0 else 1
-            files = [
-                f"run.directory={self.directory / 'run'}",
+            own = [
+                f"run.directory={self._run(recipe)}",
+                f"model.recipe={recipe}",
                 f"data.tokenizer={self._tokenizer}",
                 f"data.train={self._prefixes[0]}",
                 f"data.validation={self._prefixes[1]}",
                 f"parallel.tensor={tensor}",
-                f"batch.micro_size={max(1, BATCH * tensor // self.ranks)}",
+                f"batch.global_size={self.batch}",
+                f"batch.micro_size={max(1, self.batch * tensor // self.ranks)}",
             ]
-            config = load_config(None, [*files, *self.settings])
+            config = load_config(None, [*own, *self.settings])
             check(config, self.ranks)
             write_file(path, commented_yaml(config).encode())
         config = load_config(path)
         check(config, self.ranks)
         return config
 
-    def _train(self, config: Config) -> int:
-        arguments = ["--config", str(self.directory / "config.yaml")]
+    def _train(self, number: int, recipe: str, config: Config) -> int:
+        """0, the exit code of training, or that of an earlier call if it gave up then."""
+        arguments = ["--config", str(self._config(recipe))]
         model = config.model
         self._announce(
-            f"4. Training: {model.layers} layers x {model.hidden}, recipe {model.recipe}, on {self.ranks} rank(s) "
-            f"with TP {config.parallel.tensor}; every setting is in {arguments[1]}",
+            f"{number}. Training with recipe {recipe}: {model.layers} layers x {model.hidden}, learning rate "
+            f"{config.optimizer.learning_rate:g}, on {self.ranks} rank(s) with TP {config.parallel.tensor}; every "
+            f"setting is in {arguments[1]}",
             ["pretrain", *arguments, "--ranks", self.ranks],
         )
-        trained = newest_step(config.run.directory)
-        if trained >= config.run.steps:
+        run = Path(config.run.directory)
+        if gave_up(run):
+            self.say("   is there already")
+            return GAVE_UP
+        if (trained := newest_step(run)) >= config.run.steps:
             self.say(f"   is there already: {trained} steps")
             return 0
         return launch(arguments, self.ranks)
 
     def _sample(self, run: Path) -> None:
         command = ["generate", run, "--prompt", PROMPT, "--tokens", SAMPLE_TOKENS]
-        self._announce("5. A sample: what the model takes for Python", command)
+        self._announce(f"6. A sample: what the {RECIPES[-1]} model takes for Python", command)
         trained = open_run(run)
         pieces = text_pieces(need_tokenizer(trained), PROMPT, generate(trained, PROMPT, SAMPLE_TOKENS, Sampling()))
         text = PROMPT + "".join(pieces)
         self.say("\n".join(f"   | {line}" for line in text.split("\n")))
 
-    def _draw(self, config: Config, run: Path) -> None:
-        records = read_metrics(RunDirectory(run).metrics)
-        title = f"{config.model.layers} x {config.model.hidden}, {config.model.recipe}, on Python's standard library"
-        draw({run.name: records}, self._figure, title)
-        self.say(f"\n6. A figure of losses and gradient norm -> {self._figure}")
-        losses = [record["validation_loss"] for record in records if record.get("validation_loss") is not None]
-        if losses:
-            self.say(f"   validation loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+    def _draw(self, runs: Sequence[tuple[str, Config]]) -> None:
+        curves: dict[str, list[Record]] = {}
+        events: list[Event] = []
+        for recipe, config in runs:
+            directory = RunDirectory(config.run.directory)
+            parts = attempts(read_lines(directory.metrics))
+            names = [recipe] + [f"{recipe}, after rollback {n}" for n in range(1, len(parts))]
+            curves |= zip(names, parts, strict=True)
+            events += marks(recipe, directory.ledger.read())
+        model, rate = config.model, config.optimizer.learning_rate
+        draw(
+            curves, self._figure, f"{model.layers} x {model.hidden} at learning rate {rate:g}, Python's source", events
+        )
+        self.say(f"\n7. A figure of both, with what happened -> {self._figure}")
+        for recipe, config in runs:
+            lowest, end = lowest_and_end(Path(config.run.directory))
+            self.say(f"   {recipe}: training loss {lowest:.2f} at its lowest, {end:.2f} at the end")
 
-    def _explain(self, config: Config, run: Path, duration: str) -> None:
-        go_on = ["pretrain", "--config", self.directory / "config.yaml", "--ranks", self.ranks]
+    def _explain(self, runs: Sequence[tuple[str, Config]], duration: str) -> None:
+        first, last = (Path(config.run.directory) for _, config in (runs[0], runs[-1]))
         own = ["init", "--size", "10m", "--recipe", "qk_norm_cap", "--output", "config.yaml"]
         self.say(
             f"\nDone in {duration}. What you can do now:\n"
-            f"   look at the curves        {_command('tensorboard', '--logdir', RunDirectory(run).tensorboard)}\n"
-            f"   train on                  {_command(PROGRAM, *go_on, f'run.steps={2 * config.run.steps}')}\n"
-            f"   measure it                {_command(PROGRAM, 'evaluate', run)}\n"
+            f"   look at the curves        {_command('tensorboard', '--logdir', self.directory)}\n"
+            f"   read what happened        {RunDirectory(first).logbook}\n"
+            f"   find the spikes           {_command(PROGRAM, 'spikes', first)}\n"
+            f"   measure the model         {_command(PROGRAM, 'evaluate', last)}\n"
             f"   begin with your own text  {_command(PROGRAM, *own)}"
         )
 
@@ -222,11 +261,18 @@ class Demo:
     def _remove(self) -> None:
         if not self._text.is_file():  # then no demo was here, and what has such names is somebody's own
             return
-        shutil.rmtree(self.directory / "run", ignore_errors=True)
-        files = [self._tokenizer, self._figure, self.directory / "config.yaml"]
+        for recipe in RECIPES:
+            shutil.rmtree(self._run(recipe), ignore_errors=True)
+        files = [self._tokenizer, self._figure, *map(self._config, RECIPES)]
         files += [path for prefix in self._prefixes for path in dataset_paths(prefix)]
         for path in [*files, self._text]:
             path.unlink(missing_ok=True)
+
+    def _config(self, recipe: str) -> Path:
+        return self.directory / f"{recipe}.yaml"
+
+    def _run(self, recipe: str) -> Path:
+        return self.directory / recipe
 
     @property
     def _text(self) -> Path:
@@ -247,6 +293,66 @@ class Demo:
     @property
     def _figure(self) -> Path:
         return self.directory / "training.png"
+
+
+def gave_up(run: Path) -> bool:
+    """Whether the guard has given the run up, and nobody has touched it since."""
+    events = [event.get("event") for event in RunDirectory(run).ledger.read()]
+    return "gave_up" in events[-2:] and events[-1] in ("gave_up", "stop")
+
+
+def outcome(recipe: str, run: Path, steps: int) -> str:
+    """How a run ended, in words, by its ledger and its losses."""
+    events = RunDirectory(run).ledger.read()
+    found = [event.get("event") for event in events if event.get("series") == "loss"]
+    backs = sum(event.get("event") == "rollback" and event.get("by") == "guard" for event in events)
+    tried = f"after {backs} rollback{'s' * (backs != 1)} with other data" if backs else "with nothing tried"
+    if gave_up(run):
+        return (
+            f"{recipe} diverged, and {tried} the guard gave up: exit code {GAVE_UP}, which says that\n"
+            "   training cannot go on like this. It is what became of this run, no failure of the demo."
+        )
+    if backs:
+        return f"{recipe} diverged; {tried} it held on to step {steps}"
+    if "divergence" in found:
+        return f"{recipe} diverged, and the guard let it be: {steps} steps"
+    lowest, end = lowest_and_end(run)
+    if end > ROSE * lowest:
+        return f"{recipe} reached step {steps}, but its loss rose again, from {lowest:.2f} to {end:.2f}, unnoticed"
+    if "shift" in found:
+        return f"{recipe} reached step {steps}; the loss moved to another level, and the guard let it be"
+    spikes = found.count("spike")
+    told = f"{spikes} spike{'s' * (spikes != 1)} of the loss, which fell back" if spikes else "no spike of the loss"
+    return f"{recipe} trained through: {steps} steps, {told}"
+
+
+def lowest_and_end(run: Path) -> tuple[float, float]:
+    """Training loss, as means over 10 steps: where it was lowest, and at the end. NaN: never finite."""
+    losses = [record["loss"] for record in read_metrics(RunDirectory(run).metrics) if record.get("loss") is not None]
+    means = [fmean(losses[max(last - 10, 0) : last]) for last in range(len(losses), 0, -10)]
+    return (min(means), means[0]) if means else (nan, nan)
+
+
+def attempts(lines: Iterable[Record]) -> list[list[Record]]:
+    """The records of a run in pieces: a new one begins where the run went back."""
+    parts: list[list[Record]] = [[]]
+    for line in lines:
+        if parts[-1] and line["step"] <= parts[-1][-1]["step"]:
+            parts.append([])
+        parts[-1].append(line)
+    return parts
+
+
+def marks(recipe: str, events: Iterable[Record]) -> list[Event]:
+    """What to mark in the figure, from the ledger."""
+    found = []
+    for event in events:
+        if event.get("event") in WORDS and event.get("series", "loss") == "loss":
+            word, step = WORDS[event["event"]], int(event["step"])
+            found.append(Event(step, step, f"{recipe}: {word}"))
+            if event["event"] != "spike" and (onset := event.get("onset")):
+                found.append(Event(int(onset), int(onset), f"{recipe}: onset"))
+    return found
 
 
 def newest_step(run: str | Path) -> int:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stable.config.checks import check
-from megatron_stable.config.load import load_config
 from megatron_stable.data.preprocess import preprocess
+from megatron_stable.engine.faults import VARIABLE as FAULTS
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.model.transformer import parameter_count
-from megatron_stable.training.demo import PROMPT, SETTINGS, Demo, newest_step
+from megatron_stable.stability.ledger import read_lines
+from megatron_stable.training.callbacks import Record
+from megatron_stable.training.demo import PROMPT, RECIPES, Demo, attempts, marks, newest_step, outcome
 from megatron_stable.training.demo_text import write_standard_library
+from megatron_stable.training.directory import RunDirectory
 from megatron_stable.training.figure import draw, read_metrics
 from tests.commands.conftest import SmallDemo, small_demo
 
@@ -46,9 +47,15 @@ def test_makes_a_trained_model_its_curves_and_a_sample(small: SmallDemo) -> None
     assert len(measured) == 3 and measured[-1] < measured[0]
     assert (small.directory / "training.png").read_bytes().startswith(PNG)
     said = "\n".join(small.said)
-    assert f"validation loss {measured[0]:.2f} -> {measured[-1]:.2f}" in said
     assert f"| {PROMPT}" in said
-    assert f"tensorboard --logdir {small.run / 'tensorboard'}" in said
+    assert f"tensorboard --logdir {small.directory}" in said
+    baseline = read_metrics(small.directory / "baseline" / "metrics.jsonl")
+    for recipe, records in (("baseline", baseline), ("qk_norm_cap", read_metrics(small.run / "metrics.jsonl"))):
+        end = sum(record["loss"] for record in records[-10:]) / 10  # and of the 2 before them
+        assert f"{recipe}: training loss {end:.2f} at its lowest, {end:.2f} at the end" in said
+        assert f"{recipe} trained through: 12 steps, no spike of the loss" in said
+    logbook = small.directory / "baseline" / "logbook.md"
+    assert str(logbook) in said and logbook.is_file()
     assert list((small.run / "tensorboard").glob("events.*"))
     manifest = next(small.run.glob("checkpoints/step_00000012/*.json")).read_text()
     assert json.loads(manifest)["layout"]["tensor"] == 2
@@ -73,11 +80,11 @@ def test_the_commands_that_it_prints_do_the_same(small: SmallDemo, tmp_path: Pat
 
 
 def test_a_second_call_uses_what_is_there(small: SmallDemo) -> None:
-    kept = [small.directory / name for name in ("text.jsonl", "tokenizer.model", "train.bin", "config.yaml")]
+    kept = [small.directory / name for name in ("text.jsonl", "tokenizer.model", "train.bin", "qk_norm_cap.yaml")]
     before = [path.stat().st_mtime_ns for path in kept]
     said: list[str] = []
     assert small_demo(small.directory, said)() == 0
-    assert sum("is there already" in text for text in said) == 4
+    assert sum("is there already" in text for text in said) == 5
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert next(t for t in said if t.startswith("   | ")) == next(t for t in small.said if t.startswith("   | "))
 
@@ -86,32 +93,57 @@ def copied(small: SmallDemo, tmp_path: Path, said: list[str]) -> Demo:
     """The small demo, moved to a directory where a test may change it."""
     directory = tmp_path / "demo"
     shutil.copytree(small.directory, directory)
-    config = directory / "config.yaml"
-    config.write_text(config.read_text().replace(str(small.directory), str(directory)))
+    for recipe in RECIPES:
+        config = directory / f"{recipe}.yaml"
+        config.write_text(config.read_text().replace(str(small.directory), str(directory)))
     return replace(small_demo(directory, said))
 
 
-def test_goes_on_with_training_that_is_not_finished(small: SmallDemo, tmp_path: Path) -> None:
+def test_a_run_that_gives_up_is_what_the_demo_shows(
+    small: SmallDemo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with training that is not finished, too."""
     said: list[str] = []
     demo = copied(small, tmp_path, said)
-    config = demo.directory / "config.yaml"
-    config.write_text(config.read_text().replace("steps: 12\n", "steps: 14\n"))
+    config = demo.directory / "baseline.yaml"
+    text = config.read_text()
+    for key, before, now in (("steps", 12, 20), ("max_consecutive_drops", 10, 2), ("max_rollbacks", 2, 1)):
+        assert text.count(f"  {key}: {before}\n") == 1
+        text = text.replace(f"  {key}: {before}\n", f"  {key}: {now}\n")
+    config.write_text(text)
+    monkeypatch.setenv(FAULTS, json.dumps([{"kind": "inf_loss", "data_steps": [15, 500]}]))
     assert demo() == 0
-    records = (demo.directory / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in records] == list(range(1, 15))
+    run = demo.directory / "baseline"
+    assert "baseline diverged, and after 1 rollback with other data the guard gave up: exit code 3" in "\n".join(said)
+    assert "Done in" in said[-1]
+    parts = attempts(read_lines(run / "metrics.jsonl"))
+    assert [record["step"] for record in parts[0]] == list(range(1, 17))
+    assert len(parts) == 2 and parts[1][-1]["step"] == 14
+    events = RunDirectory(run).ledger.read()
+    labels = [(event.first, event.label) for event in marks("baseline", events)]
+    assert labels == [
+        (16, "baseline: rollback"), (15, "baseline: onset"), (14, "baseline: gave up"), (13, "baseline: onset"),
+    ]  # fmt: skip
+    drawn = (demo.directory / "training.png").read_bytes()
+    assert drawn.startswith(PNG) and drawn != (small.directory / "training.png").read_bytes()
+
+    said.clear()
+    assert demo() == 0  # nothing is trained again
+    assert "the guard gave up" in "\n".join(said)
+    assert RunDirectory(run).ledger.read() == events
 
 
 def test_the_exit_code_of_failed_training_is_passed_on(
     small: SmallDemo, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     demo = copied(small, tmp_path, [])
-    shutil.rmtree(demo.directory / "run")
-    config = demo.directory / "config.yaml"
+    shutil.rmtree(demo.directory / "baseline")
+    config = demo.directory / "baseline.yaml"
     config.write_text(config.read_text().replace("demo/train_validation", "demo/nowhere"))
     assert demo() == 5
     captured = capfd.readouterr().err
     assert "nowhere.idx does not exist" in captured and "Traceback" not in captured
-    assert not (demo.directory / "run" / "checkpoints" / "step_00000012").exists()
+    assert not (demo.directory / "baseline" / "checkpoints" / "step_00000012").exists()
 
 
 def test_data_of_another_tokenizer_are_made_anew(small: SmallDemo, tmp_path: Path) -> None:
@@ -131,32 +163,59 @@ def test_fresh_removes_what_the_demo_made_and_nothing_else(small: SmallDemo, tmp
     (demo.directory / "notes.txt").write_text("mine")
     demo._remove()
     assert [path.name for path in demo.directory.iterdir()] == ["notes.txt"]
-    (demo.directory / "run").mkdir()  # of something else: there is no text of a demo beside it
-    (demo.directory / "config.yaml").write_text("mine")
+    (demo.directory / "baseline").mkdir()  # of something else: there is no text of a demo beside it
+    (demo.directory / "baseline.yaml").write_text("mine")
     demo._remove()
-    assert sorted(path.name for path in demo.directory.iterdir()) == ["config.yaml", "notes.txt", "run"]
+    assert sorted(path.name for path in demo.directory.iterdir()) == ["baseline", "baseline.yaml", "notes.txt"]
 
 
 def test_ranks_that_cannot_share_the_batch(small: SmallDemo, tmp_path: Path) -> None:
     demo = replace(copied(small, tmp_path, []), ranks=3)
-    (demo.directory / "config.yaml").unlink()
+    (demo.directory / "baseline.yaml").unlink()
     with pytest.raises(ConfigError, match=r"batch\.global_size 8 is not divisible"):
         demo()
-    assert not (demo.directory / "config.yaml").exists()
+    assert not (demo.directory / "baseline.yaml").exists()
 
 
 @pytest.mark.parametrize(("ranks", "tensor", "micro"), [(1, 1, 8), (2, 2, 8), (4, 2, 4), (8, 2, 2)])
 def test_any_number_of_ranks_that_divides_the_batch(tmp_path: Path, ranks: int, tensor: int, micro: int) -> None:
-    config = small_demo(tmp_path, [], ranks)._configure()
+    config = small_demo(tmp_path, [], ranks)._configure(RECIPES[0])
     assert (config.parallel.tensor, config.batch.micro_size) == (tensor, micro)
 
 
-def test_the_real_demo_is_of_the_promised_size() -> None:
-    config = load_config(None, [*SETTINGS, "parallel.tensor=2", "batch.micro_size=8"])
-    check(config, 2)
-    total, _ = parameter_count(config.model, Demo(Path("demo")).vocab_size)
-    assert total >= 3_000_000
-    assert (config.model.layers, config.model.hidden, config.model.recipe) == (4, 256, "qk_norm")
+def test_both_runs_are_the_same_but_for_the_recipe(tmp_path: Path) -> None:
+    runs = [Demo(tmp_path)._configure(recipe) for recipe in RECIPES]
+    without = [config.model_dump(exclude={"run": {"directory"}, "model": True}) for config in runs]
+    assert without[0] == without[1]
+    assert [config.model.recipe for config in runs] == ["baseline", "qk_norm_cap"]
+    sizes = [(config.model.layers, config.model.hidden, config.model.heads) for config in runs]
+    assert sizes[0] == sizes[1] == (4, 128, 4)
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([], "x trained through: 9 steps, no spike of the loss"),
+        ([{"event": "spike", "series": "grad_norm"}], "no spike of the loss"),
+        ([{"event": "spike", "series": "loss"}], "1 spike of the loss, which fell back"),
+        ([{"event": "shift", "series": "loss"}], "x reached step 9; the loss moved"),
+        ([{"event": "divergence", "series": "loss"}], "x diverged, and the guard let it be"),
+        ([{"event": "rollback", "by": "guard"}] * 2, "x diverged; after 2 rollbacks with other data it held on"),
+        ([{"event": "gave_up", "by": "guard"}, {"event": "stop"}], "with nothing tried, the guard gave up"),
+        ([{"event": "gave_up", "by": "guard"}, {"event": "undo", "by": "user"}], "x trained through"),
+    ],
+)
+def test_the_end_of_a_run_is_told_by_its_ledger(tmp_path: Path, events: list[Record], expected: str) -> None:
+    for event in events:
+        RunDirectory(tmp_path).ledger.write(step=5, **event)
+    assert expected in outcome("x", tmp_path, 9)
+
+
+def test_a_rise_that_the_guard_did_not_find_is_told(tmp_path: Path) -> None:
+    losses = [*[4.0] * 10, *[3.0] * 10, *[3.5] * 10]
+    lines = [json.dumps({"step": n, "loss": loss}) for n, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert outcome("x", tmp_path, 30).endswith("but its loss rose again, from 3.00 to 3.50, unnoticed")
 
 
 def test_text_of_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
