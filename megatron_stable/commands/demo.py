@@ -1,4 +1,4 @@
-"""`megatron-stable demo`: a first run, from text to a trained model, in minutes."""
+"""`megatron-stable demo`: a run that falls over and one that does not, in minutes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,10 @@ def demo(
         bool, typer.Option("--fresh", help="Remove what an earlier demo left there, and start anew.")
     ] = False,
 ) -> None:
-    """A first run, offline: prepare text, train a tokenizer and a small model, show a sample and the curves.
+    """The same small model twice at a learning rate far too high, offline: as it is, and with qk_norm_cap.
+
+    The first diverges: what the guard does about it, up to giving the run up with exit code 3, is what the demo shows,
+    no failure of it. The second trains through. At the end: a sample, and a figure of both.
 
     The text is the source of Python's standard library. A second call goes on with what the first has left.
 

@@ -300,6 +300,8 @@ class GuardConfig(Section):
     """Steps before spikes are looked for."""
     patience: int = Field(50, ge=1)
     """A spike of the loss that has not fallen back after so many steps is a divergence."""
+    drift: float = Field(0.2, gt=0)
+    """A loss that has risen above its lowest level by this part of it is a divergence, however slowly it rose."""
     drop_spikes: bool = False
     """Do not make updates at a spike of loss or gradient norm either (as OLMo-core's SkipStep does)."""
     max_consecutive_drops: int = Field(10, ge=1)

@@ -51,7 +51,7 @@ class Guard:
     def _begin(self) -> None:
         own = self.config.model_dump(include={"window", "warmup", "threshold", "patience"})
         self.detectors = {
-            "loss": SpikeDetector(replace(LOSS, **own)),
+            "loss": SpikeDetector(replace(LOSS, drift=self.config.drift, **own)),
             "grad_norm": SpikeDetector(replace(GRAD_NORM, **own)),
         }
         self.kinds = dict.fromkeys(self.detectors, "warmup")  # the last verdicts

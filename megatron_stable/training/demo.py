@@ -52,7 +52,7 @@ SETTINGS = (
     "model.sequence_length=64",
     "precision.dtype=fp32",
     "run.steps=240",
-    "optimizer.learning_rate=0.24",  # about 50 times what such a model is usually trained with
+    "optimizer.learning_rate=0.24",  # far too high: 0.004 does well
     "schedule.min_learning_rate=0.002",
     "schedule.warmup_steps=160",  # both learn for a while before it is too high for one of them
     # a guard for a run of minutes: everything comes 3 to 10 times as soon as it would by default
@@ -60,6 +60,7 @@ SETTINGS = (
     "guard.warmup=30",
     "guard.threshold=6",
     "guard.patience=50",
+    "guard.drift=0.1",
     "guard.rollback_steps=20",
     "guard.skip_steps=40",
     "guard.max_rollbacks=2",
@@ -69,7 +70,6 @@ SETTINGS = (
     "evaluation.batches=2",
 )
 ROSE = 1.05  # times the lowest loss: it has not merely wavered
-WORDS = {"spike": "spike of the loss", "divergence": "divergence", "rollback": "rollback", "gave_up": "gave up"}
 
 
 def say(text: str) -> None:
@@ -233,7 +233,7 @@ class Demo:
             parts = attempts(read_lines(directory.metrics))
             names = [recipe] + [f"{recipe}, after rollback {n}" for n in range(1, len(parts))]
             curves |= zip(names, parts, strict=True)
-            events += marks(recipe, directory.ledger.read())
+            events += [event._replace(label=f"{recipe}: {event.label}") for event in marks(directory.ledger.read())]
         model, rate = config.model, config.optimizer.learning_rate
         draw(
             curves, self._figure, f"{model.layers} x {model.hidden} at learning rate {rate:g}, Python's source", events
@@ -312,15 +312,16 @@ def outcome(recipe: str, run: Path, steps: int) -> str:
             f"{recipe} diverged, and {tried} the guard gave up: exit code {GAVE_UP}, which says that\n"
             "   training cannot go on like this. It is what became of this run, no failure of the demo."
         )
+    lowest, end = lowest_and_end(run)
+    if end > ROSE * lowest:
+        told = f"diverged; {tried} it" if backs or "divergence" in found else "was never found to diverge, yet"
+        return f"{recipe} {told} reached step {steps} with a loss that has risen from {lowest:.2f} to {end:.2f}"
     if backs:
         return f"{recipe} diverged; {tried} it held on to step {steps}"
     if "divergence" in found:
-        return f"{recipe} diverged, and the guard let it be: {steps} steps"
-    lowest, end = lowest_and_end(run)
-    if end > ROSE * lowest:
-        return f"{recipe} reached step {steps}, but its loss rose again, from {lowest:.2f} to {end:.2f}, unnoticed"
+        return f"{recipe} diverged, but came back by itself: {steps} steps"
     if "shift" in found:
-        return f"{recipe} reached step {steps}; the loss moved to another level, and the guard let it be"
+        return f"{recipe} reached step {steps}; its loss moved to another level once"
     spikes = found.count("spike")
     told = f"{spikes} spike{'s' * (spikes != 1)} of the loss, which fell back" if spikes else "no spike of the loss"
     return f"{recipe} trained through: {steps} steps, {told}"
@@ -334,25 +335,25 @@ def lowest_and_end(run: Path) -> tuple[float, float]:
 
 
 def attempts(lines: Iterable[Record]) -> list[list[Record]]:
-    """The records of a run in pieces: a new one begins where the run went back."""
+    """Steps, training losses and gradient norms of a run in pieces: one begins where the run went back."""
     parts: list[list[Record]] = [[]]
     for line in lines:
         if parts[-1] and line["step"] <= parts[-1][-1]["step"]:
             parts.append([])
-        parts[-1].append(line)
-    return parts
+        parts[-1].append({key: line.get(key) for key in ("step", "loss", "grad_norm")})
+    return [part for part in parts if part]
 
 
-def marks(recipe: str, events: Iterable[Record]) -> list[Event]:
-    """What to mark in the figure, from the ledger."""
+def marks(events: Iterable[Record]) -> list[Event]:
+    """What to mark in the figure, from a ledger."""
     found = []
     for event in events:
-        if event.get("event") in WORDS and event.get("series", "loss") == "loss":
-            word, step = WORDS[event["event"]], int(event["step"])
-            found.append(Event(step, step, f"{recipe}: {word}"))
-            if event["event"] != "spike" and (onset := event.get("onset")):
-                found.append(Event(int(onset), int(onset), f"{recipe}: onset"))
-    return found
+        kind, onset = event.get("event"), event.get("onset")
+        if kind in ("rollback", "gave_up"):
+            found.append(Event(int(event["step"]), int(event["step"]), kind.replace("_", " ")))
+        if onset and (kind in ("rollback", "gave_up") or (event.get("series") == "loss" and kind != "spike_end")):
+            found.append(Event(int(onset), int(onset), "onset of a rise"))
+    return list(dict.fromkeys(found))
 
 
 def newest_step(run: str | Path) -> int:

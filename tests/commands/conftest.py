@@ -13,6 +13,7 @@ SMALL = (
     *SETTINGS,
     "model.layers=2",
     "model.hidden=64",
+    "optimizer.learning_rate=4.0e-3",
     "schedule.warmup_steps=2",
     "run.steps=12",
     "evaluation.every=4",

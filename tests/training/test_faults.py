@@ -152,7 +152,7 @@ FLOOR = "loss scale at its floor"
 def test_a_poisoned_stretch_of_data(ranks: Ranks, tmp_path: Path) -> None:
     """Updates at spikes are dropped, the weights stay good, and so the loss stays high until the data is skipped."""
     values, said, _ = struck(ranks, tmp_path, "pp2", "poison", guard={"drop_spikes": True})
-    assert repairs(values)[0]["rule"] == "consecutive drops"
+    assert repairs(values)[0]["rule"] in ("consecutive drops", "divergence"), "whichever limit is met first"
     assert any(not taken and step >= TROUBLE[0] for step, taken, _, _ in said)
     found = events(values, "drop")
     assert {event["rule"] for event in found if event["data_step"] >= TROUBLE[0]} == {"spike"}
