@@ -213,11 +213,14 @@ class Engine:
         """The optimizer's question, before anything changes.
 
         Unless there is a loss scale, DeepSpeed judges gradients by their norm, which leaves out what TP ranks but the
-        first hold of replicated parameters: a NaN there would go into that rank's weights unseen. So all are looked at.
+        first hold of replicated parameters: a NaN there would go into that rank's weights unseen. So these ranks look
+        at their gradients.
         """
         assert self._guard is not None
-        largest = nn.utils.get_total_norm(gradients(self.deepspeed), inf)
-        metrics = self._measure(~largest.isfinite())
+        fault = self._sums.new_zeros(())
+        if self.topology.tensor_rank > 0:
+            fault = ~torch.stack([grad.sum() for grad in gradients(self.deepspeed)]).isfinite().all()
+        metrics = self._measure(fault)
         taken = self._guard(metrics)
         self._metrics = replace(metrics, skipped=metrics.skipped or not taken)
         return taken
