@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from step import batches, make_config
+from step import batches, make_config, options
 
 from megatron_stable.config.schema import GuardConfig
 from megatron_stable.engine.engine import Engine, StepMetrics
@@ -68,17 +68,7 @@ def judging(count: int = 20000) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny")
-    parser.add_argument("--layers", type=int, help="fewer layers than the size has")
-    parser.add_argument("--recipe", default="qk_norm")
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--micro", type=int, default=4, help="sequences per micro batch")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro batches per step")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--compile", action="store_true")
+    parser = options(__doc__, steps=60)
     parser.add_argument("--unlogged", action="store_true", help="no metrics without the guard: logging.every > 1")
     args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, 1 thread"

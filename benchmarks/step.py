@@ -178,8 +178,9 @@ def launch(args: argparse.Namespace, tensor: int) -> float:
     return float(json.loads(found[-1])["rate"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(doc: str | None, steps: int) -> argparse.ArgumentParser:
+    """What is measured."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--layers", type=int, help="fewer layers than the size has")
     parser.add_argument("--recipe", default="qk_norm")
@@ -187,9 +188,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--micro", type=int, default=4, help="sequences per micro batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro batches per step and replica")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__, steps=20)
     parser.add_argument("--tensor", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tensor:

@@ -188,12 +188,11 @@ class Engine:
         """Of the last training step. Collective; costs one small reduction and one sync with the device, if the guard
         has not paid for them."""
         if self._metrics is None:
-            self._metrics = self._measure(self._sums.new_zeros(()))
+            self._metrics = self._measure(float(self.deepspeed.optimizer._global_grad_norm), self._sums.new_zeros(()))
         return self._metrics
 
-    def _measure(self, fault: Tensor) -> StepMetrics:
+    def _measure(self, norm: float, fault: Tensor) -> StepMetrics:
         """``fault`` is not zero where this rank knows of a gradient that is not finite. Collective."""
-        norm = float(self.deepspeed.optimizer._global_grad_norm)
         first, share = self.topology.rank == 0, self.topology.data_size * self.topology.tensor_size
         sums = (self._sums if self.topology.last_stage else torch.zeros_like(self._sums)).double()
         # one word for all ranks: the norm that rank 0 knows
@@ -220,7 +219,7 @@ class Engine:
         fault = self._sums.new_zeros(())
         if self.topology.tensor_rank > 0:
             fault = ~torch.stack([grad.sum() for grad in gradients(self.deepspeed)]).isfinite().all()
-        metrics = self._measure(fault)
+        metrics = self._measure(norm, fault)
         taken = self._guard(metrics)
         self._metrics = replace(metrics, skipped=metrics.skipped or not taken)
         return taken

@@ -12,7 +12,6 @@ from megatron_stable.config.schema import GuardConfig
 from megatron_stable.data.files import explain_os_errors
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.health import verdict
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.stability.detector import Spike, find_spikes
 from megatron_stable.stability.interventions import Intervention, Interventions
@@ -75,11 +74,8 @@ class StoppedRun:
         entries = [entry for entry in store.entries(self.directory.checkpoints) if entry.usable]
         manifests = [entry.manifest for entry in entries if entry.manifest is not None]
         own = Interventions.read(self.directory.path)
+        self.candidates = store.candidates(entries)
         try:
-            self.candidates = [
-                Candidate(entry.step, int(manifest.state["data_step"]), verdict(entry.directory))
-                for entry, manifest in zip(entries, manifests, strict=True)
-            ]
             trained = SkipWindows(manifests[-1].state["skip_windows"] if manifests else ())
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise DataError(f"{self.directory.checkpoints}: a manifest's state is not usable ({error!r})") from None

@@ -12,7 +12,6 @@ from megatron_stable.config.schema import Config
 from megatron_stable.data import SkipWindows
 from megatron_stable.data.files import explain_os_errors
 from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.health import verdict
 from megatron_stable.engine.diagnosis import Diagnosis
 from megatron_stable.engine.engine import StepMetrics
 from megatron_stable.parallel.agreement import together
@@ -113,12 +112,7 @@ class Watch:
         found: list[Intervention | None] = [None]
         with together():
             if self.rank == 0:
-                there = [
-                    Candidate(entry.step, int(entry.manifest.state["data_step"]), verdict(entry.directory))
-                    for entry in store.entries(self.directory.checkpoints)
-                    if entry.usable and entry.manifest is not None
-                ]
-                found = [decide(there)]
+                found = [decide(store.candidates(store.entries(self.directory.checkpoints)))]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 

@@ -315,3 +315,17 @@ def test_what_goes_together_is_allowed() -> None:
     assert not conflicts(config_of(together, {"tied_embeddings": True}))
     assert not conflicts(config_of({"parametrization": "complete_p", "base_depth": 4}, {"init": "fixed"}))
     assert not conflicts(config_of({"name": "muon", "muon_momentum": 0.9, "clipping": "adagc", "clipping_decay": 0.9}))
+
+
+def test_statistics_can_be_saved_right_after_they_were_loaded() -> None:
+    """As when the first steps after a rollback are dropped, into a rule that had statistics of its own."""
+    config = OptimizerConfig(clipping="adagc", clipping_warmup=4)
+    flat, segments = cut("head.weight", torch.ones(4, 5), 20)
+    partition, rule = Partition(segments[:1]), build_clipping(config)
+    assert rule is not None
+    flat.grad = torch.ones_like(flat)
+    rule.observe(1.0)
+    rule.scale([Flat(flat, flat.grad, {}, {})], partition)
+    stored = rule.values()
+    rule.load(stored)
+    assert rule.values() == stored

@@ -125,3 +125,12 @@ def test_what_it_knows_survives_a_checkpoint() -> None:
     for garbage in ({}, {"detectors": {}}, {**one.state(), "drops": 3}):
         with pytest.raises((KeyError, TypeError, ValueError)):
             other.load(garbage)
+
+
+def test_a_rise_that_took_long_is_told_and_left_to_the_user() -> None:
+    for near, asks in ((5000, True), (50, False)):
+        ours = guard(drift=0.1, near_steps=near, patience=50)
+        noise = np.random.default_rng(1).normal(size=1500)
+        found = [ours.judge(QUIET + n, 3 + 0.0004 * n + 0.02 * x, 0.5) for n, x in enumerate(noise, 1)]
+        assert any("divergence" in kinds(judgement) for judgement in found)
+        assert any(judgement.trouble is not None for judgement in found) == asks

@@ -22,7 +22,7 @@ class Whole(NamedTuple):
 
 
 def newest_whole(run: str | Path, step: int | None = None) -> Whole:
-    """The newest checkpoint of a run that is whole and not abandoned, or the one of ``step``; in one process.
+    """The newest checkpoint of a run that is not abandoned, or the one of ``step``; in one process.
 
     Raises:
         DataError: There is none, or it is damaged.
@@ -35,6 +35,11 @@ def newest_whole(run: str | Path, step: int | None = None) -> Whole:
     for entry in reversed(found):
         wrong = store.damage(entry)
         if wrong is None and entry.manifest is not None:
+            if problem:  # to take an older one unasked would pass it off as what the run has come to
+                raise DataError(
+                    f"the newest checkpoint of {run} is damaged: {problem}; name the newest that is whole: "
+                    f"step {entry.step}"
+                )
             return Whole(entry.directory, entry.step, entry.manifest)
         problem = problem or wrong
     if problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from megatron_stable.engine.checkpoint.format import (
 from megatron_stable.engine.checkpoint.health import Retention, doomed, judge, mark, verdict
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.stability.interventions import Interventions
+from megatron_stable.stability.recovery import Candidate
 
 COMPLETE = re.compile(r"step_(\d{8,})")
 PARTIAL = re.compile(r"\.step_\d{8,}\.[0-9a-f]+(\.deleted)?")
@@ -56,6 +57,15 @@ def entries(root: Path) -> list[Entry]:
     line = Interventions.read(root.parent) if names else None
     found = [_entry(root / name, int(match[1]), line) for name in names if (match := COMPLETE.fullmatch(name))]
     return sorted(found, key=lambda entry: entry.step)
+
+
+def candidates(found: Iterable[Entry]) -> list[Candidate]:
+    """What a run could go back to, of its checkpoints. DataError: one does not say where in the data it is."""
+    usable = [(entry, entry.manifest) for entry in found if entry.usable and entry.manifest is not None]
+    try:
+        return [Candidate(e.step, int(manifest.state["data_step"]), verdict(e.directory)) for e, manifest in usable]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"a manifest's state.data_step is not usable ({error!r})") from None
 
 
 def written_under(manifest: Manifest) -> Interventions:
