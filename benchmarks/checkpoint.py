@@ -22,9 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from megatron_stable.checkpoint.health import Retention
+from megatron_stable.checkpoint.saver import Saver
 from megatron_stable.config.schema import Config
-from megatron_stable.engine.checkpoint.health import Retention
-from megatron_stable.engine.checkpoint.saver import Saver
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.shards import local_shards
 from megatron_stable.parallel.topology import Topology

@@ -26,8 +26,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatron_stable.analysis.series import read_series
 from megatron_stable.stability.detector import find_spikes
-from megatron_stable.stability.series import read_series
 
 TAGS = {"lm loss": "loss", "grad-norm": "grad_norm", "learning-rate": "learning_rate", "loss-scale": "loss_scale"}
 

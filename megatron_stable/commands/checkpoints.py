@@ -25,8 +25,8 @@ def checkpoints(
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_stable.engine.checkpoint import store
-    from megatron_stable.engine.checkpoint.catalog import summary
+    from megatron_stable.checkpoint import store
+    from megatron_stable.checkpoint.catalog import summary
     from megatron_stable.errors import DataError
 
     root = run / "checkpoints"

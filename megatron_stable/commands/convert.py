@@ -26,11 +26,11 @@ def convert(
     """
     from rich.progress import Progress
 
+    from megatron_stable.checkpoint.catalog import newest_whole
     from megatron_stable.config.load import parse_config
     from megatron_stable.convert.reshard import Layout, reshard
-    from megatron_stable.data.files import explain_os_errors
-    from megatron_stable.engine.checkpoint.catalog import newest_whole
-    from megatron_stable.training.directory import RunDirectory
+    from megatron_stable.files import explain_os_errors
+    from megatron_stable.records.directory import RunDirectory
 
     entry = newest_whole(run, step)
     layout = Layout(tensor, pipeline, data)

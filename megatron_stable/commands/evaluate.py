@@ -31,10 +31,10 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
+    from megatron_stable.analysis.evaluation import evaluate as measure
+    from megatron_stable.analysis.evaluation import open_data
+    from megatron_stable.analysis.trained import open_run
     from megatron_stable.training.callbacks import strict
-    from megatron_stable.training.evaluation import evaluate as measure
-    from megatron_stable.training.evaluation import open_data
-    from megatron_stable.training.trained import open_run
 
     trained = open_run(run, step, tokenizer)
     dataset = open_data(trained, data)

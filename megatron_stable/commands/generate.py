@@ -29,9 +29,9 @@ def generate(
       megatron-stable generate runs/first --prompt 'def ' --tokens 100 --temperature 0.7
       megatron-stable generate runs/first --prompt 'import' --temperature 0 --json
     """
-    from megatron_stable.training.generation import Sampling, need_tokenizer, text_pieces
-    from megatron_stable.training.generation import generate as continuation
-    from megatron_stable.training.trained import open_run
+    from megatron_stable.analysis.generation import Sampling, need_tokenizer, text_pieces
+    from megatron_stable.analysis.generation import generate as continuation
+    from megatron_stable.analysis.trained import open_run
 
     sampling = Sampling(temperature, top_p, seed)
     trained = open_run(run, step, tokenizer)

@@ -31,7 +31,7 @@ def init(
     """
     from megatron_stable.config.load import load_config
     from megatron_stable.config.reference import commented_yaml
-    from megatron_stable.data.files import write_file
+    from megatron_stable.files import write_file
 
     data = ["data.tokenizer=data/tokenizer.model", "data.train=data/train", "data.validation=data/train_validation"]
     config = load_config(None, [*data, f"model.size={size}", f"model.recipe={recipe}", *(overrides or [])])

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from megatron_stable.training.inspection import Document, Inspection, Sample
+    from megatron_stable.analysis.inspection import Document, Inspection, Sample
 
 ROWS = 20
 
@@ -53,8 +53,8 @@ def inspect(
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    from megatron_stable.analysis.inspection import inspect as look
     from megatron_stable.errors import ConfigError
-    from megatron_stable.training.inspection import inspect as look
 
     if against is not None and checkpoint is None:
         raise ConfigError("--against is compared with --checkpoint: name that one as well")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
+    from megatron_stable.analysis.repair import Seen, StoppedRun
+    from megatron_stable.analysis.series import Series
     from megatron_stable.stability.detector import Spike
     from megatron_stable.stability.interventions import Intervention
-    from megatron_stable.stability.series import Series
-    from megatron_stable.training.repair import Seen, StoppedRun
 
 T = TypeVar("T")
 Windows = list[tuple[int, int]]
@@ -93,7 +93,7 @@ def skip(
     elif undo:
         facts, lines = _undo(run)
     else:
-        from megatron_stable.training.repair import Changes, StoppedRun
+        from megatron_stable.analysis.repair import Changes, StoppedRun
 
         wanted = Changes(learning_rate_factor, clip_factor, not keep_loss_scale)
         stopped = StoppedRun(run)
@@ -154,7 +154,7 @@ def _proposed(stopped: "StoppedRun", repair: "Intervention | None", apply: bool)
 
 
 def _undo(run: Path) -> tuple[dict[str, Any], list[str]]:
-    from megatron_stable.training.repair import StoppedRun
+    from megatron_stable.analysis.repair import StoppedRun
 
     stopped = StoppedRun(run)
     last, abandoned = stopped.undo()
@@ -182,12 +182,12 @@ def _advise(
     tensorboard: Path | None, tag: str | None, spike: int | None, windows: Windows
 ) -> tuple[dict[str, Any], list[str]]:
     """What to tell another trainer."""
+    from megatron_stable.analysis.foreign import flags
+    from megatron_stable.analysis.lead import settings_for
+    from megatron_stable.analysis.series import read_series
     from megatron_stable.config.schema import GuardConfig
     from megatron_stable.stability.detector import find_spikes
-    from megatron_stable.stability.foreign import flags
-    from megatron_stable.stability.lead import settings_for
     from megatron_stable.stability.recovery import window
-    from megatron_stable.stability.series import read_series
 
     facts: dict[str, Any] = {"notes": [], "series": None, "spikes": []}
     lines: list[str] = []

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from megatron_stable.analysis.series import Series
     from megatron_stable.stability.detector import Spike
-    from megatron_stable.stability.series import Series
 
 
 def spikes(
@@ -34,9 +34,9 @@ def spikes(
       megatron-stable spikes runs/first
       megatron-stable spikes other/tensorboard --tag "lm loss" --figure spikes.png
     """
+    from megatron_stable.analysis.lead import lead, settings_for
+    from megatron_stable.analysis.series import is_gradient_norm, read_gradient_norm, read_series
     from megatron_stable.stability.detector import find_spikes
-    from megatron_stable.stability.lead import lead, settings_for
-    from megatron_stable.stability.series import is_gradient_norm, read_gradient_norm, read_series
 
     series = read_series(directory, tag)
     found = find_spikes(series.steps.tolist(), series.values.tolist(), settings_for(series.name))
@@ -111,7 +111,7 @@ def _led(ahead: int | None) -> str:
 
 
 def _draw(figure: Path, series: "Series", norm: "Series | None", found: list["Spike"]) -> None:
-    from megatron_stable.training.figure import Event, draw
+    from megatron_stable.analysis.figure import Event, draw
 
     records: dict[int, dict[str, float]] = {}
     for key, each in (("loss", series), ("grad_norm", norm)):

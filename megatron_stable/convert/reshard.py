@@ -14,9 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_stable.config.load import parse_config
-from megatron_stable.convert.stream import TensorStream
-from megatron_stable.engine.checkpoint.format import (
+from megatron_stable.checkpoint.format import (
     MANIFEST,
     Manifest,
     Piece,
@@ -26,8 +24,10 @@ from megatron_stable.engine.checkpoint.format import (
     sync_directory,
     write_synced,
 )
-from megatron_stable.engine.checkpoint.reader import Reader
-from megatron_stable.engine.checkpoint.store import point_latest
+from megatron_stable.checkpoint.reader import Reader
+from megatron_stable.checkpoint.store import point_latest
+from megatron_stable.config.load import parse_config
+from megatron_stable.convert.stream import TensorStream
 from megatron_stable.errors import ConfigError
 from megatron_stable.model.transformer import layer_list
 from megatron_stable.parallel.stages import stage_bounds

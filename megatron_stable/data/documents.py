@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_stable.data.files import explain_os_errors
 from megatron_stable.errors import DataError
+from megatron_stable.files import explain_os_errors
 
 JSON_LINES = (".jsonl", ".ndjson")
 

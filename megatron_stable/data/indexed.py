@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from megatron_stable.data.files import explain_os_errors, partial, publish, write_partial
 from megatron_stable.errors import DataError
+from megatron_stable.files import explain_os_errors, partial, publish, write_partial
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

@@ -19,8 +19,8 @@ import numpy as np
 import sentencepiece
 
 from megatron_stable.data.documents import DocumentReader, UndecodableError
-from megatron_stable.data.files import explain_os_errors, write_file
 from megatron_stable.errors import DataError
+from megatron_stable.files import explain_os_errors, write_file
 
 SPACE = "\u2581"
 """The character that stands for a space in SentencePiece's pieces."""

@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_stable.data.files import write_file
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.files import write_file
 
 FILE = "interventions.json"
 Factor = Annotated[float, Field(gt=0, le=1)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from megatron_stable.config.schema import Config
-from megatron_stable.stability.ledger import append_line
+from megatron_stable.records.ledger import append_line
 
 Record = dict[str, Any]
 

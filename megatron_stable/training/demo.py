@@ -18,6 +18,10 @@ from math import nan
 from pathlib import Path
 from statistics import fmean
 
+from megatron_stable.analysis.figure import Event, draw, read_metrics
+from megatron_stable.analysis.generation import Sampling, generate, need_tokenizer, text_pieces
+from megatron_stable.analysis.trained import open_run
+from megatron_stable.checkpoint import store
 from megatron_stable.config.checks import check
 from megatron_stable.config.load import load_config
 from megatron_stable.config.reference import commented_yaml
@@ -25,18 +29,14 @@ from megatron_stable.config.schema import Config
 from megatron_stable.data import Tokenizer, preprocess, train_tokenizer
 from megatron_stable.data.check import check_tokenizer
 from megatron_stable.data.dataset import open_dataset
-from megatron_stable.data.files import write_file
 from megatron_stable.data.indexed import dataset_paths
-from megatron_stable.engine.checkpoint import store
+from megatron_stable.data.standard_library import MOST_BYTES, write_standard_library
 from megatron_stable.errors import DataError, DivergenceError
-from megatron_stable.stability.ledger import read_lines
+from megatron_stable.files import write_file
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.ledger import read_lines
 from megatron_stable.training.callbacks import Record
-from megatron_stable.training.demo_text import MOST_BYTES, write_standard_library
-from megatron_stable.training.directory import RunDirectory
-from megatron_stable.training.figure import Event, draw, read_metrics
-from megatron_stable.training.generation import Sampling, generate, need_tokenizer, text_pieces
 from megatron_stable.training.launch import launch
-from megatron_stable.training.trained import open_run
 
 PROGRAM = "megatron-stable"
 RECIPES = ("baseline", "qk_norm_cap")  # the one that falls over, the one that does not and is shown at work

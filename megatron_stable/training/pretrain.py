@@ -54,13 +54,13 @@ def pretrain(config: Config) -> None:
 def _train(config: Config, stop: StopSignal, rank: int, world: int) -> None:
     import torch
 
+    from megatron_stable.checkpoint import store
     from megatron_stable.data import Tokenizer
-    from megatron_stable.engine.checkpoint import store
     from megatron_stable.model.backends import choose_backend
     from megatron_stable.parallel.agreement import together
     from megatron_stable.parallel.topology import Topology
+    from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.callbacks import Callbacks, MetricsFile, ProgressLine, TensorBoard
-    from megatron_stable.training.directory import RunDirectory
     from megatron_stable.training.trainer import Trainer
 
     directory = RunDirectory(config.run.directory)

@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_stable.checkpoint import loader, store
+from megatron_stable.checkpoint.format import stored_config
+from megatron_stable.checkpoint.health import Retention
+from megatron_stable.checkpoint.saver import Saver
 from megatron_stable.config.schema import Config
 from megatron_stable.data import (
     Batches,
@@ -19,10 +23,6 @@ from megatron_stable.data import (
     check_vocabulary,
     open_dataset,
 )
-from megatron_stable.engine.checkpoint import loader, store
-from megatron_stable.engine.checkpoint.format import stored_config
-from megatron_stable.engine.checkpoint.health import Retention
-from megatron_stable.engine.checkpoint.saver import Saver
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.shards import (
     local_shards,
@@ -38,10 +38,10 @@ from megatron_stable.errors import ConfigError, DataError, DivergenceError, Loss
 from megatron_stable.optim.schedule import learning_rate
 from megatron_stable.parallel.agreement import StopSignal, together
 from megatron_stable.parallel.topology import Topology
+from megatron_stable.records.directory import RunDirectory, differences, refuse_other_model
 from megatron_stable.stability.interventions import Interventions
 from megatron_stable.stability.recovery import Trouble
 from megatron_stable.training.callbacks import Callbacks, Record, strict
-from megatron_stable.training.directory import RunDirectory, differences, refuse_other_model
 from megatron_stable.training.flops import flops_per_token, peak_flops
 from megatron_stable.training.watch import FLOOR, Watch, explain_floor
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_stable.checkpoint import store
 from megatron_stable.config.schema import Config
 from megatron_stable.data import SkipWindows
-from megatron_stable.data.files import explain_os_errors
-from megatron_stable.engine.checkpoint import store
 from megatron_stable.engine.diagnosis import Diagnosis
 from megatron_stable.engine.engine import StepMetrics
+from megatron_stable.files import explain_os_errors
 from megatron_stable.parallel.agreement import together
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.logbook import sentence
 from megatron_stable.stability.guard import Guard, Judgement
 from megatron_stable.stability.interventions import Intervention, Interventions
-from megatron_stable.stability.logbook import sentence
 from megatron_stable.stability.recovery import Candidate, Trouble, last_resort, plan
-from megatron_stable.training.directory import RunDirectory
 
 FREQUENT = ("drop", "spike", "spike_end")  # told in the logbook with the next checkpoint
 FLOOR = "loss scale at its floor"

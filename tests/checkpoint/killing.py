@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.health import Retention
-from megatron_stable.engine.checkpoint.saver import Saver
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.health import Retention
+from megatron_stable.checkpoint.saver import Saver
 from tests.checkpoint.stored import contents, synthetic_shards
 
 RANKS, KEEP = 3, 2

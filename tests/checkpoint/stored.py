@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.format import Manifest, read_manifest
-from megatron_stable.engine.checkpoint.reader import Reader
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.format import Manifest, read_manifest
+from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.engine.shards import Shard
 from megatron_stable.parallel.parameters import Init, Place
 
@@ -61,8 +61,8 @@ def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = 
     """On a rank: save synthetic shards, whose values are the step; returns what was reported."""
     import torch.distributed as dist
 
-    from megatron_stable.engine.checkpoint.health import Retention
-    from megatron_stable.engine.checkpoint.saver import Saver
+    from megatron_stable.checkpoint.health import Retention
+    from megatron_stable.checkpoint.saver import Saver
 
     said: list[str] = []
     saver = Saver(Path(folder), Retention(keep), said.append)
@@ -76,7 +76,7 @@ def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = 
 
 def choose_step(folder: str) -> tuple[int | None, list[str]]:
     """On a rank: the step that a resume would take, and what it said."""
-    from megatron_stable.engine.checkpoint.loader import choose
+    from megatron_stable.checkpoint.loader import choose
 
     said: list[str] = []
     entry = choose(Path(folder), said.append)

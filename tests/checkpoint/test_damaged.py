@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.health import Retention
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.health import Retention
 from tests.checkpoint.stored import choose_step, write_checkpoints
 from tests.harness.ranks import RankError, Ranks
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stable.engine.checkpoint import store
+from megatron_stable.checkpoint import store
 from tests.checkpoint.stored import synthetic_shards
 from tests.harness.ranks import Ranks
 from tests.training.runs import layout, metrics, settings, train
@@ -34,8 +34,8 @@ def save_three_times(folder: str, rank_with_room: bool) -> tuple[list[str], list
     """On a rank: save with room, without, and with room again; what was said, what was there then, how it ended."""
     import torch.distributed as dist
 
-    from megatron_stable.engine.checkpoint.health import Retention
-    from megatron_stable.engine.checkpoint.saver import Saver
+    from megatron_stable.checkpoint.health import Retention
+    from megatron_stable.checkpoint.saver import Saver
     from megatron_stable.errors import MegatronStableError
 
     said: list[str] = []

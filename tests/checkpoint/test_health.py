@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
 
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.catalog import summary
-from megatron_stable.engine.checkpoint.health import Retention, doomed, judge, mark, verdict
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.catalog import summary
+from megatron_stable.checkpoint.health import Retention, doomed, judge, mark, verdict
 from tests.checkpoint.stored import write_checkpoints
 from tests.harness.ranks import Ranks
 from tests.training.faults import train_with_faults

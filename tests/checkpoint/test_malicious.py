@@ -232,7 +232,7 @@ def test_resuming_is_refused(
 
 @pytest.mark.parametrize("attack", [attack for attack in ATTACKS if attack not in NOT_IN_THE_MODEL])
 def test_opening_the_model_is_refused(victim: Path, attack: Callable[[Path], None]) -> None:
-    from megatron_stable.engine.checkpoint.model import load_model
+    from megatron_stable.checkpoint.model import load_model
 
     attack(victim)
     with pytest.raises(DataError):
@@ -242,7 +242,7 @@ def test_opening_the_model_is_refused(victim: Path, attack: Callable[[Path], Non
 
 def test_a_model_that_the_checkpoint_cannot_fill_is_not_made(victim: Path) -> None:
     """Its configuration asks for 4 TB."""
-    from megatron_stable.engine.checkpoint.model import load_model
+    from megatron_stable.checkpoint.model import load_model
 
     rewrite_manifest(victim, lambda body: body["config"]["model"].update(hidden=2**20, layers=10**6))
     with pytest.raises(DataError, match="a model that it does not hold"):
@@ -251,14 +251,14 @@ def test_a_model_that_the_checkpoint_cannot_fill_is_not_made(victim: Path) -> No
 
 def test_pickle_is_not_even_imported_by_what_reads_checkpoints() -> None:
     folder = ROOT / "megatron_stable"
-    for path in [*(folder / "engine/checkpoint").glob("*.py"), *(folder / "training").glob("*.py")]:
+    for path in [path for room in ("checkpoint", "records", "training") for path in (folder / room).glob("*.py")]:
         source = path.read_text()
         assert "import pickle" not in source and "torch.load" not in source, path
 
 
 def test_forging_as_these_tests_do_makes_valid_checkpoints(victim: Path) -> None:
     """Else the attacks would be refused for their checksums alone."""
-    from megatron_stable.engine.checkpoint.model import load_model
+    from megatron_stable.checkpoint.model import load_model
 
     change_index(victim, lambda index: None)
     rewrite_manifest(victim, lambda body: body["state"].update(note="harmless"))

@@ -61,11 +61,11 @@ def test_each_layout_resumes_what_another_wrote(ranks: Ranks, folder: Path) -> N
 
 def save_again(values: Values, root: str) -> None:
     """On a rank: resume, and save what was loaded, by this layout, below ``root``."""
+    from megatron_stable.checkpoint.health import Retention
+    from megatron_stable.checkpoint.saver import Saver
     from megatron_stable.config.schema import Config
-    from megatron_stable.engine.checkpoint.health import Retention
-    from megatron_stable.engine.checkpoint.saver import Saver
     from megatron_stable.parallel.topology import Topology
-    from megatron_stable.training.directory import RunDirectory
+    from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.trainer import Trainer
 
     config = Config.model_validate(values)

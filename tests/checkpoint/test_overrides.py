@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_stable.stability.ledger import Ledger
+from megatron_stable.records.ledger import Ledger
 from tests.checkpoint.stored import keep_only
 from tests.harness.ranks import Ranks
 from tests.training.runs import Values, metrics, settings, train, write_data
@@ -17,7 +17,7 @@ def groups_after_resume(values: Values) -> tuple[list[dict[str, Any]], float]:
     """On a rank: resume; the optimizer's groups as they then are, and DeepSpeed's clip."""
     from megatron_stable.config.schema import Config
     from megatron_stable.parallel.topology import Topology
-    from megatron_stable.training.directory import RunDirectory
+    from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.trainer import Trainer
 
     config = Config.model_validate(values)

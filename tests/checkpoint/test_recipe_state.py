@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_stable.analysis.evaluation import evaluate, open_data
+from megatron_stable.analysis.trained import Trained
+from megatron_stable.checkpoint.format import read_manifest
+from megatron_stable.checkpoint.model import load_model
+from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.config.recipes import RECIPES
-from megatron_stable.engine.checkpoint.format import read_manifest
-from megatron_stable.engine.checkpoint.model import load_model
-from megatron_stable.engine.checkpoint.reader import Reader
 from megatron_stable.model import sigma
-from megatron_stable.training.evaluation import evaluate, open_data
-from megatron_stable.training.trained import Trained
 from tests.checkpoint.stored import keep_only
 from tests.harness.ranks import Ranks
 from tests.training.runs import Values, curve, layout, metrics, settings, train

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_stable.engine.checkpoint.format import MANIFEST, Manifest, Piece, piece_of, rank_file, read_manifest
-from megatron_stable.engine.checkpoint.reader import Reader
-from megatron_stable.engine.checkpoint.saver import _copies
+from megatron_stable.checkpoint.format import MANIFEST, Manifest, Piece, piece_of, rank_file, read_manifest
+from megatron_stable.checkpoint.reader import Reader
+from megatron_stable.checkpoint.saver import _copies
 from tests.checkpoint.stored import COLUMNS, synthetic_shards
 from tests.harness.ranks import Ranks
 from tests.training.runs import layout, settings, train

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from megatron_stable.checkpoint.catalog import newest_whole
+from megatron_stable.checkpoint.format import read_manifest
+from megatron_stable.checkpoint.store import damage, entries
 from megatron_stable.config.load import load_config
 from megatron_stable.convert.reshard import Layout, reshard
-from megatron_stable.engine.checkpoint.catalog import newest_whole
-from megatron_stable.engine.checkpoint.format import read_manifest
-from megatron_stable.engine.checkpoint.store import damage, entries
 from megatron_stable.errors import ConfigError, DataError
 from tests.checkpoint.stored import contents, equal
 from tests.commands.conftest import SmallDemo

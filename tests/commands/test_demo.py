@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_stable.analysis.figure import draw, read_metrics
 from megatron_stable.data.preprocess import preprocess
+from megatron_stable.data.standard_library import write_standard_library
 from megatron_stable.engine.faults import VARIABLE as FAULTS
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.stability.ledger import read_lines
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.ledger import read_lines
 from megatron_stable.training.callbacks import Record
 from megatron_stable.training.demo import PROMPT, RECIPES, Demo, attempts, marks, newest_step, outcome
-from megatron_stable.training.demo_text import write_standard_library
-from megatron_stable.training.directory import RunDirectory
-from megatron_stable.training.figure import draw, read_metrics
 from tests.commands.conftest import SmallDemo, small_demo
 
 PNG = b"\x89PNG\r\n\x1a\n"

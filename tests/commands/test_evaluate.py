@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_stable.analysis.evaluation import byte_lengths, evaluate, open_data
+from megatron_stable.analysis.figure import read_metrics
+from megatron_stable.analysis.trained import Trained, open_run
+from megatron_stable.checkpoint.model import load_model
 from megatron_stable.data import IndexedDataset, IndexedWriter, Tokenizer, open_dataset, preprocess, train_tokenizer
-from megatron_stable.engine.checkpoint.model import load_model
 from megatron_stable.errors import DataError
-from megatron_stable.training.evaluation import byte_lengths, evaluate, open_data
-from megatron_stable.training.figure import read_metrics
-from megatron_stable.training.trained import Trained, open_run
 from tests.commands.conftest import SmallDemo
 
 

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_stable.analysis.generation import Sampling, choose_token, generate, text_pieces
+from megatron_stable.analysis.trained import Trained, open_run
+from megatron_stable.checkpoint.model import load_model
 from megatron_stable.config.load import load_config
 from megatron_stable.data import Tokenizer
-from megatron_stable.engine.checkpoint.model import load_model
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.training.generation import Sampling, choose_token, generate, text_pieces
-from megatron_stable.training.trained import Trained, open_run
 from tests.commands.conftest import SmallDemo
 
 GREEDY = Sampling(temperature=0)

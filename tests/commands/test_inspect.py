@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_stable.analysis.inspection import inspect
 from megatron_stable.commands.app import main
 from megatron_stable.data import IndexedDataset, Tokenizer
-from megatron_stable.training.inspection import inspect
 from tests.commands.conftest import SmallDemo
 
 

@@ -16,8 +16,8 @@ import pytest
 from megatron_stable.commands.app import main
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.data.skip import SkipWindows
+from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.interventions import Interventions
-from megatron_stable.training.directory import RunDirectory
 from tests.commands.test_spikes import curves, other_trainer
 from tests.harness.ranks import Ranks
 from tests.training.faults import RARE, poison, run_of, train_with_faults

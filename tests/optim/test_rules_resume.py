@@ -102,7 +102,7 @@ def resume_with(values: Values) -> Any:
     from megatron_stable.config.schema import Config
     from megatron_stable.engine.shards import local_shards
     from megatron_stable.parallel.topology import Topology
-    from megatron_stable.training.directory import RunDirectory
+    from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.trainer import Trainer
 
     config, said = Config.model_validate(values), []

@@ -11,10 +11,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_stable.config.schema import Config
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.ledger import append_line, read_lines
 from megatron_stable.stability.interventions import Intervention, Interventions
-from megatron_stable.stability.ledger import append_line, read_lines
 from megatron_stable.training.callbacks import Callbacks, MetricsFile, ProgressLine, TensorBoard, duration, strict
-from megatron_stable.training.directory import RunDirectory
 from megatron_stable.training.watch import Watch
 
 RECORD: dict[str, Any] = {"step": 1, "loss": 2.5, "grad_norm": 0.5, "tokens_per_second": None, "skipped": False}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_stable.engine.checkpoint import store
+from megatron_stable.checkpoint import store
 from tests.checkpoint.stored import contents, equal
 from tests.harness.ranks import Ranks
 from tests.training.faults import RARE, poison, run_of, train_with_faults

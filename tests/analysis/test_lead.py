@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_stable.analysis.lead import NEAR, lead, settings_for
+from megatron_stable.analysis.series import Series
 from megatron_stable.stability.detector import GRAD_NORM, LOSS, Spike, find_spikes
-from megatron_stable.stability.lead import NEAR, lead, settings_for
-from megatron_stable.stability.series import Series
 
 
 def loss_spike(onset: int, duration: int = 6) -> Spike:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_stable.analysis.series import Series, is_gradient_norm
 from megatron_stable.stability.detector import GRAD_NORM, LOSS, DetectorSettings, Spike, find_spikes
-from megatron_stable.stability.series import Series, is_gradient_norm
 
 NEAR = 20  # recorded steps before a spike of the loss in which one of the gradient norm belongs to it
 

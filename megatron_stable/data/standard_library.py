@@ -6,8 +6,8 @@ import json
 import sysconfig
 from pathlib import Path
 
-from megatron_stable.data.files import write_file
 from megatron_stable.errors import DataError
+from megatron_stable.files import write_file
 
 # other people's packages, tests, and the tables of character encodings
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings"}

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_stable.analysis.lead import settings_for
+from megatron_stable.analysis.series import Series, read_series
+from megatron_stable.checkpoint import store
 from megatron_stable.config.load import load_config
 from megatron_stable.config.schema import GuardConfig
-from megatron_stable.data.files import explain_os_errors
 from megatron_stable.data.skip import SkipWindows
-from megatron_stable.engine.checkpoint import store
 from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.files import explain_os_errors
+from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.detector import Spike, find_spikes
 from megatron_stable.stability.interventions import Intervention, Interventions
-from megatron_stable.stability.lead import settings_for
 from megatron_stable.stability.recovery import Candidate, attempt, choose, new_id, now, rung, window
-from megatron_stable.stability.series import Series, read_series
-from megatron_stable.training.directory import RunDirectory
 
 
 @dataclass(frozen=True)

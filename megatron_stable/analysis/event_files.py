@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_stable.data.files import explain_os_errors
 from megatron_stable.errors import DataError
+from megatron_stable.files import explain_os_errors
 
 HEADER, FOOTER = 12, 4
 DTYPES = (np.intp, np.int64, float, float, bool)  # of which record it is, and of `Scalars`

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.format import (
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.format import (
     MANIFEST,
     Manifest,
     directory_name,
@@ -35,7 +35,7 @@ from megatron_stable.engine.checkpoint.format import (
     sync_directory,
     write_synced,
 )
-from megatron_stable.engine.checkpoint.health import Retention
+from megatron_stable.checkpoint.health import Retention
 from megatron_stable.engine.shards import Shard
 from megatron_stable.errors import MegatronStableError
 from megatron_stable.parallel.agreement import together

@@ -18,9 +18,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_stable.analysis.event_files import EventFile
+from megatron_stable.analysis.series import _kept, read_gradient_norm, read_series
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.stability.event_files import EventFile
-from megatron_stable.stability.series import _kept, read_gradient_norm, read_series
 
 Point = tuple[int, float]
 

@@ -12,8 +12,8 @@ from typing import IO, Any
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError
-from megatron_stable.stability.ledger import Ledger
-from megatron_stable.stability.logbook import render
+from megatron_stable.records.ledger import Ledger
+from megatron_stable.records.logbook import render
 
 # fields of `model` that may change from one start of a run to the next: names and what does not change the function
 FREE = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.format import Manifest, piece_of
-from megatron_stable.engine.checkpoint.reader import Reader
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.format import Manifest, piece_of
+from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.engine.shards import Shard
 from megatron_stable.errors import DataError
 from megatron_stable.parallel.agreement import together

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_stable.data.files import explain_os_errors
+from megatron_stable.analysis.event_files import EventFile, Scalars
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.stability.event_files import EventFile, Scalars
+from megatron_stable.files import explain_os_errors
 
 METRICS = "metrics.jsonl"
 # what trainers call the training loss and the norm of the whole gradient, in the order in which they are looked for

@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from megatron_stable.analysis import blame as judging
+from megatron_stable.analysis.figure import read_metrics
+from megatron_stable.analysis.trained import Trained, open_run
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.config.load import load_config, parse_config
 from megatron_stable.config.schema import Config
 from megatron_stable.data import Batches, Location, Samples, SkipWindows, Tokenizer, check_tokenizer, open_dataset
 from megatron_stable.data.check import check_ids
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.catalog import newest_whole
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
-from megatron_stable.stability import blame as judging
-from megatron_stable.stability.ledger import read_lines
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.ledger import read_lines
 from megatron_stable.training.callbacks import Record, strict
-from megatron_stable.training.directory import RunDirectory
-from megatron_stable.training.figure import read_metrics
-from megatron_stable.training.trained import Trained, open_run
 
 DECIDING = ("run.seed", "batch.global_size", "data.train")  # besides the sequence length, which cannot change in a run
 AROUND = 16  # steps to each side of a checkpoint whose losses say what was usual then

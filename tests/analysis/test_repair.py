@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megatron_stable.analysis.repair import Changes, StoppedRun
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.catalog import newest_whole, summary
 from megatron_stable.config.load import load_config
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.catalog import newest_whole, summary
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.training.repair import Changes, StoppedRun
 from tests.checkpoint.stored import contents, equal
 from tests.harness.ranks import RankError, Ranks
 from tests.training.faults import run_of, train_with_faults

@@ -7,7 +7,7 @@ from math import inf, nan
 import numpy as np
 import pytest
 
-from megatron_stable.stability.blame import Level, Measured, blame, level, scores
+from megatron_stable.analysis.blame import Level, Measured, blame, level, scores
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, (3, 16))
 BEFORE, EARLIER = 3.0 + NOISE[0], 4.0 + NOISE[1]  # what two healthy checkpoints make of ordinary data

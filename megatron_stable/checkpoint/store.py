@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_stable.engine.checkpoint.format import (
+from megatron_stable.checkpoint.format import (
     LATEST,
     Manifest,
     directory_name,
@@ -18,7 +18,7 @@ from megatron_stable.engine.checkpoint.format import (
     verify_file,
     write_synced,
 )
-from megatron_stable.engine.checkpoint.health import Retention, doomed, judge, mark, verdict
+from megatron_stable.checkpoint.health import Retention, doomed, judge, mark, verdict
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.stability.interventions import Interventions
 from megatron_stable.stability.recovery import Candidate

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_stable.engine.checkpoint.format import Manifest, Piece, require_plain
+from megatron_stable.checkpoint.format import Manifest, Piece, require_plain
 from megatron_stable.errors import DataError
 
 Slice = tuple[int | None, int, int]  # dim, low, high

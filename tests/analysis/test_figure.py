@@ -6,7 +6,7 @@ import math
 import random
 from pathlib import Path
 
-from megatron_stable.training.figure import SMOOTH, Event, _smoothed, draw
+from megatron_stable.analysis.figure import SMOOTH, Event, _smoothed, draw
 
 RECORDS = [{"step": n, "loss": 8 / n, "grad_norm": 1 / n} for n in range(1, 60)]
 

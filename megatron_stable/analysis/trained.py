@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_stable.checkpoint.model import load_model
 from megatron_stable.config.schema import Config
 from megatron_stable.data import Tokenizer
-from megatron_stable.engine.checkpoint.model import load_model
 from megatron_stable.errors import DataError
 from megatron_stable.model.transformer import Transformer
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_stable.checkpoint.catalog import newest_whole
+from megatron_stable.checkpoint.format import stored_config
+from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
-from megatron_stable.engine.checkpoint.catalog import newest_whole
-from megatron_stable.engine.checkpoint.format import stored_config
-from megatron_stable.engine.checkpoint.reader import Reader
 from megatron_stable.errors import DataError
 from megatron_stable.model import sigma
 from megatron_stable.model.transformer import Transformer, layer_list, parameter_count

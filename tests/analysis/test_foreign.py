@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_stable.analysis.foreign import flags
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.errors import ConfigError
-from megatron_stable.stability.foreign import flags
 
 Window = tuple[int, int]
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_stable.analysis.inspection import _excerpt, find_step, inspect, visible
+from megatron_stable.checkpoint.model import load_model
 from megatron_stable.config.load import dump_config
 from megatron_stable.config.schema import Config
 from megatron_stable.data import Batches, IndexedWriter, SkipWindows, open_dataset
-from megatron_stable.engine.checkpoint.model import load_model
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.training.directory import RunDirectory
-from megatron_stable.training.inspection import _excerpt, find_step, inspect, visible
+from megatron_stable.records.directory import RunDirectory
 from tests.harness.ranks import Ranks
 from tests.training.runs import SEQUENCE, VOCAB, settings, train
 
@@ -217,7 +217,7 @@ def test_without_a_record_the_skip_windows_of_the_newest_checkpoint_tell(poisone
 def _with_windows(path: Path, windows: list[list[int]]) -> None:
     from dataclasses import replace
 
-    from megatron_stable.engine.checkpoint.format import read_manifest
+    from megatron_stable.checkpoint.format import read_manifest
 
     manifest = read_manifest(path.parent)
     state = {**manifest.state, "skip_windows": SkipWindows(windows).to_list()}

@@ -9,11 +9,11 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from megatron_stable.analysis.trained import Trained
 from megatron_stable.data import Tokenizer
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.model.backends import choose_backend
 from megatron_stable.model.elementwise import soft_cap
-from megatron_stable.training.trained import Trained
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_stable.engine.checkpoint.format import read_json, write_synced
+from megatron_stable.checkpoint.format import read_json, write_synced
 from megatron_stable.errors import DataError
 
 HEALTH = "health.json"

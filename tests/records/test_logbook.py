@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_stable.stability.logbook import SENTENCES, render, sentence
+from megatron_stable.records.logbook import SENTENCES, render, sentence
 
 DAY = "2026-11-20T10:00:{:02d}+00:00"
 SPIKE = {"series": "loss", "value": 9.31234, "level": 2.5, "scale": 0.02, "score": 340.3, "onset": 119}

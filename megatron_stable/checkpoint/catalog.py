@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_stable.engine.checkpoint import store
-from megatron_stable.engine.checkpoint.format import MANIFEST, Manifest
-from megatron_stable.engine.checkpoint.health import verdict
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.format import MANIFEST, Manifest
+from megatron_stable.checkpoint.health import verdict
 from megatron_stable.errors import DataError
 
 HEALTH_WORDS = {True: "healthy", False: "unhealthy", None: "candidate"}

@@ -9,11 +9,11 @@ from math import exp, inf, log
 import numpy as np
 import torch
 
+from megatron_stable.analysis.trained import Trained
 from megatron_stable.data import Location, Samples, Tokenizer, check_tokenizer, check_vocabulary, open_dataset
 from megatron_stable.data.check import check_ids
 from megatron_stable.errors import DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
-from megatron_stable.training.trained import Trained
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_stable.data.files import write_file
 from megatron_stable.errors import DataError
-from megatron_stable.stability.ledger import read_lines
+from megatron_stable.files import write_file
+from megatron_stable.records.ledger import read_lines
 from megatron_stable.training.callbacks import Record
 
 COLORS = ["#1f5fa8", "#c8501e", "#2a8a4a", "#7a4aa0"]  # one per run
