@@ -19,7 +19,7 @@ ENV DS_BUILD_OPS=0 PIP_NO_CACHE_DIR=1
 COPY constraints.txt ./
 RUN pip install setuptools wheel && pip install -c constraints.txt torch numpy && pip install -c constraints.txt deepspeed
 
-COPY setup.py LICENSE ./
+COPY setup.py README.md LICENSE ./
 COPY megatron_stable megatron_stable
 RUN pip install -c constraints.txt .
 

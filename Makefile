@@ -50,6 +50,7 @@ format: setup  ## let ruff mend what it can
 docs: setup  ## write the pages that are generated from the code
 	$(BIN)/python -m megatron_stable.config.reference docs/configuration.md
 	$(BIN)/python -m megatron_stable.config.methods docs/methods
+	$(BIN)/python -m megatron_stable.records.reference docs/ledger.md
 
 clean:  ## remove .venv and the tools' caches
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

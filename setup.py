@@ -1,11 +1,15 @@
 """Package metadata. Exact versions of everything are in constraints.txt; here is what the package accepts."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="megatron-stable",
     version="0.1.0",
     description="A Megatron-style trainer for language models on DeepSpeed, with published stability methods built in",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["megatron_stable", "megatron_stable.*"]),
@@ -15,7 +19,7 @@ setup(
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.3",
         "pydantic>=2",
-        "typer",
+        "typer>=0.29",
         "rich",
         "safetensors",
         "sentencepiece",

@@ -26,7 +26,6 @@ from megatron_stable.checkpoint.health import Retention
 from megatron_stable.checkpoint.saver import Saver
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.engine import Engine
-from megatron_stable.engine.shards import local_shards
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import join_world
 
@@ -63,12 +62,12 @@ def measure(args: argparse.Namespace, config: Config, engine: Engine, tokens: to
     def steps() -> float:
         began = time.perf_counter()
         for _ in range(args.steps):
-            engine.train_step(next(count), [tokens], 1e-4)
-        engine.metrics()  # waits for the device
+            outcome = engine.train_step(next(count), [tokens], 1e-4)
+        assert outcome.metrics  # waits for the device
         return (time.perf_counter() - began) / args.steps
 
     steps()
-    shards = local_shards(engine.deepspeed, engine.module)
+    shards = engine.shards()
     size = sum(t.numel() * t.element_size() for shard in shards for t in shard.tensors.values())
     saver = Saver(root / "checkpoints", Retention(1), report=lambda text: None)
     plain, during, stalls, synchronous = [], [], [], []

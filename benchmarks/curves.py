@@ -79,8 +79,7 @@ def record(case: Case, data: Tensor) -> dict[str, list[float]]:
     engine, losses, norms = Engine(config, Topology()), [], []
     for step in range(1, case.steps + 1):
         rate = case.learning_rate * min(1.0, step / config.schedule.warmup_steps)
-        engine.train_step(step, [spoiled(batch(data, step), case.bad, step)], rate)
-        metrics = engine.metrics()
+        metrics = engine.train_step(step, [spoiled(batch(data, step), case.bad, step)], rate).metrics
         losses.append(float(f"{metrics.loss:.5g}"))
         norms.append(float(f"{metrics.grad_norm:.5g}"))
     return {"loss": losses, "grad_norm": norms}

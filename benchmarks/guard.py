@@ -23,10 +23,11 @@ import torch
 from step import batches, make_config, options
 
 from megatron_stable.config.schema import GuardConfig
-from megatron_stable.engine.engine import Engine, StepMetrics
+from megatron_stable.engine.engine import Engine
+from megatron_stable.engine.outcome import StepMetrics
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import join_world
-from megatron_stable.stability.guard import Guard
+from megatron_stable.stability.guard import Guard, Judgement
 
 
 class Steps:
@@ -40,18 +41,16 @@ class Steps:
             self.step += 1
             self.guard.judge(self.step, 7.6 + 0.01 * value, 0.5 + 0.01 * value)
 
-    def judge(self, metrics: StepMetrics) -> bool:
-        return self.guard.judge(self.step, metrics.loss, metrics.grad_norm, metrics.skipped).take
+    def judge(self, metrics: StepMetrics) -> Judgement:
+        return self.guard.judge(self.step, metrics.loss, metrics.grad_norm, metrics.skipped)
 
     def timed(self, guarded: bool) -> float:
         """Seconds of one step."""
-        self.engine._guard = self.judge if guarded else None
-        self.engine.optimizer.guard = self.engine._ask if guarded else None
         self.step += 1
         began = time.perf_counter()
-        self.engine.train_step(self.step, self.batches, 1e-5)
+        outcome = self.engine.train_step(self.step, self.batches, 1e-5, self.judge if guarded else None)
         if self.logged:
-            self.engine.metrics()
+            assert outcome.metrics
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -108,8 +108,7 @@ def train(config: Config, data: Tensor) -> Curve:
     for step in range(1, config.run.steps + 1):
         tokens = batch(data, step)
         rate = config.optimizer.learning_rate * min(1.0, step / config.schedule.warmup_steps)
-        engine.train_step(step, [tokens], rate)
-        curve.losses.append(engine.metrics().loss)
+        curve.losses.append(engine.train_step(step, [tokens], rate).metrics.loss)
         if step % PROBE_EVERY == 0 or step == config.run.steps:
             curve.probed.append(step)
             curve.logits.append(largest_logit(engine, tokens))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_stable.parallel.topology import TensorParallel, Topology
     from megatron_stable.stability.detector import SpikeDetector, find_spikes
     from megatron_stable.stability.guard import Guard
-    from megatron_stable.training.pretrain import pretrain
+    from megatron_stable.training.pretrain import train
 
 __all__ = [
     "Config",
@@ -34,7 +34,7 @@ __all__ = [
     "find_spikes",
     "layer_list",
     "load_config",
-    "pretrain",
+    "train",
     "vocab_parallel_cross_entropy",
 ]
 
@@ -51,7 +51,7 @@ _HOMES = {
     "find_spikes": "stability.detector",
     "layer_list": "model.transformer",
     "load_config": "config.load",
-    "pretrain": "training.pretrain",
+    "train": "training.pretrain",
     "vocab_parallel_cross_entropy": "model.loss",
 }
 

@@ -27,11 +27,16 @@ def partial(path: Path) -> Path:
 def publish(path: Path) -> None:
     """Rename the complete, fsynced `partial(path)` to `path`, durably."""
     partial(path).replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames within a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def write_partial(path: Path, data: bytes) -> None:
@@ -42,13 +47,18 @@ def write_partial(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all. Raises OSError where that fails."""
+    try:
+        write_partial(path, data)
+        publish(path)
+    except BaseException:
+        partial(path).unlink(missing_ok=True)
+        raise
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all, creating its directory. Raises DataError where that fails."""
+    """:func:`replace_file`, creating the directory. Raises DataError where that fails."""
     with explain_os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_partial(path, data)
-            publish(path)
-        except BaseException:
-            partial(path).unlink(missing_ok=True)
-            raise
+        replace_file(path, data)

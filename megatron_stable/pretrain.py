@@ -31,9 +31,9 @@ def main() -> int:
         if environment_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    from megatron_stable.training.pretrain import guarded
+    from megatron_stable.training.pretrain import run_to_exit_code
 
-    return guarded(config)
+    return run_to_exit_code(config)
 
 
 if __name__ == "__main__":

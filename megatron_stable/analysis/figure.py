@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from megatron_stable.errors import DataError
 from megatron_stable.files import write_file
-from megatron_stable.records.ledger import read_lines
-from megatron_stable.training.callbacks import Record
+from megatron_stable.records.metrics import Record
 
 COLORS = ["#1f5fa8", "#c8501e", "#2a8a4a", "#7a4aa0"]  # one per run
 VALIDATION, GREY = "#111111", "#666666"
@@ -28,12 +27,6 @@ class Event(NamedTuple):
     label: str
 
 
-def read_metrics(path: Path) -> list[Record]:
-    """The records of ``metrics.jsonl`` in order of steps; of several for a step, the last."""
-    by_step = {line["step"]: line for line in read_lines(path) if isinstance(line.get("step"), int)}
-    return [by_step[step] for step in sorted(by_step)]
-
-
 def draw(
     runs: Mapping[str, Sequence[Record]],
     output: Path,
@@ -44,7 +37,7 @@ def draw(
     """Write a PNG with the curves of one or more runs.
 
     Args:
-        runs: Records, as `read_metrics` returns them, by what the legend shall call them.
+        runs: Records in order of steps, by what the legend shall call them.
         output: The file to write.
         events: What to mark, in both charts; the legend has each label once.
         labels: Of the two axes.

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from megatron_stable.analysis import blame as judging
-from megatron_stable.analysis.figure import read_metrics
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole
@@ -22,9 +21,10 @@ from megatron_stable.data import Batches, Location, Samples, SkipWindows, Tokeni
 from megatron_stable.data.check import check_ids
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
-from megatron_stable.records.directory import RunDirectory
-from megatron_stable.records.ledger import read_lines
-from megatron_stable.training.callbacks import Record, strict
+from megatron_stable.numbers import finite
+from megatron_stable.records.directory import RunDirectory, require_known_format
+from megatron_stable.records.metrics import Record, latest, read_metrics
+from megatron_stable.stability.events import Resume
 
 DECIDING = ("run.seed", "batch.global_size", "data.train")  # besides the sequence length, which cannot change in a run
 AROUND = 16  # steps to each side of a checkpoint whose losses say what was usual then
@@ -202,10 +202,10 @@ def find_step(run: str | Path, step: int | None = None, data_step: int | None = 
     """
     if (step is None) == (data_step is None):
         raise ConfigError("name a step of the run with --step, or a place in its data with --data-step, not both")
-    lines = read_lines(RunDirectory(run).metrics)
+    lines = list(read_metrics(RunDirectory(run).metrics))
     stored = [entry for entry in store.entries(Path(run) / "checkpoints") if entry.usable and entry.manifest]
-    windows = SkipWindows(stored[-1].manifest.state.get("skip_windows", ())) if stored and stored[-1].manifest else None
-    known = {line["step"]: line for line in lines if isinstance(line.get("step"), int)}
+    windows = SkipWindows(stored[-1].manifest.state.skip_windows) if stored and stored[-1].manifest else None
+    known = {line["step"]: line for line in lines}
     last = max([*known, *(entry.step for entry in stored)], default=0)
     if data_step is not None:
         return _by_data_step(data_step, lines, windows or SkipWindows(), last)
@@ -250,6 +250,7 @@ def _configuration(run: str | Path) -> Config:
     path = RunDirectory(run).config
     if not path.is_file():
         raise DataError(f"no run in {run}: name the run.directory of a run, the one that holds config.yaml")
+    require_known_format(Path(run))
     return load_config(path)
 
 
@@ -260,13 +261,13 @@ def _as_it_was(run: str | Path, config: Config, step: int | None) -> tuple[Confi
     if step is None:
         return config, []
     for event in reversed(RunDirectory(run).ledger.read()):
-        if event.get("event") != "resume" or not isinstance(event.get("step"), int) or event["step"] < step:
+        if not isinstance(event, Resume) or event.step < step:
             continue
-        for key, change in (event.get("changed") or {}).items():
-            if key in DECIDING and isinstance(change, list) and len(change) == 2:
+        for key, (before, now) in event.changed.items():
+            if key in DECIDING:
                 section, field = key.split(".")
-                values[section][field] = change[0]
-                notes.append(f"{key} was {change[0]} at step {step}, and {change[1]} from step {event['step'] + 1} on")
+                values[section][field] = before
+                notes.append(f"{key} was {before} at step {step}, and {now} from step {event.step + 1} on")
     return parse_config(values), notes
 
 
@@ -371,7 +372,7 @@ def _excerpt(tokens: np.ndarray, losses: np.ndarray | None, tokenizer: Tokenizer
 
 def _level(run: str | Path, checkpoint: int, step: int | None) -> judging.Level | None:
     """The losses that the run recorded about the step of a checkpoint, on other batches than that of ``step``."""
-    records = read_metrics(RunDirectory(run).metrics)
+    records = latest(read_metrics(RunDirectory(run).metrics))
     near = [r for r in records if abs(r["step"] - checkpoint) <= AROUND and r["step"] != step]
     return judging.level([r.get("loss") for r in near])
 
@@ -391,11 +392,11 @@ def _order(loss: float | None) -> float:
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
-    documents = [{**vars(document), "losses": _strict(document.losses)} for document in sample.documents]
+    documents = [{**vars(document), "losses": _finite(document.losses)} for document in sample.documents]
     for document in documents:
-        document["raises"] = document["raises"] and strict(document["raises"])
-    return {**vars(sample), "documents": documents, "losses": _strict(sample.losses), "scores": _strict(sample.scores)}
+        document["raises"] = document["raises"] and finite(document["raises"])
+    return {**vars(sample), "documents": documents, "losses": _finite(sample.losses), "scores": _finite(sample.scores)}
 
 
-def _strict(values: Iterable[float]) -> list[float | None]:
-    return [strict(value) for value in values]
+def _finite(values: Iterable[float]) -> list[float | None]:
+    return [finite(value) for value in values]

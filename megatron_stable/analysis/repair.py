@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_stable.analysis.lead import settings_for
 from megatron_stable.analysis.series import Series, read_series
@@ -15,10 +15,14 @@ from megatron_stable.config.schema import GuardConfig
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.files import explain_os_errors
-from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.directory import RunDirectory, require_known_format
+from megatron_stable.records.interventions import read_interventions, write_interventions
 from megatron_stable.stability.detector import Spike, find_spikes
+from megatron_stable.stability.events import Event, Rollback, Shift, Start, Undo
 from megatron_stable.stability.interventions import Intervention, Interventions
 from megatron_stable.stability.recovery import Candidate, attempt, choose, new_id, now, rung, window
+
+NEAR = 20  # steps before a rise, as found in the curve, in which what the guard found is the same
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class StoppedRun:
         self.directory = RunDirectory(run)
         if not self.directory.config.is_file():
             raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
+        require_known_format(self.directory.path)
         self.config = load_config(self.directory.config)
         self.guard: GuardConfig = self.config.guard
         self._look()
@@ -73,13 +78,10 @@ class StoppedRun:
         """See where the run stands: its interventions and checkpoints, and the windows in force."""
         entries = [entry for entry in store.entries(self.directory.checkpoints) if entry.usable]
         manifests = [entry.manifest for entry in entries if entry.manifest is not None]
-        own = Interventions.read(self.directory.path)
+        own = read_interventions(self.directory.path)
         self.candidates = store.candidates(entries)
-        try:
-            trained = SkipWindows(manifests[-1].state["skip_windows"] if manifests else ())
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
-            raise DataError(f"{self.directory.checkpoints}: a manifest's state is not usable ({error!r})") from None
-        self.done = own if own is not None else store.written_under(manifests[-1]) if manifests else Interventions()
+        trained = SkipWindows(manifests[-1].state.skip_windows if manifests else ())
+        self.done = own or Interventions(manifests[-1].state.interventions if manifests else ())
         ahead = SkipWindows([*self.config.data.skip, *self.done.skip.windows])
         self.skip = trained.continued(self.candidates[-1].data_step if self.candidates else 0, ahead)
 
@@ -89,7 +91,7 @@ class StoppedRun:
         return self.candidates[-1].step if self.candidates else 0
 
     def spikes(self, source: Path | None = None, tag: str | None = None) -> tuple[Series, list[Seen]]:
-        """The loss, and its spikes and divergences, as the run's guard would find them.
+        """The loss, and its spikes, rises and divergences, as the run's guard would find them.
 
         Args:
             source: Where to read it, in place of the run's own records.
@@ -104,7 +106,7 @@ class StoppedRun:
         recorded = series
         if series.data_steps is None and self.directory.metrics.is_file():
             recorded = read_series(self.directory.path)
-        return series, [self._seen(spike, recorded) for spike in found if spike.kind != "shift"]
+        return series, [self._seen(spike, recorded) for spike in found]
 
     def _seen(self, spike: Spike, recorded: Series) -> Seen:
         last = spike.onset + max(spike.duration, 1) - 1
@@ -114,7 +116,12 @@ class StoppedRun:
             settled = "its data is skipped already"
         elif self.skip.data_step(spike.onset) != first_data:
             settled = "the run takes other data there by now"
+        elif any(event.onset in range(spike.onset - NEAR, last + 1) for event in self._shifts()):
+            settled = "the data changed there, by the guard's second opinion"
         return Seen(spike, (first_data, last_data), settled)
+
+    def _shifts(self) -> list[Shift]:
+        return [event for event in self.directory.ledger.read() if isinstance(event, Shift)]
 
     def after_spike(self, seen: Seen, changes: Changes, checkpoint: int | None = None) -> Intervention:
         """Skip the data about a spike that was found.
@@ -170,8 +177,7 @@ class StoppedRun:
         Raises:
             ConfigError: The run is in progress, or cannot be written to.
         """
-        facts = repair.model_dump(mode="json", exclude={"time"})
-        return self._write(self.done.add(repair), "rollback", facts)
+        return self._write(self.done.add(repair), Rollback.of(repair, self.stands_at))
 
     def undo(self) -> tuple[Intervention, list[int]]:
         """Take the last repair back; what was trained since is abandoned.
@@ -185,12 +191,12 @@ class StoppedRun:
         if not self.done.items:
             raise ConfigError(f"{self.directory.path}: nothing to undo, the run has no interventions")
         last = self.done.items[-1]
-        return last, self._write(self.done.undone(), "undo", {"by": "user", "id": last.id})
+        return last, self._write(self.done.undone(), Undo(step=self.stands_at, by="user", id=last.id))
 
     def command(self) -> list[str]:
         """What starts the run again, on this machine."""
-        starts = [event for event in self.directory.ledger.read() if event.get("event") in ("start", "resume")]
-        ranks = starts[-1].get("ranks", 1) if starts else 1
+        starts = [event for event in self.directory.ledger.read() if isinstance(event, Start)]
+        ranks = starts[-1].ranks if starts else 1
         moved = Path(self.config.run.directory).resolve() != self.directory.path.resolve()
         more = ["--ranks", str(ranks)] if ranks > 1 else []
         more += [f"run.directory={self.directory.path}"] if moved else []
@@ -250,14 +256,14 @@ class StoppedRun:
             **factors,
         )
 
-    def _write(self, done: Interventions, event: str, facts: dict[str, Any]) -> list[int]:
-        directory, step, before = self.directory, self.stands_at, {c.step for c in self.candidates}
+    def _write(self, done: Interventions, event: Event) -> list[int]:
+        directory, before = self.directory, {c.step for c in self.candidates}
         with directory.held(), explain_os_errors("write", directory.path):
-            if (Interventions.read(directory.path) or self.done) != self.done:
+            if (read_interventions(directory.path) or self.done) != self.done:
                 raise ConfigError(f"{directory.path}: its interventions have changed meanwhile; look again")
-            done.write(directory.path)
+            write_interventions(directory.path, done)
             self._look()
             if self.candidates:
                 store.point_latest(directory.checkpoints, self.stands_at)
-            directory.log(event, step, **facts)
+            directory.log(event)
         return sorted(before - {candidate.step for candidate in self.candidates})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 
 from megatron_stable.analysis.event_files import EventFile, Scalars
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.files import explain_os_errors
+from megatron_stable.records.directory import require_known_format
+from megatron_stable.records.metrics import read_metrics
 
 METRICS = "metrics.jsonl"
 # what trainers call the training loss and the norm of the whole gradient, in the order in which they are looked for
@@ -67,6 +67,7 @@ def read_series(path: Path, tag: str | None = None, known: Sequence[str] = LOSSE
         ConfigError: The tag is not there, none is given and none of ``known`` is there, or it is several runs' at once.
     """
     if (path / METRICS).is_file():
+        require_known_format(path)
         return _read_metrics(path / METRICS, tag, known)
     return _read_events(path, tag, known)
 
@@ -89,18 +90,16 @@ def is_gradient_norm(name: str) -> bool:
 def _read_metrics(path: Path, tag: str | None, known: Sequence[str]) -> Series:
     key = tag if tag is not None else next(name for name in ("loss", "grad_norm") if name in known)
     rows: list[tuple[int, float, int]] = []
-    keys, broken = set[str](), 0
-    with explain_os_errors("read", path), path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-                step = int(record["step"])
-                if key in record:
-                    value = record[key]
-                    rows.append((step, np.nan if value is None else float(value), int(record.get("data_step", step))))
-                keys |= record.keys()
-            except (KeyError, TypeError, ValueError):
-                broken += 1
+    keys, broken = set[str](), list[int]()
+    for record in read_metrics(path, broken):
+        step: int = record["step"]
+        try:
+            if key in record:
+                value = record[key]
+                rows.append((step, np.nan if value is None else float(value), int(record.get("data_step", step))))
+            keys |= record.keys()
+        except (TypeError, ValueError):
+            broken.append(step)
     if not keys:
         raise DataError(f"{path} holds no step yet: there is nothing to search")
     if not rows:
@@ -110,7 +109,7 @@ def _read_metrics(path: Path, tag: str | None, known: Sequence[str]) -> Series:
         for column, dtype in zip(zip(*rows, strict=True), (np.int64, float, np.int64), strict=True)
     )
     kept = _kept(steps)
-    notes = (f"{path}: {broken} lines are no whole records of numbers and were left out",) if broken else ()
+    notes = (f"{path}: {len(broken)} lines are no whole records of numbers and were left out",) if broken else ()
     return Series(key, steps[kept], values[kept], data_steps[kept], notes)
 
 

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.format import MANIFEST, Manifest
-from megatron_stable.checkpoint.health import verdict
+from megatron_stable.checkpoint.health import WORDS, verdict
 from megatron_stable.errors import DataError
-
-HEALTH_WORDS = {True: "healthy", False: "unhealthy", None: "candidate"}
 
 
 class Whole(NamedTuple):
@@ -54,13 +52,13 @@ def summary(entry: store.Entry, problem: str | None, verified: bool) -> dict[str
     manifest = entry.manifest
     size = None
     if manifest is not None:
-        size = sum(file["bytes"] for file in manifest.files.values()) + (entry.directory / MANIFEST).stat().st_size
+        size = sum(file.bytes for file in manifest.files.values()) + (entry.directory / MANIFEST).stat().st_size
     return {
         "step": entry.step,
         "directory": str(entry.directory),
         "bytes": size,
-        "health": "abandoned" if entry.abandoned else HEALTH_WORDS[verdict(entry.directory)],
-        "layout": manifest.layout if manifest else None,
+        "health": "abandoned" if entry.abandoned else WORDS[verdict(entry.directory)],
+        "layout": manifest.layout.model_dump() if manifest else None,
         "complete": problem is None,
         "verified": verified and problem is None,
         "problem": problem,

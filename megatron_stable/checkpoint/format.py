@@ -6,10 +6,11 @@
         manifest.json             format version, step, layout, configuration, run state, files with sizes and checksums
         rank_00000.safetensors    what rank 0 owned: "NAME:weight", "NAME:exp_avg", "NAME:exp_avg_sq", all 1-d fp32
         rank_00001.safetensors    …
+        health.json               only where a verdict was passed on it
         damaged.json              only where a resume found its checksums wrong: why
     checkpoints/latest            the name of the newest complete checkpoint, for people and scripts
 
-Each rank file says in its header, under ``index``, which part of the whole each tensor is: full shape, the
+Each rank file says in its header, under ``index``, which shard each tensor is: the parameter's full shape, the
 sharded dimension with the bounds of the slice, and the first element within the flattened slice. So any layout
 can read what it needs. Tensors are safetensors, all else is JSON; nothing that is read here can run code.
 """
@@ -18,81 +19,110 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, StringConstraints, model_validator
+
+from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.config.load import parse_config
 from megatron_stable.config.schema import Config
-from megatron_stable.engine.shards import Shard
 from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.parallel.parameters import Place, Shard
+from megatron_stable.persisted import (
+    Count,
+    Persisted,
+    package_version,
+    read_json,
+    refuse_unknown_format,
+    require_plain,
+    validated,
+)
 
 VERSION = 1
 MANIFEST, LATEST = "manifest.json", "latest"
-LARGEST_JSON = 2**26  # bytes: refuse to parse anything absurd; a manifest has some 120 bytes per rank
-RANK_FILE = re.compile(r"rank_\d{5,9}\.safetensors")
+# so that no path leaves the directory
+FileName = Annotated[str, StringConstraints(pattern=r"^rank_[0-9]{5,9}\.safetensors$")]
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Which part of a parameter a stored tensor is.
+class StoredShard(Persisted):
+    """A :class:`Shard` as the index of a rank file has it, under its parameter's name."""
 
-    Attributes:
-        shape: Full shape of the parameter.
-        dim: The dimension that was sharded, or ``None``.
-        low, high: Bounds of the slice along ``dim`` (0 and 0 without one).
-        start: First element within the flattened slice.
-        numel: Elements.
-    """
+    shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
+    dim: Count | None
+    low: Count
+    high: Count
+    start: Count
+    numel: Count
 
-    shape: tuple[int, ...]
-    dim: int | None
-    low: int
-    high: int
-    start: int
-    numel: int
+    @model_validator(mode="after")
+    def _within_the_whole(self) -> StoredShard:
+        if self.dim is None:
+            absurd = self.low or self.high
+        else:
+            absurd = self.dim >= len(self.shape) or not self.low < self.high <= self.shape[self.dim]
+        if absurd:
+            raise ValueError(f"absurd slice [{self.low}, {self.high}) along {self.dim} of {list(self.shape)}")
+        if self.start + self.numel > self.shard("").place.numel:
+            raise ValueError(f"absurd shard: {self.numel} elements from {self.start} on")
+        return self
 
-    def slice_shape(self) -> tuple[int, ...]:
-        """Shape of the slice that this is a piece of."""
-        return tuple(self.high - self.low if i == self.dim else n for i, n in enumerate(self.shape))
+    @classmethod
+    def of(cls, shard: Shard) -> StoredShard:
+        """A shard, to be stored."""
+        place = shard.place
+        return cls(
+            shape=place.full_shape, dim=place.dim, low=place.low, high=place.high, start=shard.start, numel=shard.numel
+        )
 
-    def slice_numel(self) -> int:
-        """Elements of the slice that this is a piece of."""
-        return prod(self.slice_shape())
-
-
-def piece_of(shard: Shard) -> Piece:
-    """The piece that a rank's shard is."""
-    known = shard.place
-    return Piece(known.full_shape, known.dim, *known.bounds, shard.start, shard.numel)
+    def shard(self, name: str) -> Shard:
+        """The shard that this is, of the parameter ``name``."""
+        return Shard(Place(self.shape, self.dim, self.low, self.high, name=name), self.start, self.numel)
 
 
-@dataclass(frozen=True)
-class Manifest:
+class FileEntry(Persisted):
+    """A file of a checkpoint: its size, and its checksum as ``sha256sum`` prints it."""
+
+    bytes: Count
+    sha256: str
+
+
+class Manifest(Persisted):
     """The checkpoint's table of contents.
 
     Attributes:
+        version: Of the format.
+        written_by: Version of megatron-stable.
         step: The optimizer step it was taken after.
-        layout: TP, PP, DP, ZeRO stage and dtype of the ranks that wrote it.
+        layout: The ranks that wrote it.
         config: The resolved configuration of the run that wrote it.
-        state: All else that a resume needs, as plain values: Adam's step count, loss scaler, skip windows.
-        files: ``{name: {"bytes": n, "sha256": hex}}``.
+        state: All else that a resume needs.
+        files: By name.
     """
 
-    step: int
-    layout: dict[str, Any]
+    version: Count = VERSION
+    written_by: str = Field(default_factory=package_version)
+    step: Count
+    layout: Layout
     config: dict[str, Any]
-    state: dict[str, Any]
-    files: dict[str, dict[str, Any]]
-    version: int = VERSION
+    state: RunState
+    files: dict[FileName, FileEntry]
 
     def dumps(self) -> str:
         """JSON, with a checksum of itself."""
-        body = asdict(self)
-        return json.dumps({**body, "sha256": _digest(body)}, indent=1)
+        body = self.model_dump(mode="json")
+        return json.dumps({**body, "sha256": digest(body)}, indent=1)
+
+
+def index_of(shards: dict[str, Shard]) -> str:
+    """What the header of a rank file says under ``index``: which shard it holds of which parameter."""
+    return json.dumps({name: StoredShard.of(shard).model_dump() for name, shard in shards.items()})
+
+
+def read_index(text: str, path: Path) -> dict[str, Shard]:
+    """What :func:`index_of` wrote. DataError: it is none; ValueError or RecursionError: it is no JSON."""
+    stored = validated(dict[str, StoredShard], json.loads(text), path)
+    return {name: shard.shard(name) for name, shard in stored.items()}
 
 
 def directory_name(step: int) -> str:
@@ -106,31 +136,18 @@ def rank_file(rank: int) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check a manifest: its own checksum, the version, and that file names stay within the directory.
+    """Read and check a manifest: the version, its own checksum, every field.
 
     Raises:
+        FormatError: A newer version wrote it.
         DataError: Something is wrong with it; the message names the file and what.
     """
     path = directory / MANIFEST
     body = read_json(path)
-    checksum = body.pop("sha256", None)
-    if checksum != _digest(body):
+    refuse_unknown_format(directory, body, VERSION)
+    if body.pop("sha256", None) != digest(body):
         raise DataError(f"{path}: its checksum does not match its content: the file is damaged")
-    if body.get("version") != VERSION:
-        raise DataError(f"{path}: format version {body.get('version')!r}; this program reads version {VERSION}")
-    try:
-        manifest = Manifest(**body)
-        entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.files.items()}
-        if type(manifest.step) is not int or not all(
-            isinstance(part, dict) for part in (manifest.layout, manifest.config, manifest.state)
-        ):
-            raise ValueError("fields of the wrong type")
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"{path}: not a manifest ({error})") from None
-    for name in entries:
-        if not RANK_FILE.fullmatch(name):  # so that no path leaves the directory
-            raise DataError(f"{path}: {name!r} is not the name of a file of a checkpoint")
-    return manifest
+    return validated(Manifest, body, path)
 
 
 def stored_config(directory: Path, manifest: Manifest) -> Config:
@@ -145,41 +162,15 @@ def stored_config(directory: Path, manifest: Manifest) -> Config:
         raise DataError(f"{directory / MANIFEST}: {error}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a plain file of sane size.
-
-    Raises:
-        DataError: It is missing, a link, too large or no JSON object.
-    """
-    require_plain(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise DataError(f"{path}: {path.stat().st_size} bytes is too large to be one of ours")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: not JSON: the file is damaged or not one of ours") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return value
-
-
-def require_plain(path: Path) -> None:
-    """Raise DataError unless ``path`` is a plain file and no link."""
-    if path.is_symlink():
-        raise DataError(f"{path}: a symbolic link, which a checkpoint does not hold")
-    if not path.is_file():
-        raise DataError(f"{path}: missing")
-
-
-def verify_file(directory: Path, name: str, entry: dict[str, Any], checksum: bool = True) -> str | None:
+def verify_file(directory: Path, name: str, entry: FileEntry, checksum: bool = True) -> str | None:
     """What is wrong with a file of a checkpoint, in words; ``None`` if nothing is."""
     path = directory / name
     try:
         require_plain(path)
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"{path}: {size} bytes instead of {entry['bytes']}"
-        if checksum and sha256(path) != entry["sha256"]:
+        if size != entry.bytes:
+            return f"{path}: {size} bytes instead of {entry.bytes}"
+        if checksum and sha256(path) != entry.sha256:
             return f"{path}: its checksum does not match the manifest: the file is damaged"
     except (DataError, OSError) as error:
         return str(error)
@@ -188,40 +179,18 @@ def verify_file(directory: Path, name: str, entry: dict[str, Any], checksum: boo
 
 def sha256(path: Path) -> str:
     """Checksum of a file, as ``sha256sum`` prints it."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        while chunk := file.read(2**22):
+            found.update(chunk)
+    return found.hexdigest()
 
 
-def _sha256(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(2**22):
-        digest.update(chunk)
-    return digest.hexdigest()
+def file_entry(path: Path) -> FileEntry:
+    """Of a file that is complete."""
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write a small file so that it is complete or absent: beside, fsynced, renamed."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames within a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(body: dict[str, Any]) -> str:
+def digest(body: dict[str, Any]) -> str:
+    """Checksum of a manifest's content."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,21 +1,31 @@
 """Which checkpoints are healthy, and so which may be deleted.
 
-A checkpoint is a candidate until the run has gone ``healthy_after`` steps past it without a spike verdict; then it
+A checkpoint is not judged until the run has gone ``healthy_after`` steps past it without a spike verdict; then it
 is healthy. Rotation never deletes the newest healthy one, nor the one a rollback would need: a spike may yet be
 found right after the newest healthy checkpoint, and recovery then goes ``rollback_steps`` further back.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_stable.checkpoint.format import read_json, write_synced
+from pydantic import StrictBool
+
 from megatron_stable.errors import DataError
+from megatron_stable.files import replace_file
+from megatron_stable.persisted import Count, Persisted, read_as
 
 HEALTH = "health.json"
+WORDS = {True: "healthy", False: "unhealthy", None: "not judged yet"}
+
+
+class Health(Persisted):
+    """The verdict on a checkpoint, and the step at which it was passed."""
+
+    healthy: StrictBool
+    judged_at_step: Count
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ def doomed(
 
 
 def judge(step: int, now: int, bad: Collection[int], healthy_after: int) -> bool | None:
-    """Whether the checkpoint of ``step`` is healthy at step ``now``, ``None`` while it is a candidate.
+    """Whether the checkpoint of ``step`` is healthy at step ``now``, ``None`` while that cannot be judged.
 
     Args:
         bad: Steps with a bad verdict: a spike, a dropped update, a loss that is no number.
@@ -67,13 +77,13 @@ def judge(step: int, now: int, bad: Collection[int], healthy_after: int) -> bool
 
 def mark(directory: Path, healthy: bool, judged_at: int) -> None:
     """Record the verdict on a checkpoint, passed at step ``judged_at``."""
-    write_synced(directory / HEALTH, json.dumps({"healthy": healthy, "judged_at_step": judged_at}) + "\n")
+    health = Health(healthy=healthy, judged_at_step=judged_at)
+    replace_file(directory / HEALTH, f"{health.model_dump_json()}\n".encode())
 
 
 def verdict(directory: Path) -> bool | None:
-    """The verdict on a checkpoint, ``None`` for a candidate."""
+    """The verdict on a checkpoint, ``None`` if none was passed."""
     try:
-        found = read_json(directory / HEALTH).get("healthy")
+        return read_as(Health, directory / HEALTH).healthy
     except DataError:
         return None
-    return found if isinstance(found, bool) else None

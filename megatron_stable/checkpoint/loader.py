@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_stable.checkpoint import store
-from megatron_stable.checkpoint.format import Manifest, piece_of
+from megatron_stable.checkpoint.format import Manifest
 from megatron_stable.checkpoint.reader import Reader
-from megatron_stable.engine.shards import Shard
+from megatron_stable.engine.shards import ShardState
 from megatron_stable.errors import DataError
-from megatron_stable.parallel.agreement import together
+from megatron_stable.parallel.agreement import decided, together
 
 
 def choose(root: Path, report: Callable[[str], None], at_most: int | None = None) -> store.Entry | None:
@@ -27,14 +27,10 @@ def choose(root: Path, report: Callable[[str], None], at_most: int | None = None
         DataError: On all ranks: there are checkpoints, but none that can be used: starting anew would bury them.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[list[store.Entry]] = [[]]
-    with together():
-        if rank == 0:
-            line = [entry for entry in store.entries(root) if not entry.abandoned]
-            found = [[entry for entry in line if at_most is None or entry.step <= at_most]]
-    dist.broadcast_object_list(found, src=0)
+    line = decided(lambda: [entry for entry in store.entries(root) if not entry.abandoned])
+    found = [entry for entry in line if at_most is None or entry.step <= at_most]
     passed_over: list[tuple[store.Entry, str]] = []
-    for entry in reversed(found[0]):
+    for entry in reversed(found):
         problems: list[str | None] = [None] * ranks
         dist.all_gather_object(problems, store.damage(entry, rank, ranks))
         problem = next(filter(None, problems), None)
@@ -46,9 +42,9 @@ def choose(root: Path, report: Callable[[str], None], at_most: int | None = None
         if rank == 0:
             report(f"warning: passed over the checkpoint of step {entry.step}: {problem}")
     with together():
-        if found[0] and at_most is None:
+        if found and at_most is None:
             raise DataError(
-                f"{root} holds {len(found[0])} checkpoint(s), none of which can be used (see the warnings above); "
+                f"{root} holds {len(found)} checkpoint(s), none of which can be used (see the warnings above); "
                 "restore one from a backup, or choose another run.directory to start anew"
             )
     return None
@@ -63,22 +59,21 @@ def _mark(passed_over: list[tuple[store.Entry, str]], report: Callable[[str], No
 
 
 @torch.no_grad()
-def load_shards(directory: Path, manifest: Manifest, shards: list[Shard]) -> list[Shard]:
+def load_shards(directory: Path, manifest: Manifest, states: list[ShardState]) -> list[ShardState]:
     """Fill this rank's shards from a checkpoint that any layout wrote.
 
     Returns:
-        The shards with moments that it does not hold, as another optimizer wrote it; these moments are zero.
+        Those of shards with moments that it does not hold, as another optimizer wrote it; these moments are zero.
 
     Raises:
         DataError: The checkpoint does not hold what the model needs.
     """
     reader = Reader(directory, manifest)
     incomplete = []
-    for shard in shards:
-        wanted, name = piece_of(shard), shard.place.name
-        missing = shard.tensors.keys() - reader.kinds[name] - {"weight"}
-        for kind, tensor in shard.tensors.items():
-            tensor.zero_() if kind in missing else tensor.copy_(reader.part(name, kind, wanted))
+    for state in states:
+        missing = state.tensors.keys() - reader.kinds[state.shard.place.name] - {"weight"}
+        for kind, tensor in state.tensors.items():
+            tensor.zero_() if kind in missing else tensor.copy_(reader.part(kind, state.shard))
         if missing:
-            incomplete.append(shard)
+            incomplete.append(state)
     return incomplete

@@ -8,16 +8,12 @@ in its receipt; a rank that dies takes the run with it, and the next start finds
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,21 +23,30 @@ from torch import Tensor
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.format import (
     MANIFEST,
+    FileEntry,
     Manifest,
     directory_name,
-    piece_of,
+    file_entry,
+    index_of,
     rank_file,
-    sha256,
-    sync_directory,
-    write_synced,
 )
 from megatron_stable.checkpoint.health import Retention
-from megatron_stable.engine.shards import Shard
+from megatron_stable.checkpoint.state import Layout, RunState
+from megatron_stable.config.schema import Config
+from megatron_stable.engine.shards import ShardState
 from megatron_stable.errors import MegatronStableError
-from megatron_stable.parallel.agreement import together
+from megatron_stable.files import replace_file, sync_directory
+from megatron_stable.parallel.agreement import decided, together
 from megatron_stable.parallel.world import key_value_store
+from megatron_stable.persisted import Persisted
 
-Receipt = dict[str, Any]  # "needed": bytes of the tensors; "bytes" and "sha256" of the file, or "error"
+
+class Receipt(Persisted):
+    """A rank's word on its file: the bytes of its tensors, and the file, or why there is none."""
+
+    needed: int
+    file: FileEntry | None = None
+    error: str = ""
 
 
 class Saver:
@@ -59,10 +64,8 @@ class Saver:
         self.failure: str | None = None  # of the last save; rank 0 knows
         self._thread: threading.Thread | None = None
 
-    def save(
-        self, step: int, shards: list[Shard], layout: dict[str, Any], config: dict[str, Any], state: dict[str, Any]
-    ) -> None:
-        """Copy the shards and start writing. Collective; waits for this rank's last save.
+    def save(self, step: int, states: list[ShardState], layout: Layout, config: Config, state: RunState) -> None:
+        """Copy the shards' states and start writing. Collective; waits for this rank's last save.
 
         A save that fails is reported, and leaves nothing behind.
         """
@@ -70,8 +73,9 @@ class Saver:
         beside = self._begin(step)
         if beside is None:
             return
-        copies, index = _copies(shards)
-        manifest = Manifest(step, layout, config, deepcopy(state), files={})  # training changes what it refers to
+        copies, index = _copies(states)
+        kept = state.model_copy(deep=True)  # training changes what it refers to
+        manifest = Manifest(step=step, layout=layout, config=config.model_dump(mode="json"), state=kept, files={})
         self._thread = threading.Thread(target=self._write, args=(beside, manifest, copies, index), name="checkpoint")
         self._thread.start()
 
@@ -96,53 +100,51 @@ class Saver:
 
     def _begin(self, step: int) -> Path | None:
         """Make the hidden directory, on rank 0 alone: one that rank 0 deletes must not come back."""
-        made: list[str | None] = [None]
-        if self.rank == 0:
+
+        def make() -> Path | None:
             beside = self.root / f".{directory_name(step)}.{os.urandom(4).hex()}"
             try:
                 beside.mkdir(parents=True)
-                made = [beside.name]
             except OSError as error:
                 self._failed(step, f"{beside.name}: {error.strerror or error}", 0)
-        dist.broadcast_object_list(made, src=0)
-        return self.root / made[0] if made[0] else None
+                return None
+            return beside
 
-    def _write(self, beside: Path, manifest: Manifest, copies: dict[str, Tensor], index: dict[str, Any]) -> None:
-        receipt: Receipt = {"needed": sum(tensor.numel() * tensor.element_size() for tensor in copies.values())}
+        return decided(make)
+
+    def _write(self, beside: Path, manifest: Manifest, copies: dict[str, Tensor], index: str) -> None:
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in copies.values())
         try:
-            receipt |= self._write_part(beside, copies, index)
+            receipt = Receipt(needed=needed, file=self._write_part(beside, copies, index))
         except Exception as error:  # a thread must not die silently
             hint = "" if beside.is_dir() else "; run.directory must be on a file system that all ranks share"
-            receipt["error"] = f"rank {self.rank}: {error}{hint}"
+            receipt = Receipt(needed=needed, error=f"rank {self.rank}: {error}{hint}")
         copies.clear()  # the memory is wanted elsewhere
         try:
             if self.rank == 0:
                 self._complete(beside, manifest, receipt)
             else:
-                key_value_store().set(self._key(beside, self.rank), json.dumps(receipt))
+                key_value_store().set(self._key(beside, self.rank), receipt.model_dump_json())
         except dist.DistError:
             return  # the store went down with rank 0, and the run with it
 
-    def _write_part(self, beside: Path, copies: dict[str, Tensor], index: dict[str, Any]) -> Receipt:
+    def _write_part(self, beside: Path, copies: dict[str, Tensor], index: str) -> FileEntry:
         path = beside / rank_file(self.rank)
-        save_file(copies, str(path), metadata={"index": json.dumps(index)})
+        save_file(copies, str(path), metadata={"index": index})
         path.chmod(beside.stat().st_mode & 0o666)  # safetensors makes its files private
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        return file_entry(path)
 
     def _complete(self, beside: Path, manifest: Manifest, mine: Receipt) -> None:
         receipts = [mine, *(self._receipt(beside, rank) for rank in range(1, self.ranks))]
-        needed = sum(receipt["needed"] for receipt in receipts)
+        needed = sum(receipt.needed for receipt in receipts)
         final = self.root / directory_name(manifest.step)
         try:
-            if error := next((receipt["error"] for receipt in receipts if "error" in receipt), None):
+            if error := next((receipt.error for receipt in receipts if receipt.error), None):
                 raise OSError(error)
-            files = {
-                rank_file(rank): {key: receipt[key] for key in ("bytes", "sha256")}
-                for rank, receipt in enumerate(receipts)
-            }
-            write_synced(beside / MANIFEST, replace(manifest, files=files).dumps())
+            files = {rank_file(rank): receipt.file for rank, receipt in enumerate(receipts)}
+            replace_file(beside / MANIFEST, manifest.model_copy(update={"files": files}).dumps().encode())
             # what has this name is damaged, or of an earlier pass over this step
             replaced = store.retire(final) if final.exists() or final.is_symlink() else None
             beside.rename(final)
@@ -165,7 +167,7 @@ class Saver:
         keys, key = key_value_store(), self._key(beside, rank)
         while not keys.check([key]):  # get() would hold the store's connection, which the main thread may want
             time.sleep(0.01)
-        receipt: Receipt = json.loads(keys.get(key))
+        receipt = Receipt.model_validate_json(keys.get(key))
         keys.delete_key(key)
         return receipt
 
@@ -183,18 +185,14 @@ class Saver:
         self.report(f"warning: {self.failure}; training goes on")
 
 
-def _copies(shards: list[Shard]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Host copies of the owned shards, and the index that says what they are."""
+def _copies(states: list[ShardState]) -> tuple[dict[str, Tensor], str]:
+    """Host copies of the owned shards' states, and the index that says what they are."""
     copies: dict[str, Tensor] = {}
-    index: dict[str, Any] = {}
-    for shard in shards:
-        if not shard.owned:
-            continue
-        name = shard.place.name
-        index[name] = asdict(piece_of(shard))
-        for kind, tensor in shard.tensors.items():
+    owned = {state.shard.place.name: state for state in states if state.owned}
+    for name, state in owned.items():
+        for kind, tensor in state.tensors.items():
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             copies[f"{name}:{kind}"] = copy.copy_(tensor, non_blocking=True)
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
-    return copies, index
+    return copies, index_of({name: state.shard for name, state in owned.items()})

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_stable.checkpoint.format import (
-    LATEST,
-    Manifest,
-    directory_name,
-    read_json,
-    read_manifest,
-    verify_file,
-    write_synced,
-)
+from megatron_stable.checkpoint.format import LATEST, Manifest, directory_name, read_manifest, verify_file
 from megatron_stable.checkpoint.health import Retention, doomed, judge, mark, verdict
-from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.errors import DataError
+from megatron_stable.files import replace_file
+from megatron_stable.persisted import FormatError, Persisted, read_as
+from megatron_stable.records.directory import require_known_format
+from megatron_stable.records.interventions import read_interventions
 from megatron_stable.stability.interventions import Interventions
 from megatron_stable.stability.recovery import Candidate
 
 COMPLETE = re.compile(r"step_(\d{8,})")
 PARTIAL = re.compile(r"\.step_\d{8,}\.[0-9a-f]+(\.deleted)?")
 DAMAGED = "damaged.json"
+
+
+class Damage(Persisted):
+    """Why a checkpoint cannot be used."""
+
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -49,31 +50,25 @@ class Entry:
 
 
 def entries(root: Path) -> list[Entry]:
-    """All checkpoints below ``root`` (a run's ``checkpoints``), oldest first; only manifests are read."""
+    """All checkpoints below ``root`` (a run's ``checkpoints``), oldest first; only manifests are read.
+
+    Raises:
+        DataError: The directory or the run's interventions cannot be read, or a newer version wrote the run.
+    """
+    require_known_format(root.parent)
     try:
         names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     except OSError as error:
         raise DataError(f"{root} cannot be read: {error.strerror or error}") from None
-    line = Interventions.read(root.parent) if names else None
+    line = read_interventions(root.parent) if names else None
     found = [_entry(root / name, int(match[1]), line) for name in names if (match := COMPLETE.fullmatch(name))]
     return sorted(found, key=lambda entry: entry.step)
 
 
 def candidates(found: Iterable[Entry]) -> list[Candidate]:
-    """What a run could go back to, of its checkpoints. DataError: one does not say where in the data it is."""
+    """What a run could go back to, of its checkpoints."""
     usable = [(entry, entry.manifest) for entry in found if entry.usable and entry.manifest is not None]
-    try:
-        return [Candidate(e.step, int(manifest.state["data_step"]), verdict(e.directory)) for e, manifest in usable]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"a manifest's state.data_step is not usable ({error!r})") from None
-
-
-def written_under(manifest: Manifest) -> Interventions:
-    """The interventions that were in force when a checkpoint was written; DataError if it does not say so rightly."""
-    try:
-        return Interventions.parse(manifest.state.get("interventions", []))
-    except (ValueError, ConfigError) as error:
-        raise DataError(f"state.interventions of the checkpoint of step {manifest.step}: {error}") from None
+    return [Candidate(entry.step, manifest.state.data_step, verdict(entry.directory)) for entry, manifest in usable]
 
 
 def _entry(directory: Path, step: int, line: Interventions | None) -> Entry:
@@ -82,13 +77,15 @@ def _entry(directory: Path, step: int, line: Interventions | None) -> Entry:
         if directory.is_symlink():
             raise DataError(f"{directory}: a symbolic link, which is not a checkpoint")
         if (directory / DAMAGED).exists():
-            raise DataError(str(read_json(directory / DAMAGED).get("problem")))
+            raise DataError(read_as(Damage, directory / DAMAGED).problem)
         manifest = read_manifest(directory)
         if manifest.step != step:
             raise DataError(f"{directory}: its manifest is that of step {manifest.step}")
-        abandoned = line is not None and not line.holds(step, written_under(manifest).items)
+        abandoned = line is not None and not line.holds(step, manifest.state.interventions)
         checks = (verify_file(directory, *item, checksum=False) for item in manifest.files.items())
         problem = next(filter(None, checks), None)
+    except FormatError:  # it is not damaged, and to go on from an older one would abandon it
+        raise
     except (DataError, OSError) as error:
         manifest, problem = None, str(error)
     return Entry(directory, step, None if problem else manifest, problem, abandoned)
@@ -97,7 +94,8 @@ def _entry(directory: Path, step: int, line: Interventions | None) -> Entry:
 def mark_damaged(entry: Entry, problem: str) -> None:
     """Record that a checkpoint's checksums do not hold, so that rotation does not count it as complete."""
     if entry.manifest is not None:
-        write_synced(entry.directory / DAMAGED, json.dumps({"problem": problem}) + "\n")
+        note = Damage(problem=problem).model_dump_json()
+        replace_file(entry.directory / DAMAGED, f"{note}\n".encode())
 
 
 def damage(entry: Entry, share: int = 0, shares: int = 1) -> str | None:
@@ -160,4 +158,4 @@ def remove(path: Path) -> None:
 
 def point_latest(root: Path, step: int) -> None:
     """Write the ``latest`` pointer."""
-    write_synced(root / LATEST, directory_name(step) + "\n")
+    replace_file(root / LATEST, f"{directory_name(step)}\n".encode())

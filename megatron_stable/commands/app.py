@@ -1,22 +1,18 @@
 """The program `megatron-stable`: its verbs, its version, and how errors end it."""
 
-import importlib
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+from megatron_stable.commands.verbs import Verbs
 from megatron_stable.errors import MegatronStableError
-
-# in the order in which a newcomer meets them; each is the function of its name in the module of its name
-VERBS = [
-    "demo", "init", "tokenizer", "preprocess", "pretrain", "evaluate", "generate", "spikes", "checkpoints", "inspect",
-    "skip", "convert",
-]  # fmt: skip
 
 app = typer.Typer(
     name="megatron-stable",
+    cls=Verbs,
     help="Train language models that do not fall over: tensor, pipeline and data parallel, on DeepSpeed.\n\n"
     "Start with `megatron-stable demo`. `megatron-stable VERB --help` explains a verb, with an example.\n\n"
     "Exit codes: 0 done, 1 unexpected error, 2 bad usage or configuration, 3 unrecoverable divergence, "
@@ -24,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    subcommand_metavar="VERB ...",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -46,16 +43,23 @@ def _program(
     pass
 
 
-for _verb in VERBS:
-    app.command(_verb)(getattr(importlib.import_module(f"megatron_stable.commands.{_verb}"), _verb))
+def run_verb(arguments: Sequence[str]) -> int:
+    """Run one command line in this process; returns its exit code.
+
+    An error that the user can mend is a message on stderr; any other is raised.
+    """
+    try:
+        app(list(arguments), prog_name="megatron-stable")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except MegatronStableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def main() -> None:
-    """Run the command line. An error that the user can mend is a message and an exit code, any other a traceback."""
-    try:
-        app(prog_name="megatron-stable")
-    except MegatronStableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Run the command line that this process was started with."""
+    sys.exit(run_verb(sys.argv[1:]))

@@ -5,6 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+
+from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.catalog import summary
+from megatron_stable.errors import DataError
 
 
 def checkpoints(
@@ -12,26 +18,18 @@ def checkpoints(
     verify: Annotated[bool, typer.Option("--verify", help="Read every file and check its checksum.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List a run's checkpoints: step, size, layout, and whether each is complete, or why not.
+    """List a run's checkpoints: step, size, layout, and whether each is complete.
 
-    With --verify, every byte is read and compared with the manifest's checksums. Exit code 5 if any checkpoint is
-    damaged.
+    An incomplete one is listed with the reason. With --verify, every byte is read and compared with the manifest's
+    checksums. Exit code 5 if any checkpoint is damaged.
 
-    \b
     Example:
       megatron-stable checkpoints runs/first
       megatron-stable checkpoints runs/first --verify --json
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from megatron_stable.checkpoint import store
-    from megatron_stable.checkpoint.catalog import summary
-    from megatron_stable.errors import DataError
-
     root = run / "checkpoints"
     if not root.is_dir():
-        raise DataError(f"{run} is no run's directory: it has no checkpoints/; name the run.directory of a run")
+        raise DataError(f"{run} is not a run's directory: it has no checkpoints/; name the run.directory of a run")
     found = [(entry, store.damage(entry) if verify else entry.problem) for entry in store.entries(root)]
     if as_json:
         print(json.dumps([summary(entry, problem, verified=verify) for entry, problem in found], indent=1))

@@ -5,6 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_stable.analysis.evaluation import evaluate as measure
+from megatron_stable.analysis.evaluation import open_data
+from megatron_stable.analysis.trained import open_run
+from megatron_stable.numbers import finite
 
 
 def evaluate(
@@ -13,7 +20,10 @@ def evaluate(
         str | None, typer.Option(metavar="PREFIX", help="A .bin/.idx dataset; default: the run's validation data.")
     ] = None,
     batches: Annotated[
-        int | None, typer.Option(min=1, help="Take so many global batches, as the run's own evaluation; default: all.")
+        int | None,
+        typer.Option(
+            min=1, help="Use only the first N global batches, as evaluation during training does; default: all."
+        ),
     ] = None,
     step: Annotated[int | None, typer.Option(min=1, help="Checkpoint to use; default: the newest.")] = None,
     tokenizer: Annotated[
@@ -21,21 +31,14 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Loss and perplexity on a dataset, each token predicted once, in fp32 in one process, on the GPU if there is one.
+    """Measure loss and perplexity on a dataset.
 
-    \b
+    Each token is predicted once, in fp32, in one process, on the GPU if there is one.
+
     Example:
       megatron-stable evaluate runs/first
       megatron-stable evaluate runs/first --data other_text --batches 20 --json
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from megatron_stable.analysis.evaluation import evaluate as measure
-    from megatron_stable.analysis.evaluation import open_data
-    from megatron_stable.analysis.trained import open_run
-    from megatron_stable.training.callbacks import strict
-
     trained = open_run(run, step, tokenizer)
     dataset = open_data(trained, data)
     with Progress(console=Console(stderr=True)) as bar:
@@ -48,9 +51,9 @@ def evaluate(
             "run": str(run),
             "step": trained.step,
             "data": data if data is not None else trained.config.data.validation,
-            "loss": strict(result.loss),
-            "perplexity": strict(result.perplexity),
-            "bits_per_byte": result.bits_per_byte and strict(result.bits_per_byte),
+            "loss": finite(result.loss),
+            "perplexity": finite(result.perplexity),
+            "bits_per_byte": result.bits_per_byte and finite(result.bits_per_byte),
             "tokens": result.tokens,
         }
         typer.echo(json.dumps(facts))

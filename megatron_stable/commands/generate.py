@@ -6,14 +6,22 @@ from typing import Annotated
 
 import typer
 
+from megatron_stable.analysis.generation import Sampling, need_tokenizer, text_pieces
+from megatron_stable.analysis.generation import generate as continuation
+from megatron_stable.analysis.trained import open_run
+
 
 def generate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")],
-    prompt: Annotated[str, typer.Option(help="How the text begins.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens at most; a document may end earlier.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the most probable token; 1: as the model says.")] = 0.8,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Generate at most this many tokens; a document may end earlier.")
+    ] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the most probable token; 1 samples from the model's distribution.")
+    ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the most probable tokens that together have this probability.")
+        float, typer.Option(help="Sample from the most probable tokens that together have this probability.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
     step: Annotated[int | None, typer.Option(min=1, help="Checkpoint to use; default: the newest.")] = None,
@@ -22,17 +30,14 @@ def generate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Sample text from a trained run, in one process, on the GPU if there is one.
+    """Sample text from a trained run.
 
-    \b
+    It runs in one process, on the GPU if there is one.
+
     Example:
       megatron-stable generate runs/first --prompt 'def ' --tokens 100 --temperature 0.7
       megatron-stable generate runs/first --prompt 'import' --temperature 0 --json
     """
-    from megatron_stable.analysis.generation import Sampling, need_tokenizer, text_pieces
-    from megatron_stable.analysis.generation import generate as continuation
-    from megatron_stable.analysis.trained import open_run
-
     sampling = Sampling(temperature, top_p, seed)
     trained = open_run(run, step, tokenizer)
     ids: list[int] = []

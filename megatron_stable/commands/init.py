@@ -6,37 +6,35 @@ from typing import Annotated
 
 import typer
 
+from megatron_stable.config.load import load_config
 from megatron_stable.config.recipes import RECIPES
+from megatron_stable.config.reference import commented_yaml
 from megatron_stable.config.sizes import SIZES
 from megatron_stable.errors import ConfigError
+from megatron_stable.files import write_file
 
 
 def init(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to start with, by dotted key.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, by dotted key.")
     ] = None,
     size: Annotated[str, typer.Option(help=f"A named shape: {', '.join(SIZES)}.")] = "tiny",
     recipe: Annotated[str, typer.Option(help=f"A named set of stability knobs: {', '.join(RECIPES)}.")] = "baseline",
     output: Annotated[Path, typer.Option(help="The file to write.")] = Path("config.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a commented configuration to start from.
 
-    Its data section names the files that the tokenizer and preprocess verbs are then told to write.
+    Its data section names files for the tokenizer and preprocess verbs to write; the commands are printed.
 
-    \b
     Example:
       megatron-stable init --size 85m --recipe qk_norm_cap --output config.yaml
       megatron-stable init --size 1b parallel.tensor=2 precision.dtype=bf16
     """
-    from megatron_stable.config.load import load_config
-    from megatron_stable.config.reference import commented_yaml
-    from megatron_stable.files import write_file
-
     data = ["data.tokenizer=data/tokenizer.model", "data.train=data/train", "data.validation=data/train_validation"]
     config = load_config(None, [*data, f"model.size={size}", f"model.recipe={recipe}", *(overrides or [])])
     if output.exists() and not force:
-        raise ConfigError(f"{output}: is already there; choose another --output, or --force to replace it")
+        raise ConfigError(f"{output} already exists: choose another --output, or --force to overwrite it")
     write_file(output, commented_yaml(config).encode())
 
     print(f"Wrote {output}: size {config.model.size}, recipe {config.model.recipe}. Next, with your text in TEXT:\n")

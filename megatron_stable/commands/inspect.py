@@ -3,63 +3,64 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from megatron_stable.analysis.inspection import Document, Inspection, Sample
+from megatron_stable.analysis.inspection import Document, Inspection, Sample
+from megatron_stable.analysis.inspection import inspect as look
+from megatron_stable.errors import ConfigError
 
 ROWS = 20
 
 
 def inspect(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")],
-    step: Annotated[int | None, typer.Option(help="The optimizer step whose batch to look into.")] = None,
+    step: Annotated[int | None, typer.Option(help="The optimizer step whose batch to inspect.")] = None,
     data_step: Annotated[
-        int | None, typer.Option(help="Or the data step: its place in the data order, whether trained on or skipped.")
+        int | None,
+        typer.Option(help="Or the data step: its position in the data order, whether trained on or skipped."),
     ] = None,
     checkpoint: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Measure each sample's loss under the checkpoint of this step: the last before the spike."
+            min=0, help="Measure each sample's loss under the checkpoint of this step; take the last before the spike."
         ),
     ] = None,
     against: Annotated[
         int | None,
-        typer.Option(min=0, help="And under this one, to tell data from state: a healthy one, e.g. much earlier."),
+        typer.Option(
+            min=0, help="And under this one, to tell data from state; take a healthy one, such as a much earlier one."
+        ),
     ] = None,
-    excerpt: Annotated[int, typer.Option(min=0, metavar="CHARS", help="Characters of text of each document.")] = 100,
+    excerpt: Annotated[
+        int, typer.Option(min=0, metavar="CHARS", help="Characters of each document's text to show.")
+    ] = 100,
     tokenizer: Annotated[
         Path | None, typer.Option(help="The SentencePiece model, if it is not where the run's configuration says.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help=f"List everything, not only the first {ROWS} rows.")] = False,
+    every: Annotated[bool, typer.Option("--all", help=f"List all rows, not just the first {ROWS}.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Name the documents in a step's batch, and say whether the data or the state is to blame for a spike.
+    """Name the documents in a step's batch, and tell whether data or state caused a spike.
 
-    Documents are counted from 0 in their dataset. With --checkpoint, samples are
-    sorted by their loss under it: nats per token, in fp32, in one process. With
-    --against: samples that stand out under both checkpoints speak against the
-    data, samples that stand out under --checkpoint alone against its state.
+    Documents are numbered from 0 within their dataset. With --checkpoint, samples are sorted by their loss under it:
+    nats per token, in fp32, in one process. With --against, samples that stand out under both checkpoints point to the
+    data, and samples that stand out under --checkpoint alone point to its state.
 
-    \b
     Example:
       megatron-stable inspect runs/first --step 1250
       megatron-stable inspect runs/first --step 1250 --checkpoint 1200 --against 600
     """
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    from megatron_stable.analysis.inspection import inspect as look
-    from megatron_stable.errors import ConfigError
-
     if against is not None and checkpoint is None:
-        raise ConfigError("--against is compared with --checkpoint: name that one as well")
+        raise ConfigError("--against is compared with --checkpoint: give that as well")
     if against is not None and against == checkpoint:
-        raise ConfigError(f"--against {against} is --checkpoint itself: name another one")
+        raise ConfigError(f"--against {against} is the same as --checkpoint: name another")
     chosen = [one for one in (checkpoint, against) if one is not None]
     with Progress(console=Console(stderr=True), disable=not chosen) as bar:
         tasks: dict[int, TaskID] = {}
@@ -86,14 +87,14 @@ def inspect(
     _print_verdict(found, run, console)
 
 
-def _names(found: "Inspection") -> dict[str, str]:
+def _names(found: Inspection) -> dict[str, str]:
     """What tables call the datasets: the last part of a prefix, where that names one only."""
     prefixes = {document.dataset for sample in found.samples for document in sample.documents}
     short = {prefix: Path(prefix).name for prefix in sorted(prefixes)}
     return short if len(set(short.values())) == len(short) else {prefix: prefix for prefix in short}
 
 
-def _print_position(found: "Inspection", names: dict[str, str], console: "Console") -> None:
+def _print_position(found: Inspection, names: dict[str, str], console: Console) -> None:
     step, data_step, record, notes = found.position
     where = f"step {step}, data step {data_step}" if step is not None else f"data step {data_step}"
     tokens = sum(document.tokens for sample in found.samples for document in sample.documents)
@@ -106,11 +107,7 @@ def _print_position(found: "Inspection", names: dict[str, str], console: "Consol
         console.print(f"note: {note}")
 
 
-def _print_samples(found: "Inspection", names: dict[str, str], every: bool, console: "Console") -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
+def _print_samples(found: Inspection, names: dict[str, str], every: bool, console: Console) -> None:
     title = "Samples, worst first; σ: robust deviations above the median"
     table = Table("sample", title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
     for step in found.checkpoints:
@@ -130,12 +127,8 @@ def _print_samples(found: "Inspection", names: dict[str, str], every: bool, cons
 
 
 def _print_documents(
-    rows: "list[tuple[Sample, Document]]", found: "Inspection", names: dict[str, str], every: bool, console: "Console"
+    rows: list[tuple[Sample, Document]], found: Inspection, names: dict[str, str], every: bool, console: Console
 ) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     title = "Documents" + (", first what raises the batch's loss most" if found.checkpoints else "")
     table = Table("sample", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("document", overflow="fold")
@@ -155,12 +148,12 @@ def _print_documents(
     _print_rest(len(rows), every, console)
 
 
-def _print_rest(rows: int, every: bool, console: "Console") -> None:
+def _print_rest(rows: int, every: bool, console: Console) -> None:
     if rows > ROWS and not every:
         console.print(f"and {rows - ROWS} more: --all lists them")
 
 
-def _print_verdict(found: "Inspection", run: Path, console: "Console") -> None:
+def _print_verdict(found: Inspection, run: Path, console: Console) -> None:
     verdict, data_step = found.verdict, found.position.data_step
     assert verdict is not None
     console.print(f"Verdict: {verdict.text}.")
@@ -172,9 +165,9 @@ def _print_verdict(found: "Inspection", run: Path, console: "Console") -> None:
         console.print(f"To skip these data: megatron-stable skip {run} --from-step {data_step} --to-step {data_step}")
     if verdict.kind in ("state", "both"):
         console.print(
-            "Going back to a checkpoint from before the spike helps; so may a lower learning rate, or skipping,"
+            "Rolling back to a checkpoint before the spike helps. So may a lower learning rate, or skipping the data,\n"
+            "as the state then meets other data (PaLM, arXiv 2204.02311, section 5.1)."
         )
-        console.print("which brings other data together with the state (PaLM, arXiv 2204.02311, section 5.1).")
     console.print(f"What this cannot tell: {verdict.caveat}.")
 
 

@@ -1,51 +1,49 @@
 """`megatron-stable preprocess`: text to .bin/.idx."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-if TYPE_CHECKING:
-    from megatron_stable.data import PreprocessSummary
+from megatron_stable.data import PreprocessSummary
+from megatron_stable.data import preprocess as run
+from megatron_stable.errors import ConfigError
 
 
 def preprocess(
     tokenizer: Annotated[Path, typer.Option(help="The SentencePiece model, from `megatron-stable tokenizer`.")],
-    output: Annotated[Path, typer.Option(metavar="PREFIX", help="PREFIX.bin, .idx and .meta.json are written.")],
-    more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as in --input a b c.")
-    ] = None,
+    output: Annotated[Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More inputs, as in --input a b c.")] = None,
     input: Annotated[
         list[Path] | None,
-        typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; a directory stands for all files below it."),
+        typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; of a directory, all files below it."),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per CPU core.")] = None,
     validation_fraction: Annotated[
-        float, typer.Option(help="Share of documents that go to PREFIX_validation instead.")
+        float, typer.Option(help="Fraction of the documents to put into PREFIX_validation instead.")
     ] = 0.0,
-    text_key: Annotated[str, typer.Option(help="Key or column with the text, in JSON lines and Parquet.")] = "text",
+    text_key: Annotated[
+        str, typer.Option(help="Key or column that holds the text in JSON lines and Parquet.")
+    ] = "text",
     skip_undecodable: Annotated[
-        bool, typer.Option("--skip-undecodable", help="Leave out and count documents that are not UTF-8 text.")
+        bool, typer.Option("--skip-undecodable", help="Skip documents that are not UTF-8 text, and count them.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Tokenize text into Megatron's .bin/.idx format; the result does not depend on the number of workers.
+    """Tokenize text into Megatron's .bin/.idx format.
 
-    Example: megatron-stable preprocess --input corpus/ --tokenizer tok.model --output corpus --validation-fraction 0.01
+    The output does not depend on the number of workers.
+
+    Example:
+      megatron-stable preprocess --input corpus/ --tokenizer tok.model --output corpus --validation-fraction 0.01
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from megatron_stable.data import preprocess as run
-    from megatron_stable.errors import ConfigError
-
     inputs = [*(input or []), *(more or [])]
     if not inputs:
         raise ConfigError("no input: name files or directories with --input")

@@ -1,18 +1,24 @@
-"""`megatron-stable skip`: go back before a spike and skip its data."""
+"""`megatron-stable skip`: roll back to before a spike and skip its data."""
 
 import json
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-if TYPE_CHECKING:
-    from megatron_stable.analysis.repair import Seen, StoppedRun
-    from megatron_stable.analysis.series import Series
-    from megatron_stable.stability.detector import Spike
-    from megatron_stable.stability.interventions import Intervention
+from megatron_stable.analysis.foreign import flags
+from megatron_stable.analysis.lead import settings_for
+from megatron_stable.analysis.repair import Changes, Seen, StoppedRun
+from megatron_stable.analysis.series import Series, read_series
+from megatron_stable.config.schema import GuardConfig
+from megatron_stable.data.skip import SkipWindows
+from megatron_stable.errors import ConfigError
+from megatron_stable.numbers import finite
+from megatron_stable.stability.detector import Spike, find_spikes
+from megatron_stable.stability.interventions import Intervention
+from megatron_stable.stability.recovery import window
 
 T = TypeVar("T")
 Windows = list[tuple[int, int]]
@@ -23,42 +29,44 @@ def skip(
         Path | None, typer.Argument(metavar="RUN", help="The directory of a run that is not in progress.")
     ] = None,
     spike: Annotated[
-        int | None, typer.Option(min=1, help="Which spike of the list; default: the last one not dealt with yet.")
+        int | None,
+        typer.Option(min=1, help="Number of the spike in the list; default: the last one not yet dealt with."),
     ] = None,
     from_step: Annotated[
-        list[int] | None, typer.Option(min=1, help="First data step to skip, in place of a spike; may be repeated.")
+        list[int] | None, typer.Option(min=1, help="First data step to skip, instead of choosing a spike; repeatable.")
     ] = None,
     to_step: Annotated[
         list[int] | None, typer.Option(min=1, help="Last data step to skip, inclusive; once for each --from-step.")
     ] = None,
     checkpoint: Annotated[
-        int | None, typer.Option(min=0, help="The step of the checkpoint to go back to; chosen if not given.")
+        int | None, typer.Option(min=0, help="Step of the checkpoint to roll back to; default: chosen for you.")
     ] = None,
     learning_rate_factor: Annotated[
-        float | None, typer.Option(help="Multiply the learning rate by this from there on, above 0 and up to 1.")
+        float | None, typer.Option(help="Multiply the learning rate by this from then on; above 0, at most 1.")
     ] = None,
     clip_factor: Annotated[
-        float | None, typer.Option(help="Multiply optimizer.clip_grad by this from there on, above 0 and up to 1.")
+        float | None, typer.Option(help="Multiply optimizer.clip_grad by this from then on; above 0, at most 1.")
     ] = None,
     keep_loss_scale: Annotated[bool, typer.Option("--keep-loss-scale", help="Do not reset fp16's loss scale.")] = False,
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Find spikes in this TensorBoard directory, of any trainer.")
     ] = None,
-    tag: Annotated[str | None, typer.Option(help="The loss there, such as 'lm loss'; guessed if not given.")] = None,
+    tag: Annotated[
+        str | None, typer.Option(help="Tag of the loss there, such as 'lm loss'; default: under its usual names.")
+    ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Write the proposal into the run.")] = False,
-    undo: Annotated[bool, typer.Option("--undo", help="Take the run's last intervention back.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Undo the run's last intervention.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Go back to a checkpoint before a loss spike and skip the data that caused it.
+    """Roll back to a checkpoint before a loss spike and skip the data that caused it.
 
-    Lists the spikes, and proposes a checkpoint, a window of data to skip and changes, with reasons. With --apply they
-    are written into the run, and the same `pretrain` command goes on from that checkpoint with the window skipped.
+    Lists the spikes and proposes a checkpoint to roll back to, data to skip and other changes, with reasons. --apply
+    writes the proposal into the run; the same `pretrain` command then resumes from that checkpoint and skips the data.
 
-    A data step is a position in the order of the data: the step, plus what has been skipped before it.
+    A data step is a position in the order of the data: the step plus what has been skipped before it.
 
-    Without RUN, for a run of another trainer (Megatron-LM, OLMo-core ...), it prints what to tell that one.
+    Without RUN, for a run of another trainer such as Megatron-LM or OLMo-core, it prints what to tell that trainer.
 
-    \b
     Example:
       megatron-stable skip runs/first
       megatron-stable skip runs/first --spike 2 --learning-rate-factor 0.7 --apply
@@ -66,8 +74,6 @@ def skip(
       megatron-stable skip runs/first --undo
       megatron-stable skip --tensorboard logs --tag "lm loss"
     """
-    from megatron_stable.errors import ConfigError
-
     search = {"--spike": spike, "--tensorboard": tensorboard, "--tag": tag}
     changes = {
         "--checkpoint": checkpoint,
@@ -78,23 +84,21 @@ def skip(
     }
     firsts, lasts = from_step or [], to_step or []
     if len(firsts) != len(lasts):
-        raise ConfigError("--from-step and --to-step go together: give each window both, inclusive")
+        raise ConfigError("--from-step and --to-step go together: give both for each window, inclusive")
     windows = list(zip(firsts, lasts, strict=True))
     if windows:
-        _refuse(search, "--from-step and --to-step say already what to skip")
+        _refuse(search, "--from-step and --to-step already say what to skip")
     if undo:
         named = {"--from-step": from_step or None}
-        _refuse({**search, **changes, **named}, "--undo only takes back what was done last")
+        _refuse({**search, **changes, **named}, "--undo only undoes the last intervention")
     if run is None:
-        _refuse({**changes, "--undo": undo}, "there is nothing to change without RUN")
+        _refuse({**changes, "--undo": undo}, "without RUN there is nothing to change")
         if tensorboard is None and not windows:
-            raise ConfigError("name the RUN to repair, or a --tensorboard directory to look at")
+            raise ConfigError("give the RUN to repair, or a --tensorboard directory to search")
         facts, lines = _advise(tensorboard, tag, spike, windows)
     elif undo:
         facts, lines = _undo(run)
     else:
-        from megatron_stable.analysis.repair import Changes, StoppedRun
-
         wanted = Changes(learning_rate_factor, clip_factor, not keep_loss_scale)
         stopped = StoppedRun(run)
         facts, lines, repair = {"notes": [], "series": None, "spikes": []}, [], None
@@ -113,18 +117,16 @@ def skip(
 
 def _refuse(options: dict[str, Any], why: str) -> None:
     """ConfigError if one of these was given."""
-    from megatron_stable.errors import ConfigError
-
     if given := [name for name, value in options.items() if value is not None and value is not False]:
         raise ConfigError(f"{why}: leave out {', '.join(given)}")
 
 
-def _proposed(stopped: "StoppedRun", repair: "Intervention | None", apply: bool) -> tuple[dict[str, Any], list[str]]:
+def _proposed(stopped: StoppedRun, repair: Intervention | None, apply: bool) -> tuple[dict[str, Any], list[str]]:
     """A proposal in plain values and in lines; applied, if so wanted."""
     run, newest = stopped.directory.path, stopped.stands_at
     facts = {"proposal": repair and repair.model_dump(mode="json"), "applied": apply and repair is not None}
     if repair is None:
-        lines = ["Nothing to skip. To skip data nevertheless, name it with --from-step and --to-step."]
+        lines = ["Nothing to skip. To skip data anyway, name it with --from-step and --to-step."]
         lines += _go_on(stopped) if stopped.done.items else []
         return {**facts, "abandoned": [], "command": stopped.command()}, lines
     what, *why = repair.reason.split("; ")
@@ -132,9 +134,9 @@ def _proposed(stopped: "StoppedRun", repair: "Intervention | None", apply: bool)
     lines = [
         "",
         f"Proposal, for the {what}:" if repair.rule != "named by the user" else "Proposal:",
-        f"  go back to the checkpoint of step {repair.rollback_to}: {again} steps up to the newest are trained again"
+        f"  roll back to the checkpoint of step {repair.rollback_to}; {again} steps are trained again"
         if again
-        else f"  go on from the checkpoint of step {newest}, the newest",
+        else f"  resume from the newest checkpoint, of step {newest}",
         f"  skip data steps {_spans(repair.windows)}",
         f"  learning rate x {repair.learning_rate_factor:g}, optimizer.clip_grad x {repair.clip_factor:g}"
         + (", loss scale reset" if repair.reset_loss_scale else ""),
@@ -145,25 +147,23 @@ def _proposed(stopped: "StoppedRun", repair: "Intervention | None", apply: bool)
     abandoned: list[int] = []
     if apply:
         abandoned = stopped.apply(repair)
-        lines += [f"Written into {run}; take it back with: megatron-stable skip {shlex.quote(str(run))} --undo"]
-        lines += _abandoned(abandoned, "they are deleted when the run has passed them")
+        lines += [f"Written into {run}. To undo it: megatron-stable skip {shlex.quote(str(run))} --undo"]
+        lines += _abandoned(abandoned, "deleted once the run has passed them")
         lines += _go_on(stopped)
     else:
-        lines += ["Nothing is changed yet: the same command with --apply writes this into the run."]
+        lines += ["Nothing has been changed yet: the same command with --apply writes this into the run."]
     return {**facts, "abandoned": abandoned, "command": stopped.command()}, lines
 
 
 def _undo(run: Path) -> tuple[dict[str, Any], list[str]]:
-    from megatron_stable.analysis.repair import StoppedRun
-
     stopped = StoppedRun(run)
     last, abandoned = stopped.undo()
     lines = [
-        f"Took back what the {last.by} did at {last.time}: rollback to step {last.rollback_to}"
+        f"Undid what the {last.by} did at {last.time}: rollback to step {last.rollback_to}"
         + (f", data steps {_spans(last.windows)} skipped" if last.windows else "")
         + f" ({last.reason})",
-        f"The run stands at step {stopped.stands_at}.",
-        *_abandoned(abandoned, "trained with what was taken back"),
+        f"The run is at step {stopped.stands_at}.",
+        *_abandoned(abandoned, "trained with what was undone"),
         *_go_on(stopped),
     ]
     facts = {"undone": last.model_dump(mode="json"), "stands_at": stopped.stands_at, "abandoned": abandoned}
@@ -171,30 +171,22 @@ def _undo(run: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _abandoned(steps: list[int], why: str) -> list[str]:
-    return [f"Checkpoints that are not resumed from any more: {', '.join(map(str, steps))} ({why})"] if steps else []
+    return [f"Checkpoints that are no longer resumed from: {', '.join(map(str, steps))} ({why})"] if steps else []
 
 
-def _go_on(stopped: "StoppedRun") -> list[str]:
-    return ["Go on as the run was started before, such as with:", f"  {shlex.join(stopped.command())}"]
+def _go_on(stopped: StoppedRun) -> list[str]:
+    return ["Resume the run as it was started, such as with:", f"  {shlex.join(stopped.command())}"]
 
 
 def _advise(
     tensorboard: Path | None, tag: str | None, spike: int | None, windows: Windows
 ) -> tuple[dict[str, Any], list[str]]:
     """What to tell another trainer."""
-    from megatron_stable.analysis.foreign import flags
-    from megatron_stable.analysis.lead import settings_for
-    from megatron_stable.analysis.series import read_series
-    from megatron_stable.config.schema import GuardConfig
-    from megatron_stable.stability.detector import find_spikes
-    from megatron_stable.stability.recovery import window
-
     facts: dict[str, Any] = {"notes": [], "series": None, "spikes": []}
     lines: list[str] = []
     if tensorboard is not None:
         series = read_series(tensorboard, tag)
         found = find_spikes(series.steps.tolist(), series.values.tolist(), settings_for(series.name))
-        found = [each for each in found if each.kind != "shift"]
         facts, lines = _listed(series, found)
         one = _chosen(found, spike, found)
         if one is None:
@@ -203,13 +195,11 @@ def _advise(
         rollback_to = max(one.onset - usual.rollback_steps, 0)
         windows = [window(rollback_to, one.onset, one.onset + one.duration - 1, usual.skip_steps)]
     else:
-        from megatron_stable.data.skip import SkipWindows
-
         windows = list(SkipWindows(windows).windows)
         rollback_to = windows[0][0] - 1
     lines += [
         "",
-        f"Go back to a checkpoint of step {rollback_to} or somewhat before, and skip steps {_spans(windows)}:",
+        f"Roll back to a checkpoint at or shortly before step {rollback_to}, and skip steps {_spans(windows)}:",
     ]
     known = flags(windows, rollback_to)
     for entry in known:
@@ -219,17 +209,15 @@ def _advise(
 
 
 def _listed(
-    series: "Series", found: "Sequence[Spike]", seen: "Sequence[Seen] | None" = None
+    series: Series, found: Sequence[Spike], seen: Sequence[Seen] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Spikes in plain values, and the lines that list them; ``seen``: the same, where they lie in a run's data."""
-    from megatron_stable.training.callbacks import strict
-
-    count = {0: "no spikes", 1: "1 spike or divergence"}.get(len(found), f"{len(found)} spikes and divergences")
+    count = {0: "no spikes", 1: "1 event"}.get(len(found), f"{len(found)} events")
     span = f"steps {series.steps[0]} to {series.steps[-1]}"
     lines = [*series.notes, f"{count} in {len(series.steps):,} points of {series.name!r}, {span}"]
     facts: list[dict[str, Any]] = []
     for i, s in enumerate(found):
-        facts.append({**vars(s), "level": strict(s.level), "score": strict(s.score)})
+        facts.append({**vars(s), "level": finite(s.level), "score": finite(s.score)})
         line = f"  {i + 1}. {s.kind}, steps {s.onset}-{s.onset + s.duration - 1}"
         if seen is not None:
             facts[-1] |= {"data_steps": seen[i].data_steps, "settled": seen[i].settled}
@@ -242,12 +230,10 @@ def _listed(
 
 def _chosen(found: Sequence[T], number: int | None, open_: Sequence[T]) -> T | None:
     """The one of this number, from 1, or the last of those that are open, if any."""
-    from megatron_stable.errors import ConfigError
-
     if number is None:
         return open_[-1] if open_ else None
     if number > len(found):
-        raise ConfigError(f"--spike {number}: there are {len(found)}; without it the last one is taken")
+        raise ConfigError(f"--spike {number}: there are only {len(found)}; without it the last one is taken")
     return found[number - 1]
 
 

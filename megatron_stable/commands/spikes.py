@@ -2,13 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from megatron_stable.analysis.series import Series
-    from megatron_stable.stability.detector import Spike
+from megatron_stable.analysis.figure import Event, draw
+from megatron_stable.analysis.lead import lead, settings_for
+from megatron_stable.analysis.series import Series, is_gradient_norm, read_gradient_norm, read_series
+from megatron_stable.numbers import finite
+from megatron_stable.stability.detector import Spike, find_spikes
+
+DECIDES = (  # the data or the state of the model
+    "for a run of ours, `megatron-stable inspect RUN --step N --checkpoint A --against B` says whether the data or the "
+    "state changed; for another trainer, evaluate batches from before the onset again"
+)
 
 
 def spikes(
@@ -26,18 +35,14 @@ def spikes(
 ) -> None:
     """Find the spikes of a run: where each began, its peak, how long it lasted, and whether the gradient norm led it.
 
-    A spike falls back; a divergence does not; after a shift the series goes on at another level, as after a change
-    of data. Where a run went back to an earlier step, what it had written from there on is not looked at.
+    A spike falls back. A rise stays, as after a change of data or damage to the model: from a curve alone nobody can
+    tell which. A divergence goes on rising, or is higher than a change of data explains, or is not finite. Where a run
+    went back to an earlier step, what it had written from there on is not looked at.
 
-    \b
     Example:
       megatron-stable spikes runs/first
       megatron-stable spikes other/tensorboard --tag "lm loss" --figure spikes.png
     """
-    from megatron_stable.analysis.lead import lead, settings_for
-    from megatron_stable.analysis.series import is_gradient_norm, read_gradient_norm, read_series
-    from megatron_stable.stability.detector import find_spikes
-
     series = read_series(directory, tag)
     found = find_spikes(series.steps.tolist(), series.values.tolist(), settings_for(series.name))
     wanted = grad_norm_tag is not None or ((found or figure is not None) and not is_gradient_norm(series.name))
@@ -66,11 +71,11 @@ def spikes(
     print(f"{count} in {len(series.steps):,} points of {series.name!r}, steps {series.steps[0]} to {series.steps[-1]}")
     if found:
         _print_table(facts, series.data_steps is not None, norm is not None)
+    if any(spike.kind == "rise" for spike in found):
+        print(f"What would decide why a rise stayed: {DECIDES}.")
 
 
-def _facts(spike: "Spike", series: "Series") -> dict[str, Any]:
-    from megatron_stable.training.callbacks import strict
-
+def _facts(spike: Spike, series: Series) -> dict[str, Any]:
     last = spike.onset + spike.duration - 1
     return {
         "kind": spike.kind,
@@ -78,8 +83,9 @@ def _facts(spike: "Spike", series: "Series") -> dict[str, Any]:
         "peak": spike.peak,
         "peak_step": spike.peak_step,
         "duration": spike.duration,
-        "level": strict(spike.level),
-        "score": strict(spike.score),
+        "level": finite(spike.level),
+        "score": finite(spike.score),
+        "decides": DECIDES if spike.kind == "rise" else None,
         "data_steps": [series.data_step(spike.onset), series.data_step(last)]
         if series.data_steps is not None
         else None,
@@ -87,9 +93,6 @@ def _facts(spike: "Spike", series: "Series") -> dict[str, Any]:
 
 
 def _print_table(facts: list[dict[str, Any]], data_steps: bool, norm: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     columns = ["onset", "kind", "peak", "at step", "duration", "level before", "score"]
     table = Table(*columns, *["gradient norm"] * norm, *["data steps"] * data_steps)
     for fact in facts:
@@ -110,9 +113,7 @@ def _led(ahead: int | None) -> str:
     return f"led by {ahead}" if ahead > 0 else f"followed by {-ahead}" if ahead else "at the same step"
 
 
-def _draw(figure: Path, series: "Series", norm: "Series | None", found: list["Spike"]) -> None:
-    from megatron_stable.analysis.figure import Event, draw
-
+def _draw(figure: Path, series: Series, norm: Series | None, found: list[Spike]) -> None:
     records: dict[int, dict[str, float]] = {}
     for key, each in (("loss", series), ("grad_norm", norm)):
         for step, value in zip(each.steps.tolist(), each.values.tolist(), strict=True) if each is not None else ():

@@ -1,7 +1,5 @@
 """`megatron-stable tokenizer`: trains a SentencePiece model."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from enum import Enum
@@ -9,6 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from megatron_stable.data import train_tokenizer
+from megatron_stable.errors import ConfigError
 
 
 class Kind(str, Enum):
@@ -19,37 +22,34 @@ class Kind(str, Enum):
 
 
 def tokenizer(
-    more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH]...", help="More inputs, as in --input a b c.")
-    ] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More inputs, as in --input a b c.")] = None,
     input: Annotated[
         list[Path] | None,
-        typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; a directory stands for all files below it."),
+        typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; of a directory, all files below it."),
     ] = None,
     vocab_size: Annotated[
-        int, typer.Option(min=1, help="Number of tokens; 258 of them are bytes and markers.")
+        int, typer.Option(min=1, help="Number of tokens, including 258 for bytes and markers.")
     ] = 32000,
     output: Annotated[Path, typer.Option(help="The model file to write.")] = Path("tok.model"),
     kind: Annotated[Kind, typer.Option(help="Algorithm.")] = Kind.bpe,
-    text_key: Annotated[str, typer.Option(help="Key or column with the text, in JSON lines and Parquet.")] = "text",
+    text_key: Annotated[
+        str, typer.Option(help="Key or column that holds the text in JSON lines and Parquet.")
+    ] = "text",
     sample_mb: Annotated[
         float, typer.Option(min=0.001, help="Train on a uniform sample of this many MB if there is more text.")
     ] = 100.0,
     skip_undecodable: Annotated[
-        bool, typer.Option("--skip-undecodable", help="Leave out and count documents that are not UTF-8 text.")
+        bool, typer.Option("--skip-undecodable", help="Skip documents that are not UTF-8 text, and count them.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Train a SentencePiece tokenizer in which every text is representable.
+    """Train a SentencePiece tokenizer that can represent any text.
 
-    Example: megatron-stable tokenizer --input corpus/ --vocab-size 32000 --output tok.model
+    It falls back to bytes and does not normalise, so that any text comes back exactly as it was.
+
+    Example:
+      megatron-stable tokenizer --input corpus/ --vocab-size 32000 --output tok.model
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from megatron_stable.data import train_tokenizer
-    from megatron_stable.errors import ConfigError
-
     inputs = [*(input or []), *(more or [])]
     if not inputs:
         raise ConfigError("no input: name files or directories with --input")

@@ -1,5 +1,6 @@
 """Conflicts between fields that are each valid: both fields, their values, and what to do about it."""
 
+from megatron_stable.config.attention import limits
 from megatron_stable.config.notation import inline
 from megatron_stable.config.problems import Problem, fail
 from megatron_stable.config.schema import Config
@@ -58,24 +59,11 @@ def _model(config: Config) -> list[Problem]:
 
 def _backend(config: Config) -> list[Problem]:
     """What the chosen attention backend cannot compute."""
-    model, found = config.model, []
-    name, cap, dropout = model.attention, model.attention_cap, model.attention_dropout
-
-    def cannot(key: str, value: str, off: str) -> None:
-        message = f"model.attention {name} cannot compute {key} {value}: set model.attention=auto, or {key}={off}"
-        found.append(Problem(("model.attention", key), message))
-
-    if name == "sdpa" and cap is not None:
-        cannot("model.attention_cap", f"{cap:g}", "null")
-    if name in ("sdpa", "flex", "flash") and model.attention_clip is not None:
-        cannot("model.attention_clip", f"{list(model.attention_clip)}", "null")
-    if name == "flex" and dropout > 0:
-        cannot("model.attention_dropout", f"{dropout:g}", "0")
-    if name == "flash" and dropout > 0 and cap is not None:
-        cannot("model.attention_dropout", f"{dropout:g} with model.attention_cap {cap:g}", "0")
-    if name == "flash" and config.precision.dtype == "fp32":
-        cannot("precision.dtype", "fp32", "bf16")
-    return found
+    name, remedy = config.model.attention, "set model.attention=auto, or"
+    return [
+        Problem(("model.attention", it.key), f"model.attention {name} cannot compute {it}: {remedy} {it.key}={it.off}")
+        for it in limits(name, config.model, config.precision.dtype)
+    ]
 
 
 def _recipe(config: Config) -> list[Problem]:

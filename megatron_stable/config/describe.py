@@ -12,7 +12,14 @@ from megatron_stable.config.notation import inline
 from megatron_stable.config.schema import Config
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_NAMES = {
+    int: "an integer",
+    float: "a number",
+    Any: "any value",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
 
 
 class Entry(NamedTuple):
@@ -35,7 +42,7 @@ class Entry(NamedTuple):
     @property
     def allowed(self) -> str:
         """What the field accepts, such as ``an integer >= 1 or null``."""
-        return _describe(self.info.annotation, self.info.metadata)
+        return describe(self.info.annotation, self.info.metadata)
 
 
 def sections() -> dict[str, str]:
@@ -57,20 +64,23 @@ def accepts_text(info: FieldInfo) -> bool:
     return str in (info.annotation, *get_args(info.annotation))
 
 
-def _describe(annotation: Any, metadata: Any = ()) -> str:
+def describe(annotation: Any, metadata: Any = ()) -> str:
+    """What a field of a type accepts, in words."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _describe(args[0], [m for extra in args[1:] for m in getattr(extra, "metadata", [extra])])
+        return describe(args[0], [m for extra in args[1:] for m in getattr(extra, "metadata", [extra])])
     if origin is Union or origin is types.UnionType:
-        return " or ".join(_describe(arg, metadata) for arg in args)
+        return " or ".join(describe(arg, metadata) for arg in args)
     if origin is Literal:
         return args[0] if len(args) == 1 else "one of " + ", ".join(inline(arg) for arg in args)
     if origin is tuple and Ellipsis in args:
-        return f"a list of {_describe(args[0]).replace('one of ', '')}"
+        return f"a list of {describe(args[0]).replace('one of ', '')}"
     if origin is tuple:
-        return f"[{', '.join(_describe(arg) for arg in args)}]"
+        return f"[{', '.join(describe(arg) for arg in args)}]"
     if origin is dict:
-        return f"{{{_describe(args[0])}: {_describe(args[1])}, ...}}"
+        return f"{{{describe(args[0])}: {describe(args[1])}, ...}}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "an object"
     bounds = [f"{sign} {getattr(m, name):g}" for m in metadata for name, sign in _BOUNDS.items() if hasattr(m, name)]
     numeric = annotation in (int, float)
     return " ".join([_NAMES[annotation], " and ".join(bounds)]).strip() if numeric else _NAMES[annotation]

@@ -298,10 +298,13 @@ class GuardConfig(Section):
     """Recent steps behind that median and those deviations."""
     warmup: int = Field(50, ge=1)
     """Steps before spikes are looked for."""
-    patience: int = Field(50, ge=1)
-    """A spike of the loss that has not fallen back after so many steps is a divergence."""
-    drift: float = Field(0.2, gt=0)
-    """A loss that has risen above its lowest level by this part of it is a divergence, however slowly it rose."""
+    patience: int = Field(16, ge=1)
+    """A rise of the loss that has not fallen back after so many steps, and is not on its way back, is asked about: the
+    model evaluates batches from before it and recent ones, and, if need be, so does the last healthy checkpoint. If
+    the state is to blame, it is a divergence; if the data are, a shift. Asked again after as many steps, after twice
+    as many, and so on."""
+    drift: float = Field(0.1, gt=0)
+    """A loss that has risen above its lowest level by this part of it, however slowly, is asked about as well."""
     drop_spikes: bool = False
     """Do not make updates at a spike of loss or gradient norm either (as OLMo-core's SkipStep does)."""
     max_consecutive_drops: int = Field(10, ge=1)
@@ -314,7 +317,7 @@ class GuardConfig(Section):
     """Recovery skips so many data steps, half of them before the onset (PaLM: 200 to 500, WeLM: 200)."""
     near_steps: int = Field(300, ge=1)
     """Trouble that begins less than so many steps after the last is at the same place: the next attempt. A loss that
-    has risen slowly for longer is recorded as a divergence, but asks for no recovery."""
+    has risen slowly for longer is asked about and recorded, but there is no recovery."""
     max_rollbacks: int = Field(3, ge=0)
     """Attempts at one place, after which the run ends with exit code 3."""
     widen: tuple[Annotated[float, Field(ge=1)], ...] = Field((1.0, 2.0, 4.0), min_length=1)
@@ -353,7 +356,7 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
-    """A whole run. See DESIGN: one YAML file, `key=value` overrides, no other knobs."""
+    """A whole run: one YAML file and `key=value` overrides; there are no other knobs."""
 
     run: RunConfig = RunConfig()
     """Where the run goes and how long it is."""

@@ -7,45 +7,31 @@ its part.
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_stable.checkpoint.format import (
     MANIFEST,
     Manifest,
-    Piece,
     directory_name,
+    file_entry,
+    index_of,
     rank_file,
-    sha256,
-    sync_directory,
-    write_synced,
 )
 from megatron_stable.checkpoint.reader import Reader
+from megatron_stable.checkpoint.state import Layout
 from megatron_stable.checkpoint.store import point_latest
 from megatron_stable.config.load import parse_config
 from megatron_stable.convert.stream import TensorStream
 from megatron_stable.errors import ConfigError
+from megatron_stable.files import replace_file, sync_directory
 from megatron_stable.model.transformer import layer_list
+from megatron_stable.parallel.parameters import Place, Shard
 from megatron_stable.parallel.stages import stage_bounds
 from megatron_stable.parallel.topology import TensorParallel
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The ranks to write for; rank order is (pipeline, data, tensor), tensor innermost."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """How many there are."""
-        return self.tensor * self.pipeline * self.data
+from megatron_stable.persisted import package_version
 
 
 def reshard(
@@ -76,30 +62,30 @@ def reshard(
             rank: TensorStream(
                 beside / rank_file(rank),
                 {
-                    f"{name}:{kind}": piece.numel
-                    for name, piece in pieces.items()
+                    f"{name}:{kind}": shard.numel
+                    for name, shard in shards.items()
                     for kind in sorted(reader.kinds[name])
                 },
-                {"format": "pt", "index": json.dumps({name: asdict(piece) for name, piece in pieces.items()})},
+                {"format": "pt", "index": index_of(shards)},
             )
-            for rank, pieces in files.items()
+            for rank, shards in files.items()
         }
         names = reader.names()
         for done, name in enumerate(names):
             if on_progress:
                 on_progress(done, len(names))
             for kind in sorted(reader.kinds[name]):
-                for rank, pieces in files.items():
-                    if name in pieces:
-                        streams[rank].write(f"{name}:{kind}", reader.part(name, kind, pieces[name]))
+                for rank, shards in files.items():
+                    if name in shards:
+                        streams[rank].write(f"{name}:{kind}", reader.part(kind, shards[name]))
         if on_progress:
             on_progress(len(names), len(names))
         entries = {}
         for stream in streams.values():
             stream.sync()
-            entries[stream.path.name] = {"bytes": stream.path.stat().st_size, "sha256": sha256(stream.path)}
-        shape = {**manifest.layout, "tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
-        write_synced(beside / MANIFEST, replace(manifest, layout=shape, files=entries).dumps())
+            entries[stream.path.name] = file_entry(stream.path)
+        written = {"layout": layout, "files": entries, "written_by": package_version()}
+        replace_file(beside / MANIFEST, manifest.model_copy(update=written).dumps().encode())
         beside.rename(final)
         sync_directory(root)
         point_latest(root, manifest.step)
@@ -108,23 +94,22 @@ def reshard(
     return final
 
 
-def _plan(reader: Reader, manifest: Manifest, layout: Layout) -> dict[int, dict[str, Piece]]:
-    """Which piece of which parameter each rank's file holds."""
+def _plan(reader: Reader, manifest: Manifest, layout: Layout) -> dict[int, dict[str, Shard]]:
+    """Which shard of which parameter each rank's file holds."""
     stages = _stages(reader, manifest, layout.pipeline)
-    files: dict[int, dict[str, Piece]] = defaultdict(dict)
+    files: dict[int, dict[str, Shard]] = defaultdict(dict)
     for name in reader.names():
-        shape, dim = reader.shape(name), reader.pieces[name][0][1].dim
+        shape, dim = reader.shape(name), reader.shards[name][0][1].place.dim
         if dim is not None and shape[dim] % layout.tensor:
             raise ConfigError(f"{name} {list(shape)} cannot be split over {layout.tensor} tensor-parallel ranks")
         for tensor in range(layout.tensor if dim is not None else 1):
             width = shape[dim] // layout.tensor if dim is not None else 0
-            whole = Piece(shape, dim, tensor * width, (tensor + 1) * width, 0, 0)
-            total = whole.slice_numel()
-            cuts = [total * part // layout.data for part in range(layout.data + 1)]
+            place = Place(shape, dim, tensor * width, (tensor + 1) * width, name=name)
+            cuts = [place.numel * part // layout.data for part in range(layout.data + 1)]
             for data, (start, stop) in enumerate(itertools.pairwise(cuts)):
                 if start < stop:
                     rank = (stages[name] * layout.data + data) * layout.tensor + tensor
-                    files[rank][name] = replace(whole, start=start, numel=stop - start)
+                    files[rank][name] = Shard(place, start, stop - start)
     return dict(sorted(files.items()))
 
 

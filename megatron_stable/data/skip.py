@@ -5,8 +5,22 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from megatron_stable.errors import ConfigError
+from megatron_stable.persisted import Positive
+
+
+def _ordered(window: tuple[int, int]) -> tuple[int, int]:
+    if window[0] > window[1]:
+        raise ValueError(f"skip window {list(window)} ends before it begins")
+    return window
+
+
+Window = Annotated[tuple[Positive, Positive], AfterValidator(_ordered)]
+"""First and last data step that are skipped, as they are persisted."""
 
 
 class SkipWindows:

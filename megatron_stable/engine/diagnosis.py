@@ -30,7 +30,7 @@ class Diagnosis(NamedTuple):
     norms: dict[str, float | None]
 
 
-def diagnose(module: nn.Module, topology: Topology, replay: Callable[[], None], loss_scale: float = 1.0) -> Diagnosis:
+def diagnose(module: nn.Module, topology: Topology, replay: Callable[[], object], loss_scale: float = 1.0) -> Diagnosis:
     """Replay a step and look. Collective.
 
     Args:

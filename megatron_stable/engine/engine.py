@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from math import inf
+from typing import Any, Generic
 
 import deepspeed
 import torch
@@ -18,45 +20,35 @@ from megatron_stable.config.schema import Config
 from megatron_stable.engine.deepspeed_config import deepspeed_config
 from megatron_stable.engine.diagnosis import Diagnosis, diagnose
 from megatron_stable.engine.faults import Faults
+from megatron_stable.engine.outcome import J, Outcome, Refused, StepMetrics
 from megatron_stable.engine.pipeline import TransformerPipeline, even_groups
-from megatron_stable.engine.shards import flats, gradients, loss_scaler_state, segments, set_loss_scaler_state
+from megatron_stable.engine.shards import (
+    LossScalerState,
+    ShardState,
+    flats,
+    gradients,
+    local_shards,
+    loss_scaler_state,
+    refresh,
+    reset_loss_scaler,
+    set_loss_scaler_state,
+    shard_states,
+)
 from megatron_stable.model import sigma
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.peaks import Peaks
 from megatron_stable.model.transformer import Transformer, layer_list
+from megatron_stable.optim.clipping import ClippingState
 from megatron_stable.optim.optimizer import Optimizer
-from megatron_stable.optim.segments import Partition
+from megatron_stable.optim.partition import Partition
 from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.random import seed_step
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import quiet
 
-MicroBatches = Iterable[
-    Tensor
-]  # each [micro, s + 1] int64: inputs are all but the last token, targets all but the first
-
-
+# each [micro, s + 1] int64: inputs are all but the last token, targets all but the first
+MicroBatches = Iterable[Tensor]
 UNDERSCALE = 2.0**-12  # of the loss scale at which fp16 overflows
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What a step has to say, over all ranks. Reading it syncs with the device, so it is made only when asked for.
-
-    Attributes:
-        loss: Mean cross-entropy, nats per token, without the terms below.
-        z_loss, mu_loss: Coefficients included.
-        grad_norm: Global L2 norm of the gradient before clipping; infinite where the update was dropped.
-        loss_scale: fp16's loss scale, else 1.
-        skipped: Whether the update was not made: gradients were not finite, or the guard said no.
-    """
-
-    loss: float
-    z_loss: float
-    mu_loss: float
-    grad_norm: float
-    loss_scale: float
-    skipped: bool
 
 
 class Engine:
@@ -91,7 +83,7 @@ class Engine:
                 )
         self.optimizer.bind(
             flats(self.deepspeed),
-            Partition(segments(self.deepspeed, self.module), topology.stage_group, topology.tensor_rank),
+            Partition(local_shards(self.deepspeed, self.module), topology.stage_group, topology.tensor_rank),
             lambda: self.deepspeed.optimizer._global_grad_norm,
             topology.pipeline_group,
         )
@@ -101,11 +93,8 @@ class Engine:
             self._peaks, self.optimizer.max_logits = peaks, lambda: peaks.reduce(topology.data_group)
         self.faults = Faults(topology.rank)
         self.faults.watch(self.module)
-        self._guard: Callable[[StepMetrics], bool] | None = None
-        self._metrics: StepMetrics | None = None  # of the last step, if the guard has asked for them
-        self.loss_scale_exhausted = False  # whether the last step overflowed at the lowest loss scale
         if loss_scaler_state(self.deepspeed) is not None:
-            self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False  # `loss_scale_exhausted` says so
+            self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False  # the step's outcome says so
         output = "embedding.weight" if config.model.tied_embeddings else "head.weight"
         self._output = next((weight for weight in self.module.parameters() if place(weight).name == output), None)
 
@@ -115,13 +104,6 @@ class Engine:
         module: nn.Module = self.deepspeed.module
         return module
 
-    def set_guard(self, guard: Callable[[StepMetrics], bool]) -> None:
-        """Ask ``guard`` once per step, on every rank with the same metrics, whether the update is to be made.
-
-        Where gradients were not finite it is told, and its answer makes no difference.
-        """
-        self._guard, self.optimizer.guard = guard, self._ask
-
     def set_clip_factor(self, factor: float) -> None:
         """Clip gradients at ``factor`` times what the configuration says."""
         limit = self.config.optimizer.clip_grad * factor
@@ -130,7 +112,13 @@ class Engine:
         else:
             self.optimizer.set_clip(limit)
 
-    def train_step(self, step: int, micro_batches: MicroBatches, learning_rate: float) -> None:
+    def train_step(
+        self,
+        step: int,
+        micro_batches: MicroBatches,
+        learning_rate: float,
+        approve: Callable[[StepMetrics], J] | None = None,
+    ) -> Outcome[J]:
         """One optimizer step on this rank's part of the global batch.
 
         Args:
@@ -138,9 +126,12 @@ class Engine:
             micro_batches: ``accumulation`` micro batches ``[micro, s + 1]`` of token ids on the CPU, the same on
                 all ranks of a replica.
             learning_rate: Of this step.
+            approve: Asked once, on every rank with the same metrics, before anything changes: the update is made if
+                its judgement has ``take``. Where gradients were not finite none is made in any case. ``None``: every
+                update is made.
         """
-        self._metrics, scaler = None, loss_scaler_state(self.deepspeed)
-        self.optimizer.begin_step(learning_rate)
+        scaler, approval = loss_scaler_state(self.deepspeed), _Approval(self, approve) if approve else None
+        self.optimizer.begin_step(learning_rate, approval)
         seed_step(self.config.run.seed, step, self.topology)
         sigma.power_iteration(self.module)
         if self._peaks is not None:
@@ -153,9 +144,11 @@ class Engine:
             for inputs, targets in self._pairs(micro_batches):
                 self.deepspeed.backward(self._loss(self.deepspeed(inputs), targets))
                 self.deepspeed.step()
-        if self._guard is not None and self._metrics is None:  # DeepSpeed made no update, and so asked nobody
-            self._guard(self.metrics())
-        self.loss_scale_exhausted = self.overflow and scaler is not None and self._at_floor(scaler)
+        exhausted = self.overflow and scaler is not None and self._at_floor(scaler)
+        if approval is None:
+            return Outcome(self._measure, None, exhausted)
+        metrics, judgement = approval.given or approval.late()  # late: DeepSpeed made no update, and asked nobody
+        return Outcome(lambda: metrics, judgement, exhausted)
 
     def diagnose(self, step: int, micro_batches: Callable[[], MicroBatches]) -> Diagnosis:
         """Replay a step without its update, and see where it first goes wrong. Collective.
@@ -163,15 +156,14 @@ class Engine:
         Args:
             micro_batches: Called for those of the step, each time it is replayed.
         """
-        known, scaler = (self.metrics(), self.loss_scale_exhausted), loss_scaler_state(self.deepspeed)
-        guard = self._guard, self.optimizer.guard
-        self._guard, self.optimizer.guard = None, lambda norm: False
+        scaler = loss_scaler_state(self.deepspeed)
 
         def replay(factor: float) -> Diagnosis:
-            scale = factor * scaler["cur_scale"] if scaler else 1.0
+            scale = factor * scaler.cur_scale if scaler else 1.0
             if scaler:
-                set_loss_scaler_state(self.deepspeed, {**scaler, "cur_scale": scale})
-            return diagnose(self.module, self.topology, lambda: self.train_step(step, micro_batches(), 0.0), scale)
+                set_loss_scaler_state(self.deepspeed, scaler.model_copy(update={"cur_scale": scale}))
+            again = partial(self.train_step, step, micro_batches(), 0.0, lambda metrics: Refused())
+            return diagnose(self.module, self.topology, again, scale)
 
         try:
             found = replay(1.0)
@@ -179,60 +171,54 @@ class Engine:
                 found = found._replace(norms=replay(UNDERSCALE).norms)
             return found
         finally:
-            self._guard, self.optimizer.guard = guard
-            self._metrics, self.loss_scale_exhausted = known
             if scaler:
                 set_loss_scaler_state(self.deepspeed, scaler)
 
-    def metrics(self) -> StepMetrics:
-        """Of the last training step. Collective; costs one small reduction and one sync with the device, if the guard
-        has not paid for them."""
-        if self._metrics is None:
-            self._metrics = self._measure(float(self.deepspeed.optimizer._global_grad_norm), self._sums.new_zeros(()))
-        return self._metrics
+    def _measure(self, norm: float | None = None, fault: Tensor | None = None) -> StepMetrics:
+        """What the last step has to say; reads it from the device. Collective.
 
-    def _measure(self, norm: float, fault: Tensor) -> StepMetrics:
-        """``fault`` is not zero where this rank knows of a gradient that is not finite. Collective."""
+        Args:
+            norm: The global gradient norm, if it is at hand.
+            fault: Not zero where this rank knows of a gradient that is not finite.
+        """
+        if norm is None:
+            norm = float(self.deepspeed.optimizer._global_grad_norm)
         first, share = self.topology.rank == 0, self.topology.data_size * self.topology.tensor_size
         sums = (self._sums if self.topology.last_stage else torch.zeros_like(self._sums)).double()
         # one word for all ranks: the norm that rank 0 knows
         norms = sums.new_full((1,), norm * share if first else 0.0)
-        values = torch.cat([sums / self.accumulation, norms, fault.double().view(1)])
+        faults = sums.new_zeros(1) if fault is None else fault.double().view(1)
+        values = torch.cat([sums / self.accumulation, norms, faults])
         dist.all_reduce(values)
-        loss, z_loss, mu_loss, norm, faults = (values / share).tolist()
+        loss, z_loss, mu_loss, norm, found = (values / share).tolist()
         scale = float(self.deepspeed.optimizer.loss_scaler.loss_scale) if self.config.precision.dtype == "fp16" else 1.0
-        return StepMetrics(loss, z_loss, mu_loss, inf if faults else norm, scale, self.overflow)
+        return StepMetrics(loss, z_loss, mu_loss, inf if found else norm, scale, self.overflow)
 
     @property
     def overflow(self) -> bool:
         """Whether gradients of the last step were not finite; all ranks agree."""
         return bool(getattr(self.deepspeed.optimizer, "overflow", False))
 
-    def _ask(self, norm: float) -> bool:
-        """The optimizer's question, before anything changes.
+    def _fault(self) -> Tensor:
+        """Not zero where this rank holds a gradient that is not finite and that DeepSpeed does not look at.
 
         Unless there is a loss scale, DeepSpeed judges gradients by their norm, which leaves out what TP ranks but the
         first hold of replicated parameters: a NaN there would go into that rank's weights unseen. So these ranks look
         at their gradients.
         """
-        assert self._guard is not None
-        fault = self._sums.new_zeros(())
-        if self.topology.tensor_rank > 0:
-            fault = ~torch.stack([grad.sum() for grad in gradients(self.deepspeed)]).isfinite().all()
-        metrics = self._measure(norm, fault)
-        taken = self._guard(metrics)
-        self._metrics = replace(metrics, skipped=metrics.skipped or not taken)
-        return taken
+        if self.topology.tensor_rank == 0:
+            return self._sums.new_zeros(())
+        return ~torch.stack([grad.sum() for grad in gradients(self.deepspeed)]).isfinite().all()
 
-    def _at_floor(self, scaler: dict[str, float]) -> bool:
+    def _at_floor(self, scaler: LossScalerState) -> bool:
         """Whether an overflow cannot lower the loss scale, by its state before the step."""
-        spent = scaler["cur_hysteresis"] == 1 or self.config.precision.hysteresis == 1
-        return spent and scaler["cur_scale"] <= self.config.precision.min_scale
+        spent = scaler.cur_hysteresis == 1 or self.config.precision.hysteresis == 1
+        return spent and scaler.cur_scale <= self.config.precision.min_scale
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[MicroBatches]) -> float:
-        """Mean cross-entropy over global batches, nats per token. Collective."""
-        sums, count = torch.zeros((), device=self.device), 0
+    def evaluate(self, batches: Iterable[MicroBatches]) -> list[float]:
+        """Mean cross-entropy of each global batch, nats per token; forward only, without dropout. Collective."""
+        losses: list[Tensor] = []
         sigma.measure(self.module)
         for micro_batches in batches:
             self._sums.zero_()
@@ -242,10 +228,47 @@ class Engine:
                 self.deepspeed.eval()
                 for inputs, targets in self._pairs(micro_batches):
                     self._loss(self.deepspeed(inputs), targets)
-            sums += self._sums[0]
-            count += self.accumulation
+            losses.append(self._sums[0] / self.accumulation)
         self.deepspeed.train()
-        return float(self._average(sums / max(count, 1)))
+        return self._average(torch.stack(losses)).tolist() if losses else []
+
+    def shards(self) -> list[ShardState]:
+        """What this rank holds of weights and moments, as views."""
+        return shard_states(self.deepspeed, self.module)
+
+    def refresh(self) -> None:
+        """Make the model's weights what the masters say, on all ranks. Collective."""
+        refresh(self.deepspeed)
+
+    def restart(self, shards: Iterable[ShardState]) -> None:
+        """Begin anew with the moments of shards, which have been set to zero."""
+        for state in shards:
+            self.optimizer.restart(state.shard.flat)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the engine beside shards: fields of ``RunState``. Collective."""
+        return {
+            "optimizer_steps": self.optimizer.updates,
+            "optimizer": self.optimizer.clipping_state(),
+            "loss_scaler": loss_scaler_state(self.deepspeed),
+        }
+
+    def restore(
+        self, optimizer_steps: int, optimizer: ClippingState | None, loss_scaler: LossScalerState | None
+    ) -> list[str]:
+        """Go on from what :meth:`state` returned; without ``loss_scaler`` the loss scale begins anew.
+
+        Returns:
+            Messages for the user.
+        """
+        self.optimizer.set_updates(optimizer_steps)
+        if self.config.precision.dtype == "fp16":
+            if loss_scaler is None:
+                reset_loss_scaler(self.deepspeed, self.config.precision)
+            else:
+                set_loss_scaler_state(self.deepspeed, loss_scaler)
+        message = self.optimizer.load_clipping_state(optimizer)
+        return [message] if message else []
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         losses = language_model_loss(
@@ -272,3 +295,23 @@ class Engine:
         # TP ranks agree already, so the sum over the whole world counts each replica TP times
         dist.all_reduce(value)
         return value / (self.topology.data_size * self.topology.tensor_size)
+
+
+class _Approval(Generic[J]):
+    """The question whether a step's update may be made, on its way through DeepSpeed to the optimizer."""
+
+    def __init__(self, engine: Engine, approve: Callable[[StepMetrics], J]) -> None:
+        self.engine, self.approve = engine, approve
+        self.given: tuple[StepMetrics, J] | None = None
+
+    def __call__(self, norm: float) -> bool:
+        """The optimizer's question, before anything changes."""
+        metrics = self.engine._measure(norm, self.engine._fault())
+        judgement = self.approve(metrics)
+        self.given = replace(metrics, skipped=metrics.skipped or not judgement.take), judgement
+        return judgement.take
+
+    def late(self) -> tuple[StepMetrics, J]:
+        """The same when the optimizer was not called."""
+        metrics = self.engine._measure()
+        return metrics, self.approve(metrics)

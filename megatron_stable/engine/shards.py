@@ -1,80 +1,75 @@
-"""Views into DeepSpeed's optimizer state: which part of which parameter this rank owns, under its global name.
+"""Views into DeepSpeed's optimizer state: which shards of which parameters this rank holds, under their global names.
 
-DeepSpeed flattens parameters into per-rank partitions, differently in each of its optimizers. Here each rank's
-part of each parameter becomes a :class:`Shard` whose tensors are views: read them to save, write them to load.
+DeepSpeed flattens parameters into per-rank partitions, differently in each of its optimizers. Here the state of each
+shard becomes a :class:`ShardState` whose tensors are views: read them to save, write them to load.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 
 from megatron_stable.config.schema import PrecisionConfig
 from megatron_stable.model import sigma
-from megatron_stable.optim.segments import Segment
+from megatron_stable.optim.partition import LocalShard
 from megatron_stable.parallel.parameters import Place, place
+from megatron_stable.persisted import LARGEST, Count, Persisted
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A rank's part of a parameter: elements ``[start, start + numel)`` of its flattened TP slice.
+class ShardState:
+    """What is saved of a shard, and loaded.
 
     Attributes:
-        place: Where the parameter sits in the whole model.
-        start: First element, in the flattened local slice.
-        flat: The partition of DeepSpeed's that holds it, a parameter of the base optimizer.
-        offset: First element, in ``flat``.
+        shard: Which elements of which parameter, and the partition of DeepSpeed's that holds them.
         owned: Whether this rank is the one to write it (replicated and tied parameters have several holders).
         tensors: 1-d fp32 views: ``weight`` (the master), and the moments that its rule keeps, by name.
     """
 
-    place: Place
-    start: int
-    flat: Tensor
-    offset: int
+    shard: LocalShard
     owned: bool
     tensors: dict[str, Tensor]
 
-    @property
-    def numel(self) -> int:
-        """Elements."""
-        return self.tensors["weight"].numel()
 
-
-def local_shards(engine: Any, module: nn.Module) -> list[Shard]:
-    """The shards of this rank; ``engine`` is DeepSpeed's. Optimizer state that does not exist yet is made, as zeros."""
-    base = engine.optimizer.optimizer
-    shards = []
-    for weight, segment in zip(module.parameters(), segments(engine, module), strict=True):
-        known = segment.place
-        owned = (known.dim is not None or _tensor_rank(engine) == 0) and not getattr(
-            weight, "ds_pipe_replicated", False
-        )
-        if segment.numel:
-            whole = {"weight": segment.flat, **base.moments(segment.flat)}
-            tensors = {key: segment.of(tensor) for key, tensor in whole.items()}
-            shards.append(Shard(known, segment.start, segment.flat, segment.offset, owned, tensors))
-    return shards
-
-
-def vector_shards(engine: Any, module: nn.Module) -> list[Shard]:
-    """The state of sigmaReparam on this rank, vectors that are no parameters, as shards to save and load."""
-    found = []
-    for known, vector in sigma.vectors(module):
-        owned = engine.mpu.get_data_parallel_rank() == 0 and (known.dim is not None or _tensor_rank(engine) == 0)
-        flat = vector.view(-1)
-        found.append(Shard(known, 0, flat, 0, owned, {"weight": flat}))
-    return found
-
-
-def segments(engine: Any, module: nn.Module) -> list[Segment]:
-    """This rank's segment of each parameter of ``module``, in its order; some are empty. ``engine`` is DeepSpeed's."""
+def local_shards(engine: Any, module: nn.Module) -> list[LocalShard]:
+    """This rank's shard of each parameter of ``module``, in its order; some are empty. ``engine`` is DeepSpeed's."""
     locate = _zero3 if engine.zero_optimization_stage() == 3 else _zero12
     return [locate(engine, weight) for weight in module.parameters()]
+
+
+def shard_states(engine: Any, module: nn.Module) -> list[ShardState]:
+    """The state of this rank's shards, of parameters and of sigmaReparam's vectors, which are none; ``engine`` is
+    DeepSpeed's. Optimizer state that does not exist yet is made, as zeros."""
+    return _parameter_states(engine, module) + _vector_states(engine, module)
+
+
+def _parameter_states(engine: Any, module: nn.Module) -> list[ShardState]:
+    base, states = engine.optimizer.optimizer, []
+    for weight, shard in zip(module.parameters(), local_shards(engine, module), strict=True):
+        owned = _owns_slice(engine, shard.place) and not getattr(weight, "ds_pipe_replicated", False)
+        if shard.numel:
+            whole = {"weight": shard.flat, **base.moments(shard.flat)}
+            states.append(ShardState(shard, owned, {key: shard.of(tensor) for key, tensor in whole.items()}))
+    return states
+
+
+def _vector_states(engine: Any, module: nn.Module) -> list[ShardState]:
+    states = []
+    for known, vector in sigma.vectors(module):
+        owned = engine.mpu.get_data_parallel_rank() == 0 and _owns_slice(engine, known)
+        flat = vector.view(-1)
+        states.append(ShardState(LocalShard(known, 0, flat.numel(), flat, 0), owned, {"weight": flat}))
+    return states
+
+
+def _owns_slice(engine: Any, known: Place) -> bool:
+    """Whether this rank is the one of its TP group to write what it holds of a parameter."""
+    return known.dim is not None or engine.mpu.get_tensor_model_parallel_rank() == 0
 
 
 def flats(engine: Any) -> list[tuple[int, Tensor]]:
@@ -123,49 +118,63 @@ def refresh(engine: Any) -> None:
         persistent[0].all_gather(persistent)
 
 
-def loss_scaler_state(engine: Any) -> dict[str, float] | None:
-    """The complete state of fp16's dynamic loss scaler as plain numbers; ``None`` without one."""
+class LossScalerState(Persisted):
+    """The complete state of fp16's dynamic loss scaler, under DeepSpeed's names.
+
+    Attributes:
+        cur_scale: The loss scale.
+        cur_iter: Steps so far.
+        last_overflow_iter: The last of them that overflowed; -1: none did.
+        cur_hysteresis: Overflows until the scale is lowered.
+    """
+
+    cur_scale: Annotated[float, Field(gt=0)]
+    cur_iter: Count
+    last_overflow_iter: Annotated[int, Field(strict=True, ge=-1, lt=LARGEST)]
+    cur_hysteresis: Count
+
+
+def loss_scaler_state(engine: Any) -> LossScalerState | None:
+    """The state of fp16's dynamic loss scaler; ``None`` without one."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is None or not scaler.dynamic:
         return None
-    return {key: float(getattr(scaler, key)) for key in _SCALER}
+    return LossScalerState(
+        cur_scale=float(scaler.cur_scale),
+        cur_iter=scaler.cur_iter,
+        last_overflow_iter=scaler.last_overflow_iter,
+        cur_hysteresis=scaler.cur_hysteresis,
+    )
 
 
-def set_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
+def set_loss_scaler_state(engine: Any, state: LossScalerState) -> None:
     """Restore what :func:`loss_scaler_state` returned."""
-    for key, kind in _SCALER.items():
-        setattr(engine.optimizer.loss_scaler, key, kind(state[key]))
+    for key, value in state:
+        setattr(engine.optimizer.loss_scaler, key, value)
 
 
 def reset_loss_scaler(engine: Any, precision: PrecisionConfig) -> None:
     """Make fp16's loss scale begin anew."""
-    begin = {"cur_scale": 2.0**precision.initial_scale_power, "cur_iter": 0, "last_overflow_iter": -1}
-    set_loss_scaler_state(engine, {**begin, "cur_hysteresis": precision.hysteresis})
+    scale, hysteresis = 2.0**precision.initial_scale_power, precision.hysteresis
+    anew = LossScalerState(cur_scale=scale, cur_iter=0, last_overflow_iter=-1, cur_hysteresis=hysteresis)
+    set_loss_scaler_state(engine, anew)
 
 
-_SCALER = {"cur_scale": float, "cur_iter": int, "last_overflow_iter": int, "cur_hysteresis": int}
-
-
-def _tensor_rank(engine: Any) -> int:
-    rank: int = engine.mpu.get_tensor_model_parallel_rank()
-    return rank
-
-
-def _zero12(engine: Any, weight: nn.Parameter) -> Segment:
-    """This rank's part under ZeRO 1 and 2, which lay a group's parameters end to end and cut that over the DP ranks."""
+def _zero12(engine: Any, weight: nn.Parameter) -> LocalShard:
+    """A shard under ZeRO 1 and 2, which lay a group's parameters end to end and cut that over the DP ranks."""
     base, known = engine.optimizer.optimizer, place(weight)
     flat = base.param_groups[base.group_of[known.name]]["params"][0]
     mapping = weight._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
-        return Segment(known, flat, 0, 0, 0)
+        return LocalShard(known, 0, 0, flat, 0)
     inner = mapping.lp_fragment_address
-    return Segment(known, flat, mapping.hp_fragment_address.start, inner.start, inner.numel)
+    return LocalShard(known, inner.start, inner.numel, flat, mapping.hp_fragment_address.start)
 
 
-def _zero3(engine: Any, weight: Any) -> Segment:
+def _zero3(engine: Any, weight: Any) -> LocalShard:
     """The same under ZeRO-3, which cuts each parameter evenly over the DP ranks, the last parts padded."""
     optimizer = engine.optimizer
     group, offset, numel = optimizer.grad_position[optimizer.get_param_id(weight)]
     start = dist.get_rank(optimizer.dp_process_group) * weight.ds_tensor.ds_numel
     numel = max(0, min(int(numel), weight.ds_numel - start))
-    return Segment(place(weight), optimizer.fp32_partitioned_groups_flat[group], int(offset), start, numel)
+    return LocalShard(place(weight), start, numel, optimizer.fp32_partitioned_groups_flat[group], int(offset))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_stable.config.attention import limits
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.errors import ConfigError
 from megatron_stable.model.elementwise import soft_cap
@@ -109,7 +110,8 @@ BACKENDS: dict[str, Backend] = {
     "flex": flex_attention,
     "flash": flash_attention,
 }
-FLEX_MIN_HEAD_DIM = 16  # of PyTorch's kernel
+FASTEST = ("sdpa", "flex")  # that come with PyTorch, the faster first
+NEEDS_CUDA = {"flex": "it has no backward on a CPU", "flash": "flash-attn is made for it"}
 
 
 class Choice(NamedTuple):
@@ -125,27 +127,23 @@ def choose_backend(config: ModelConfig, device: str) -> Choice:
     Raises:
         ConfigError: The one it names does not run here.
     """
-    name = config.attention
-    if name != "auto":
-        _refuse_absent(name, device)
-        return Choice(name, "the configuration names it")
-    if config.attention_clip is not None:
-        return Choice("math", "model.attention_clip changes the softmax, which no fused kernel does")
-    if config.attention_cap is None:
-        return Choice("sdpa", "PyTorch's fused kernel computes all of the recipe")
-    if device != "cuda":
-        return Choice("math", "of the fused kernels that carry model.attention_cap none trains on a CPU")
-    if config.attention_dropout:
-        return Choice("math", "no fused kernel has both model.attention_cap and model.attention_dropout")
-    if config.head_dim < FLEX_MIN_HEAD_DIM:
-        return Choice("math", f"FlexAttention, which carries model.attention_cap, needs heads of {FLEX_MIN_HEAD_DIM}")
-    return Choice("flex", "FlexAttention is a fused kernel that carries model.attention_cap")
+    if config.attention != "auto":
+        _refuse_absent(config.attention, device)
+        return Choice(config.attention, "the configuration names it")
+    reasons = []
+    for name in FASTEST:
+        wrong = [f"cannot compute {limit}" for limit in limits(name, config)]
+        if name in NEEDS_CUDA and device != "cuda":
+            wrong.append(f"needs a CUDA GPU, as {NEEDS_CUDA[name]}")
+        if not wrong:
+            return Choice(name, "it is the fastest that computes all of the recipe here")
+        reasons.append(f"{name} {' and '.join(wrong)}")
+    return Choice("math", "; ".join(reasons))
 
 
 def _refuse_absent(name: str, device: str) -> None:
-    if name in ("flex", "flash") and device != "cuda":
-        why = "it has no backward on a CPU" if name == "flex" else "flash-attn is made for it"
-        raise ConfigError(f"model.attention {name} needs a CUDA GPU, as {why}: set model.attention=auto")
+    if name in NEEDS_CUDA and device != "cuda":
+        raise ConfigError(f"model.attention {name} needs a CUDA GPU, as {NEEDS_CUDA[name]}: set model.attention=auto")
     if name == "flash" and find_spec("flash_attn") is None:
         raise ConfigError(
             "model.attention flash needs the package flash-attn, which is not installed: "

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.parallel.parameters import ONES, ZEROS, Place, draw_full, parameter, place
+from megatron_stable.parallel.parameters import ONES, Place, draw_full, parameter, place
 from megatron_stable.parallel.topology import TensorParallel
 
 
@@ -64,9 +64,10 @@ class SigmaReparam(nn.Module):
         last = len(known.full_shape) - 1
         self.rows_sharded, self.columns_sharded = known.dim not in (None, last), known.dim == last
         self.gamma = parameter((1,), ONES)
+        u, v = Place(known.full_shape[:-1]), Place(known.full_shape[-1:])
         self._places = {
-            "u": replace(known, full_shape=known.full_shape[:-1], dim=known.dim if self.rows_sharded else None),
-            "v": replace(known, full_shape=known.full_shape[-1:], dim=0 if self.columns_sharded else None),
+            "u": replace(u, dim=known.dim, low=known.low, high=known.high) if self.rows_sharded else u,
+            "v": replace(v, dim=0, low=known.low, high=known.high) if self.columns_sharded else v,
         }
         self.register_buffer("u", torch.zeros(weight.shape[:-1]))
         self.register_buffer("v", torch.zeros(weight.shape[-1:]))
@@ -79,7 +80,7 @@ class SigmaReparam(nn.Module):
     def places(self) -> dict[str, Place]:
         """Of u and v in the whole model, with their global names."""
         prefix = place(self.gamma).name.removesuffix("gamma")
-        return {name: replace(known, init=ZEROS, name=prefix + name) for name, known in self._places.items()}
+        return {name: replace(known, name=prefix + name) for name, known in self._places.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmaReparam:
         """Move the vectors along with the module, but never to less than fp32."""
@@ -104,7 +105,7 @@ def start(module: nn.Module, seed: int) -> None:
     """Set u, v, sigma and gamma of weights that were just drawn, from the full matrices; no communication."""
     for linear in _layers(module):
         known, sigma = place(linear.weight), linear.reparametrize
-        full = linear.weight if known.size == 1 else draw_full(known, seed)
+        full = linear.weight if known.slices == 1 else draw_full(known, seed)
         with torch.random.fork_rng([]):
             torch.manual_seed(0)  # svd_lowrank starts from a random subspace
             u, s, v = torch.svd_lowrank(full.flatten(0, -2), q=min(32, full[..., 0].numel(), full.shape[-1]), niter=8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from megatron_stable.optim.segments import Partition, Segment
+from megatron_stable.optim.partition import LocalShard, Partition
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -74,18 +74,18 @@ def stable_adamw(flats: list[Flat], partition: Partition) -> None:
         # in fp64: fp32 would lose 1 - beta^step
         return [1 - beta ** flat.state["step"].double() for beta in flat.group["betas"]]
 
-    def excess(segment: Segment) -> Tensor:
-        flat = of[segment.flat]
-        second = segment.of(flat.state["exp_avg_sq"]) / corrections(flat)[1]
+    def excess(shard: LocalShard) -> Tensor:
+        flat = of[shard.flat]
+        second = shard.of(flat.state["exp_avg_sq"]) / corrections(flat)[1]
         floor = max(flat.group["eps"] ** 2, torch.finfo(torch.float32).tiny)  # a denormal one may count as 0
-        return segment.of(flat.grad).square().div_(second.clamp_min_(floor)).sum(dtype=torch.float64)
+        return shard.of(flat.grad).square().div_(second.clamp_min_(floor)).sum(dtype=torch.float64)
 
     sums = partition.sums(of, excess)
-    for i, segment in partition.within(of):
-        flat = of[segment.flat]
+    for i, shard in partition.within(of):
+        flat = of[shard.flat]
         group, (bias1, bias2) = flat.group, corrections(flat)
         rate = group["lr"] / (sums[i] / partition.numel[i]).sqrt().clamp_min(1.0)
-        root = (segment.of(flat.state["exp_avg_sq"]) / bias2).sqrt_().add_(group["eps"])
-        weight = segment.of(flat.weight)
+        root = (shard.of(flat.state["exp_avg_sq"]) / bias2).sqrt_().add_(group["eps"])
+        weight = shard.of(flat.weight)
         weight.mul_(1 - rate * group["weight_decay"])
-        weight.sub_((segment.of(flat.state["exp_avg"]) / root).mul_(rate / bias1))
+        weight.sub_((shard.of(flat.state["exp_avg"]) / root).mul_(rate / bias1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_stable.optim.segments import Partition, row_blocks
+from megatron_stable.optim.partition import Partition, row_blocks
 
 
 def center_(partition: Partition, parameter: int) -> None:
@@ -17,13 +17,13 @@ def center_(partition: Partition, parameter: int) -> None:
     Args:
         parameter: Number of the output embedding in ``partition``.
     """
-    segment = partition.segments[parameter]
-    rows, width = segment.place.full_shape
-    real = rows if segment.place.init.rows is None else segment.place.init.rows
-    first = segment.place.bounds[0]  # row of the whole matrix at which this TP slice starts
-    until = (real - first) * width - segment.start  # elements before the padding
-    part = segment.of(segment.flat)[: max(0, min(until, segment.numel))]
-    blocks = [(slice(c, c + block.shape[1]), block) for _, c, block in row_blocks(part, segment.start, width)]
+    shard = partition.shards[parameter]
+    rows, width = shard.place.full_shape
+    real = rows if shard.place.init.rows is None else shard.place.init.rows
+    first = shard.place.low  # row of the whole matrix at which this TP slice starts
+    until = (real - first) * width - shard.start  # elements before the padding
+    part = shard.of(shard.flat)[: max(0, min(until, shard.numel))]
+    blocks = [(slice(c, c + block.shape[1]), block) for _, c, block in row_blocks(part, shard.start, width)]
     total = torch.zeros(width, dtype=torch.float64, device=part.device)
     for columns, block in blocks:
         total[columns] += block.sum(0, dtype=torch.float64)

@@ -8,15 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, isfinite, sqrt
-from typing import Any, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor
 
 from megatron_stable.config.schema import OptimizerConfig
 from megatron_stable.optim.adamw import Flat
-from megatron_stable.optim.segments import Partition, Segment
+from megatron_stable.optim.partition import LocalShard, Partition
+from megatron_stable.persisted import Count, Persisted
+
+
+class ZClipState(Persisted):
+    """ZClip's statistics: the norms of the warm-up, and the moving mean and variance."""
+
+    rule: Literal["zclip"] = "zclip"
+    seen: tuple[float, ...]
+    mean: float
+    variance: float
+
+
+class AdaGCState(Persisted):
+    """AdaGC's: steps so far, and the moving mean of each parameter's norm by name; ``None``: none yet."""
+
+    rule: Literal["adagc"] = "adagc"
+    steps: Count
+    gamma: dict[str, float | None]
+
+
+ClippingState = Annotated[ZClipState | AdaGCState, Field(discriminator="rule")]
 
 
 class Clipping(Protocol):
@@ -34,11 +56,11 @@ class Clipping(Protocol):
     def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
         """Scale gradients in place. Collective over the pipeline stage."""
 
-    def values(self) -> dict[str, Any]:
-        """The statistics, as plain values for a checkpoint. Collective."""
+    def state(self) -> ClippingState:
+        """The statistics. Collective."""
 
-    def load(self, values: dict[str, Any]) -> None:
-        """Restore what :meth:`values` returned."""
+    def load(self, state: ClippingState) -> bool:
+        """Restore what :meth:`state` returned; whether it could, which takes the state of the same rule."""
 
 
 class ZClip:
@@ -82,12 +104,14 @@ class ZClip:
             for flat in flats:
                 flat.grad.mul_(self.factor)
 
-    def values(self) -> dict[str, Any]:
-        return {"seen": self.seen, "mean": self.mean, "variance": self.variance}
+    def state(self) -> ZClipState:
+        return ZClipState(seen=tuple(self.seen), mean=self.mean, variance=self.variance)
 
-    def load(self, values: dict[str, Any]) -> None:
-        self.seen = [float(norm) for norm in values["seen"]]
-        self.mean, self.variance = float(values["mean"]), float(values["variance"])
+    def load(self, state: ClippingState) -> bool:
+        if not isinstance(state, ZClipState):
+            return False
+        self.seen, self.mean, self.variance = list(state.seen), state.mean, state.variance
+        return True
 
 
 class AdaGC:
@@ -119,8 +143,8 @@ class AdaGC:
     def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
         grads = {flat.weight: flat.grad for flat in flats}
 
-        def square(segment: Segment) -> Tensor:
-            return torch.linalg.vector_norm(segment.of(grads[segment.flat]), dtype=torch.float64).square()
+        def square(shard: LocalShard) -> Tensor:
+            return torch.linalg.vector_norm(shard.of(grads[shard.flat]), dtype=torch.float64).square()
 
         gamma = self._gammas(partition)
         norms = partition.sums(grads, square).sqrt().float()
@@ -131,13 +155,13 @@ class AdaGC:
             self.gamma = torch.where(here, torch.minimum(gamma, norms * self.factor), gamma)
             return
         factors = torch.where(here, (self.threshold * gamma / norms).clamp_max(1.0), 1.0)
-        for i, segment in partition.within(grads):
-            segment.of(grads[segment.flat]).mul_(factors[i])
+        for i, shard in partition.within(grads):
+            shard.of(grads[shard.flat]).mul_(factors[i])
         clipped = norms * factors
         moved = torch.where(gamma.isinf(), clipped, self.decay * gamma + (1 - self.decay) * clipped)
         self.gamma = torch.where(here, moved, gamma)
 
-    def values(self) -> dict[str, Any]:
+    def state(self) -> AdaGCState:
         gamma = [] if self.gamma is None else self.gamma.tolist()
         own: dict[str, float | None] = {n: g if isfinite(g) else None for n, g in zip(self.names, gamma, strict=True)}
         stages: list[dict[str, float | None]] = [own]
@@ -145,17 +169,20 @@ class AdaGC:
             stages *= dist.get_world_size(self.pipeline_group)
             dist.all_gather_object(stages, own, group=self.pipeline_group)
         merged = {name: value for stage in stages for name, value in stage.items()}
-        return {"steps": self.steps, "gamma": merged or self._loaded}
+        return AdaGCState(steps=self.steps, gamma=merged or self._loaded)
 
-    def load(self, values: dict[str, Any]) -> None:
-        self.steps, self._loaded = int(values["steps"]), dict(values["gamma"])
+    def load(self, state: ClippingState) -> bool:
+        if not isinstance(state, AdaGCState):
+            return False
+        self.steps, self._loaded = state.steps, dict(state.gamma)
         self.names, self.gamma = [], None
+        return True
 
     def _gammas(self, partition: Partition) -> Tensor:
         if self.gamma is None:
             self.names = list(partition.index)
             known = [self._loaded.get(name) for name in self.names]
-            device = partition.segments[0].flat.device
+            device = partition.shards[0].flat.device
             self.gamma = torch.tensor([inf if value is None else value for value in known], device=device)
         return self.gamma
 

@@ -3,14 +3,13 @@
 Every matrix has one rank of its pipeline stage (DP x TP) that orthogonalises it. Each step, ranks send it their parts
 of the momentum and get their parts of the result back::
 
-    segments --all-to-all--> whole matrices, each on one rank --Newton-Schulz--> --all-to-all--> segments
+    shards --all-to-all--> whole matrices, each on one rank --Newton-Schulz--> --all-to-all--> shards
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod, sqrt
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.optim.adamw import Flat
-from megatron_stable.optim.segments import Partition
-from megatron_stable.parallel.parameters import Place
+from megatron_stable.optim.partition import Partition
+from megatron_stable.parallel.parameters import Place, Shard
 
 MOMENTS = ("momentum",)
 COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # Keller Jordan's, as in torch.optim.Muon
@@ -66,15 +65,6 @@ def orthogonal_update(name: str, momentum: Tensor, model: ModelConfig, dtype: to
     return update
 
 
-class Piece(NamedTuple):
-    """A rank's part of a parameter: which one, which TP slice, and elements of the flattened slice."""
-
-    parameter: int
-    slice: int
-    start: int
-    numel: int
-
-
 class Exchange:
     """The way of the matrices in one flat to their owners and back. Collective over the stage: all ranks construct it.
 
@@ -84,86 +74,88 @@ class Exchange:
     """
 
     def __init__(self, partition: Partition, flat: Tensor) -> None:
-        self.partition, self.group = partition, partition.group
-        within = list(partition.within([flat]))
-        self.places: dict[int, Place] = {i: segment.place for i, segment in within}
-        own = [Piece(i, s.place.rank, s.start, s.numel) for i, s in within if s.numel]
-        self.pieces = [own]
+        self.group = partition.group
+        self.local = {shard.place.name: shard for _, shard in partition.within([flat])}
+        own = [shard.described() for shard in self.local.values() if shard.numel]
+        self.shards = [own]  # by rank
         self.rank = 0
         if self.group is not None:
             self.rank = dist.get_rank(self.group)
-            self.pieces *= dist.get_world_size(self.group)
-            dist.all_gather_object(self.pieces, own, group=self.group)
-        self.owner = _owners(self.places, len(self.pieces))
+            self.shards *= dist.get_world_size(self.group)
+            dist.all_gather_object(self.shards, own, group=self.group)
+        self.owner = _owners([shard.place for shard in self.local.values()], len(self.shards))
 
-    def gather(self, flat: Tensor) -> dict[int, Tensor]:
-        """The full matrices that this rank owns, from everybody's flats. Collective."""
-        sent = [self._part(flat, piece) for rank in range(len(self.pieces)) for piece in self._between(self.rank, rank)]
-        received = self._exchange(sent, flat, back=False)
-        slices = {
-            i: flat.new_empty(place.size, prod(place.full_shape) // place.size)
-            for i, place in self.places.items()
-            if self.owner[i] == self.rank
-        }
-        for piece, part in received:
-            slices[piece.parameter][piece.slice, piece.start : piece.start + piece.numel] = part
-        return {i: _whole(self.places[i], parts) for i, parts in slices.items()}
+    def gather(self, flat: Tensor) -> dict[str, Tensor]:
+        """The full matrices that this rank owns, by name, from everybody's flats. Collective."""
+        sent = [self._part(flat, shard) for rank in range(len(self.shards)) for shard in self._between(self.rank, rank)]
+        mine = [shard.place for name, shard in self.local.items() if self.owner[name] == self.rank]
+        slices = {place.name: flat.new_empty(place.slices, place.numel) for place in mine}
+        for shard, part in self._exchange(sent, flat, back=False):
+            _stretch(slices[shard.place.name], shard).copy_(part)
+        return {place.name: _whole(place, slices[place.name]) for place in mine}
 
-    def scatter(self, wholes: dict[int, Tensor], flat: Tensor) -> None:
+    def scatter(self, wholes: dict[str, Tensor], flat: Tensor) -> None:
         """Write everybody's parts of the owners' matrices into ``flat``. Collective."""
-        slices = {i: _sliced(self.places[i], whole) for i, whole in wholes.items()}
+        slices = {name: _sliced(self.local[name].place, whole) for name, whole in wholes.items()}
         sent = [
-            slices[piece.parameter][piece.slice].view(-1)[piece.start : piece.start + piece.numel]
-            for rank in range(len(self.pieces))
-            for piece in self._between(rank, self.rank)
+            _stretch(slices[shard.place.name], shard)
+            for rank in range(len(self.shards))
+            for shard in self._between(rank, self.rank)
         ]
-        for piece, part in self._exchange(sent, flat, back=True):
-            self._part(flat, piece).copy_(part)
+        for shard, part in self._exchange(sent, flat, back=True):
+            self._part(flat, shard).copy_(part)
 
-    def _between(self, holder: int, owner: int) -> list[Piece]:
-        """The pieces that ``holder`` has of ``owner``'s matrices."""
-        return [piece for piece in self.pieces[holder] if self.owner[piece.parameter] == owner]
+    def _between(self, holder: int, owner: int) -> list[Shard]:
+        """What ``holder`` has of ``owner``'s matrices."""
+        return [shard for shard in self.shards[holder] if self.owner[shard.place.name] == owner]
 
-    def _exchange(self, sent: list[Tensor], like: Tensor, back: bool) -> Iterator[tuple[Piece, Tensor]]:
+    def _exchange(self, sent: list[Tensor], like: Tensor, back: bool) -> Iterator[tuple[Shard, Tensor]]:
         """All-to-all of 1-d parts, to the owners or back; yields what arrived here."""
-        ranks = range(len(self.pieces))
-        there = [self._between(self.rank, rank) for rank in ranks]  # my pieces, by owner
-        here = [self._between(rank, self.rank) for rank in ranks]  # pieces of my matrices, by holder
+        ranks = range(len(self.shards))
+        there = [self._between(self.rank, rank) for rank in ranks]  # my shards, by owner
+        here = [self._between(rank, self.rank) for rank in ranks]  # shards of my matrices, by holder
         outgoing, incoming = (here, there) if back else (there, here)
-        sizes = [[sum(piece.numel for piece in pieces) for pieces in way] for way in (outgoing, incoming)]
+        sizes = [[sum(shard.numel for shard in shards) for shards in way] for way in (outgoing, incoming)]
         buffer = torch.cat([like.new_empty(0), *sent])
         if self.group is not None:
             arrived = like.new_empty(sum(sizes[1]))
             dist.all_to_all_single(arrived, buffer, sizes[1], sizes[0], group=self.group)
             buffer = arrived
-        pieces = [piece for pieces in incoming for piece in pieces]
-        yield from zip(pieces, buffer.split([piece.numel for piece in pieces]), strict=True)
+        shards = [shard for shards in incoming for shard in shards]
+        yield from zip(shards, buffer.split([shard.numel for shard in shards]), strict=True)
 
-    def _part(self, flat: Tensor, piece: Piece) -> Tensor:
-        return self.partition.segments[piece.parameter].of(flat)
+    def _part(self, flat: Tensor, shard: Shard) -> Tensor:
+        return self.local[shard.place.name].of(flat)
 
 
-def _owners(places: dict[int, Place], ranks: int) -> dict[int, int]:
-    """Who orthogonalises what: the costliest matrix first, to the rank with the least to do."""
+def _owners(places: list[Place], ranks: int) -> dict[str, int]:
+    """Who orthogonalises what, by name: the costliest matrix first, to the rank with the least to do."""
     load, owner = [0] * ranks, {}
-    cost = {i: prod(place.full_shape) * min(place.full_shape[-2:]) for i, place in places.items()}
-    for i in sorted(places, key=lambda i: (-cost[i], i)):
-        owner[i] = load.index(min(load))
-        load[owner[i]] += cost[i]
+    cost = {place.name: prod(place.full_shape) * min(place.full_shape[-2:]) for place in places}
+    for name in sorted(cost, key=lambda name: -cost[name]):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += cost[name]
     return owner
+
+
+def _stretch(slices: Tensor, shard: Shard) -> Tensor:
+    """A shard's elements of its parameter's flattened TP slices ``[tp, numel/tp]``, a view."""
+    place = shard.place
+    number = 0 if place.dim is None else place.low // (place.high - place.low)
+    return slices[number, shard.start : shard.start + shard.numel]
 
 
 def _whole(place: Place, slices: Tensor) -> Tensor:
     """The full parameter from its flattened TP slices ``[tp, numel/tp]``."""
+    parts = slices.view(-1, *place.shape)
+    return parts[0] if place.dim is None else torch.cat([*parts], place.dim)
+
+
+def _sliced(place: Place, whole: Tensor) -> Tensor:
+    """The flattened TP slices ``[tp, numel/tp]`` of a full parameter."""
     if place.dim is None:
-        return slices[0].view(place.full_shape)
-    shape = [n // place.size if i == place.dim else n for i, n in enumerate(place.full_shape)]
-    return torch.cat([part.view(shape) for part in slices], place.dim)
-
-
-def _sliced(place: Place, whole: Tensor) -> list[Tensor]:
-    """The contiguous TP slices of a full parameter."""
-    return [whole] if place.dim is None else [part.contiguous() for part in whole.chunk(place.size, place.dim)]
+        return whole.reshape(1, -1)
+    return torch.stack([part.reshape(-1) for part in whole.chunk(place.slices, place.dim)])
 
 
 def muon(flats: list[Flat], exchanges: dict[Tensor, Exchange], model: ModelConfig, dtype: torch.dtype) -> None:
@@ -176,9 +168,8 @@ def muon(flats: list[Flat], exchanges: dict[Tensor, Exchange], model: ModelConfi
         momentum.lerp_(grad, 1 - decay)
         update = grad.lerp_(momentum, decay)
         exchange = exchanges[weight]
-        if not exchange.places:  # a group that other stages alone have
+        if not exchange.local:  # a group that other stages alone have
             continue
-        names = {i: place.name for i, place in exchange.places.items()}
         wholes = exchange.gather(update)
-        exchange.scatter({i: orthogonal_update(names[i], whole, model, dtype) for i, whole in wholes.items()}, update)
+        exchange.scatter({name: orthogonal_update(name, whole, model, dtype) for name, whole in wholes.items()}, update)
         weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])

@@ -6,7 +6,7 @@ waits for the first call after :meth:`Optimizer.begin_step`. All else looks at t
 parameters over the ranks of a pipeline stage::
 
     begin_step(rate) ── forward, backward … ── step() ── step() ── …
-                                               │ once: guard, count of updates, statistics of the global norm
+                                               │ once: approval, count of updates, statistics of the global norm
                                                └ each: scale gradients, cut off spikes, update, centre the output,
                                                        clip queries and keys
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,10 +24,10 @@ from megatron_stable.config.schema import Config
 from megatron_stable.optim import adamw, muon, spam
 from megatron_stable.optim.adamw import Flat
 from megatron_stable.optim.centering import center_
-from megatron_stable.optim.clipping import build_clipping
+from megatron_stable.optim.clipping import ClippingState, build_clipping
 from megatron_stable.optim.groups import parameter_groups
+from megatron_stable.optim.partition import LocalShard, Partition
 from megatron_stable.optim.qk_clip import qk_clip_
-from megatron_stable.optim.segments import Partition, Segment
 from megatron_stable.parallel.parameters import place
 
 MOMENTS = {"adamw": adamw.MOMENTS, "stable_adamw": adamw.MOMENTS, "muon": muon.MOMENTS}  # by rule
@@ -48,9 +47,6 @@ class Optimizer(torch.optim.Optimizer):
         updates: Steps that were applied; dropped ones are not counted.
         max_logits: Asked once per step that is taken, if the configuration has QK-Clip: by block ("blocks.0"), the
             largest attention logit of each local head over the global batch.
-        guard: Asked once per step with the global gradient norm, before anything changes. Where it says no, the step is
-            dropped: weights, moments, statistics and counts stay as they are. It must say the same on all ranks.
-            ``None``: every step is taken.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: Config) -> None:
@@ -58,7 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": torch.finfo(torch.float32).tiny})
         self.config = config
         self.updates = 0
-        self.guard: Callable[[float], bool] | None = None
+        self._approve: Callable[[float], bool] | None = None  # of this step
         self.max_logits: Callable[[], Mapping[str, Tensor]] = dict
         self._peaks: Mapping[str, Tensor] = {}  # of this step
         self.group_of = {place(weight).name: i for i, group in enumerate(groups) for weight in group["params"]}
@@ -66,7 +62,7 @@ class Optimizer(torch.optim.Optimizer):
         self._global_norm: Callable[[], float] | None = None
         self._begun = self._taken = False
         self._muon_dtype = torch.float32 if config.precision.dtype == "fp32" else torch.bfloat16
-        self._lay_out(weights, Partition([Segment(place(w), w, 0, 0, w.numel()) for _, w in weights]))
+        self._lay_out(weights, Partition([LocalShard(place(w), 0, w.numel(), w, 0) for _, w in weights]))
         self._pipeline_group: dist.ProcessGroup | None = None
         self._clipping = build_clipping(config.optimizer)
 
@@ -92,9 +88,16 @@ class Optimizer(torch.optim.Optimizer):
         for _, flat in flats:
             self._state(flat)
 
-    def begin_step(self, learning_rate: float) -> None:
-        """Start an optimizer step at a learning rate, to which each group applies its factor."""
-        self._begun = False
+    def begin_step(self, learning_rate: float, approve: Callable[[float], bool] | None = None) -> None:
+        """Start an optimizer step.
+
+        Args:
+            learning_rate: Each group applies its factor to it.
+            approve: Asked once in this step with the global gradient norm, before anything changes. Where it says no,
+                the step is dropped: weights, moments, statistics and counts stay as they are. It must say the same on
+                all ranks. ``None``: the step is taken.
+        """
+        self._begun, self._approve = False, approve
         for group in self.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
 
@@ -135,22 +138,17 @@ class Optimizer(torch.optim.Optimizer):
         if self._clipping is not None:
             self._clipping.limit = limit or inf
 
-    def state_values(self) -> dict[str, Any]:
-        """Statistics that are not shaped like parameters, as plain values for a checkpoint. Collective."""
-        values = self._clipping.values() if self._clipping is not None else {}
-        return {"clipping": self.config.optimizer.clipping, "statistics": values}
+    def clipping_state(self) -> ClippingState | None:
+        """What the clipping rule knows, for a checkpoint; ``None`` if it keeps no statistics. Collective."""
+        return self._clipping.state() if self._clipping is not None else None
 
-    def load_state_values(self, stored: dict[str, Any] | None) -> str | None:
-        """Restore what :meth:`state_values` returned; returns a message for the user where that could not be."""
-        rule = self.config.optimizer.clipping
-        if self._clipping is None:
+    def load_clipping_state(self, stored: ClippingState | None) -> str | None:
+        """Restore what :meth:`clipping_state` returned; returns a message for the user where that could not be."""
+        if self._clipping is None or (stored is not None and self._clipping.load(stored)):
             return None
-        if stored is None or stored["clipping"] != rule:
-            self._clipping = build_clipping(self.config.optimizer, self._pipeline_group)
-            before = "nothing" if stored is None else stored["clipping"]
-            return f"optimizer.clipping {rule} starts its statistics anew: the checkpoint has those of {before}"
-        self._clipping.load(stored["statistics"])
-        return None
+        self._clipping = build_clipping(self.config.optimizer, self._pipeline_group)
+        rule, before = self.config.optimizer.clipping, "none" if stored is None else f"those of {stored.rule}"
+        return f"optimizer.clipping {rule} starts its statistics anew: the checkpoint has {before}"
 
     def _lay_out(self, flats: Sequence[tuple[int, Tensor]], partition: Partition) -> None:
         self._partition = partition
@@ -169,9 +167,9 @@ class Optimizer(torch.optim.Optimizer):
         """Once per step: whether it is taken, and what the clipping rule makes of the global norm."""
         self._begun = True
         norm = 0.0
-        if self.guard is not None or self._clipping is not None:
+        if self._approve is not None or self._clipping is not None:
             norm = float(self._global_norm() if self._global_norm is not None else _norm(flats))
-        self._taken = self.guard is None or self.guard(norm)
+        self._taken = self._approve is None or self._approve(norm)
         if self._taken:
             self.updates += 1
             if self.config.optimizer.qk_clip is not None:
@@ -190,8 +188,8 @@ class Optimizer(torch.optim.Optimizer):
         muon.muon(by_rule["muon"], self._exchanges, self.config.model, self._muon_dtype)
         if self.config.optimizer.mu_centering:
             output = "embedding.weight" if self.config.model.tied_embeddings else "head.weight"
-            for number, segment in partition.within(flat.weight for flat in flats):
-                if segment.place.name == output:
+            for number, shard in partition.within(flat.weight for flat in flats):
+                if shard.place.name == output:
                     center_(partition, number)
         if self.config.optimizer.qk_clip is not None:
             weights = [flat.weight for flat in flats]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.optim.segments import Partition, Segment, row_blocks
+from megatron_stable.optim.partition import LocalShard, Partition, row_blocks
 
 
 def qk_clip_(
@@ -25,10 +25,10 @@ def qk_clip_(
         max_logits: By block ("blocks.0"), ``[heads/tp]``: the largest logit of each local head over the global batch,
             so already the maximum over micro batches and DP. A norm on queries and keys would undo the scaling.
     """
-    for _, segment in partition.within(flats):
-        block, _, rest = segment.place.name.partition(".attention.qkv.")
+    for _, shard in partition.within(flats):
+        block, _, rest = shard.place.name.partition(".attention.qkv.")
         if rest and block in max_logits:
-            scale_rows_(segment, row_factors(max_logits[block], model, threshold, alpha))
+            scale_rows_(shard, row_factors(max_logits[block], model, threshold, alpha))
 
 
 def row_factors(max_logits: Tensor, model: ModelConfig, threshold: float = 100.0, alpha: float = 0.5) -> Tensor:
@@ -53,8 +53,8 @@ def row_factors(max_logits: Tensor, model: ModelConfig, threshold: float = 100.0
     return factors.flatten().repeat_interleave(model.head_dim)
 
 
-def scale_rows_(segment: Segment, factors: Tensor) -> None:
+def scale_rows_(shard: LocalShard, factors: Tensor) -> None:
     """Multiply the rows of a weight ``[rows, in]`` or bias ``[rows]`` by ``factors`` ``[rows of this TP slice]``."""
-    width = segment.place.full_shape[1] if len(segment.place.full_shape) > 1 else 1
-    for row, _, block in row_blocks(segment.of(segment.flat), segment.start, width):
+    width = shard.place.full_shape[1] if len(shard.place.full_shape) > 1 else 1
+    for row, _, block in row_blocks(shard.of(shard.flat), shard.start, width):
         block *= factors[row : row + block.shape[0], None]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_stable.errors import MegatronStableError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -25,9 +28,30 @@ def together() -> Iterator[None]:
     dist.all_gather_object(verdicts, (type(mine), str(mine)) if mine else None)
     for verdict in verdicts:
         if verdict is not None:
-            agreed = verdict[0](verdict[1])
-            agreed.agreed = True
-            raise agreed from None
+            raise _agreed(*verdict) from None
+
+
+def decided(decide: Callable[[], T]) -> T:
+    """What ``decide`` makes on rank 0, known to all; a user's error there is raised on every rank, as ``agreed``.
+
+    Collective.
+    """
+    word: list[Any] = [None, None]  # result, failure
+    if dist.get_rank() == 0:
+        try:
+            word[0] = decide()
+        except MegatronStableError as error:
+            word[1] = (type(error), str(error))
+    dist.broadcast_object_list(word, src=0)
+    if word[1] is not None:
+        raise _agreed(*word[1])
+    return cast(T, word[0])
+
+
+def _agreed(kind: type[MegatronStableError], message: str) -> MegatronStableError:
+    error = kind(message)
+    error.agreed = True
+    return error
 
 
 class StopSignal:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -45,34 +45,61 @@ TRUNCATED_STD = 0.8796256610342398  # of a standard normal cut at +-2
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter sits in the whole model.
+    """Where a TP slice of a parameter lies in the whole.
 
     Attributes:
-        full_shape: Its shape before slicing.
+        full_shape: The parameter's shape before slicing.
         dim: The dimension sharded over TP, or ``None`` for a replicated parameter.
-        rank, size: This rank's shard of ``dim``.
+        low, high: Bounds of the slice along ``dim``; 0 and 0 without one.
         init: How it is drawn.
         name: Global name, the same on every layout; set by :func:`name_parameters`.
     """
 
     full_shape: tuple[int, ...]
-    dim: int | None
-    rank: int
-    size: int
-    init: Init
+    dim: int | None = None
+    low: int = 0
+    high: int = 0
+    init: Init = ZEROS
     name: str = ""
 
     @property
-    def bounds(self) -> tuple[int, int]:
-        """First and last + 1 index of this rank's slice along ``dim``; (0, 0) for a replicated parameter."""
-        if self.dim is None:
-            return 0, 0
-        width = self.full_shape[self.dim] // self.size
-        return self.rank * width, (self.rank + 1) * width
+    def box(self) -> list[tuple[int, int]]:
+        """Bounds of the slice along each dimension of the whole."""
+        return [(self.low, self.high) if i == self.dim else (0, n) for i, n in enumerate(self.full_shape)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the slice."""
+        return tuple(high - low for low, high in self.box)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the slice."""
+        return prod(self.shape)
+
+    @property
+    def slices(self) -> int:
+        """How many slices of this size make the whole."""
+        return 1 if self.dim is None else self.full_shape[self.dim] // (self.high - self.low)
 
     def slice(self, full: Tensor) -> Tensor:
-        """This rank's part of a full-size tensor (a view)."""
-        return full if self.dim is None else full.chunk(self.size, self.dim)[self.rank]
+        """This slice of a full-size tensor (a view)."""
+        return full if self.dim is None else full.narrow(self.dim, self.low, self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What somebody holds of a parameter: elements ``[start, start + numel)`` of its flattened TP slice, perhaps none.
+
+    Attributes:
+        place: Of the slice.
+        start: First element, in the flattened slice.
+        numel: Elements.
+    """
+
+    place: Place
+    start: int
+    numel: int
 
 
 def parameter(
@@ -83,14 +110,15 @@ def parameter(
     Raises:
         ValueError: ``dim`` is not divisible by the TP size.
     """
-    rank, size = (tp.rank, tp.size) if tp is not None and dim is not None else (0, 1)
-    local = list(shape)
+    low = high = 0
     if dim is not None:
-        if local[dim] % size:
+        rank, size = (tp.rank, tp.size) if tp is not None else (0, 1)
+        if shape[dim] % size:
             raise ValueError(f"dimension {dim} of {shape} is not divisible by {size} (TP)")
-        local[dim] //= size
-    weight = nn.Parameter(torch.empty(local))
-    weight.place = Place(shape, dim, rank, size, init)  # type: ignore[attr-defined]
+        low, high = (shape[dim] // size * edge for edge in (rank, rank + 1))
+    known = Place(shape, dim, low, high, init)
+    weight = nn.Parameter(torch.empty(known.shape))
+    weight.place = known  # type: ignore[attr-defined]
     # the mark by which DeepSpeed counts every shard in the gradient norm, replicated parameters only once
     weight.tensor_model_parallel = weight.model_parallel = dim is not None  # type: ignore[attr-defined]
     return weight
@@ -107,9 +135,7 @@ def name_parameters(module: nn.Module, prefix: str) -> None:
     for name, weight in module.named_parameters():
         known = place(weight)
         if not known.name:
-            weight.place = Place(  # type: ignore[attr-defined]
-                known.full_shape, known.dim, known.rank, known.size, known.init, f"{prefix}.{name}"
-            )
+            weight.place = replace(known, name=f"{prefix}.{name}")  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -129,7 +155,7 @@ def _draw(weight: nn.Parameter, known: Place, seed: int) -> None:
         for start, rows in _stream(known, seed):
             weight[start : start + len(rows)] = known.slice(rows)
         return
-    first = known.rank * len(weight)
+    first = known.low
     for start, rows in _stream(known, seed):
         low, high = max(start, first), min(start + len(rows), first + len(weight))
         if low < high:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import os
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +12,11 @@ from typing import IO, Any
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError
+from megatron_stable.files import partial, replace_file, write_partial
+from megatron_stable.persisted import package_version, read_json, refuse_unknown_format
 from megatron_stable.records.ledger import Ledger
 from megatron_stable.records.logbook import render
+from megatron_stable.stability.events import Event
 
 # fields of `model` that may change from one start of a run to the next: names and what does not change the function
 FREE = {
@@ -23,6 +26,7 @@ FREE = {
 # what only says where and how often to write
 SILENT = {"logging", "checkpoint"}
 LOCK = ".lock"
+FORMAT, VERSION = "format.json", 1  # of the directory: names and contents of its files, checkpoints aside
 
 
 class RunDirectory:
@@ -38,9 +42,9 @@ class RunDirectory:
         self.logbook = self.path / "logbook.md"
         self._lock: IO[bytes] | None = None
 
-    def log(self, event: str, step: int, **facts: Any) -> None:
+    def log(self, event: Event) -> None:
         """Put an event into the ledger, and the ledger into the logbook. OSError: it cannot be written."""
-        self.ledger.write(event, step, **facts)
+        self.ledger.write(event)
         self.tell()
 
     def tell(self) -> None:
@@ -53,14 +57,17 @@ class RunDirectory:
 
         Raises:
             ConfigError: It cannot be written to, is in use, or belongs to a run of another model.
+            FormatError: A newer version of the program wrote it.
         """
+        require_known_format(self.path)
         if self.config.is_file() and self.metrics.is_file():
             changed = differences(load_config(self.config), config)
             refuse_other_model(changed, f"{self.path} belongs to a run of another model")
         with self.explained():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            self._prepare(config).unlink()
+            write_partial(self.config, dump_config(config).encode())
+            partial(self.config).unlink()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -73,13 +80,15 @@ class RunDirectory:
             yield
 
     def commit(self, config: Config) -> None:
-        """Write the resolved configuration.
+        """Write the format of the directory and the resolved configuration.
 
         Raises:
-            ConfigError: It cannot be written.
+            ConfigError: They cannot be written.
         """
+        stamp = {"version": VERSION, "written_by": package_version()}
         with self.explained():
-            self._prepare(config).rename(self.config)
+            replace_file(self.path / FORMAT, f"{json.dumps(stamp)}\n".encode())
+            replace_file(self.config, dump_config(config).encode())
 
     def release(self) -> None:
         """Undo :meth:`claim`; in a directory in which no run has begun, nothing is left behind."""
@@ -107,18 +116,6 @@ class RunDirectory:
             pass  # a file system without locks
         return lock
 
-    def _prepare(self, config: Config) -> Path:
-        beside = self.path / ".config.yaml.new"
-        try:
-            with beside.open("wb") as file:
-                file.write(dump_config(config).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        return beside
-
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Turn an OSError inside the block into a ConfigError."""
@@ -129,6 +126,18 @@ class RunDirectory:
                 f"run.directory {str(self.path)!r} cannot be written: {error.strerror or error}; "
                 "choose another directory, or make room or permission there"
             ) from None
+
+
+def require_known_format(run: Path) -> None:
+    """See that this version of the program can read a run's directory; one that does not say is of format 1.
+
+    Raises:
+        FormatError: A newer version wrote it.
+        DataError: What it says is not readable.
+    """
+    path = run / FORMAT
+    if path.exists():
+        refuse_unknown_format(run, read_json(path), VERSION)
 
 
 def differences(before: Config, now: Config) -> dict[str, list[Any]]:

@@ -1,48 +1,25 @@
-"""The ledger: an append-only, machine-readable record of what was done to a run, when, why and by whom."""
+"""The ledger: an append-only, machine-readable record of what happened to a run, when, why and by whom."""
 
 from __future__ import annotations
 
-import json
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+
+from megatron_stable.records import jsonl
+from megatron_stable.stability.events import Event, parse
 
 
 class Ledger:
-    """``ledger.jsonl`` of a run: a JSON object per line, with ``time``, ``event``, ``step`` and what belongs to it."""
+    """``ledger.jsonl`` of a run: an event per line. docs/ledger.md has the format."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, event: str, step: int, **facts: Any) -> None:
-        """Append an event at a step (0: before the first). ``facts`` are plain values."""
+    def write(self, event: Event) -> None:
+        """Append an event, with the time. OSError: it cannot be written."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        append_line(self.path, {"time": now, "event": event, "step": step, **facts})
+        jsonl.append(self.path, event.model_copy(update={"time": now}).line())
 
-    def read(self) -> list[dict[str, Any]]:
-        """All events, oldest first; a line that a crash cut off is left out."""
-        return read_lines(self.path)
-
-
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Append a JSON object as one line; if a crash cut the last line off, it stays behind on a line of its own."""
-    text = json.dumps(value) + "\n"
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                text = "\n" + text
-        file.write(text.encode())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a ``.jsonl`` file, without lines that are not whole."""
-    values = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            values.append(value)
-    return values
+    def read(self) -> list[Event]:
+        """All events, oldest first; a line that a crash cut off is left out. OSError: it cannot be read."""
+        return [parse(line) for line in jsonl.read(self.path) if line is not None]

@@ -1,21 +1,52 @@
 """The guard: one verdict on each update before it is made, and a call for recovery when updates will not do.
 
 It sees what all ranks know alike, loss and gradient norm of the step, so its decision is the same on all ranks
-without a word between them.
+without a word between them. What a curve cannot tell it asks: a rise of the loss that stays comes with a question
+(:mod:`megatron_stable.stability.opinion`), which whoever holds model and data answers.
+
+::
+
+    judge(step, …)  ──> Judgement(take, events, trouble, question)
+                                                            │ answered by a few forward passes
+    hear(step, opinion) ──> Judgement(events, trouble) <────┘
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
 
 from megatron_stable.config.schema import GuardConfig
-from megatron_stable.stability.detector import GRAD_NORM, LOSS, QUIET, SpikeDetector, Verdict
+from megatron_stable.numbers import finite
+from megatron_stable.stability import opinion as opinions
+from megatron_stable.stability.detector import GRAD_NORM, LOSS, QUIET, DetectorState, SpikeDetector, Verdict
+from megatron_stable.stability.drift import DriftState
+from megatron_stable.stability.events import (
+    Divergence,
+    Drop,
+    Event,
+    Rise,
+    SecondOpinion,
+    Series,
+    Shift,
+    Spike,
+    SpikeEnd,
+)
+from megatron_stable.stability.opinion import Opinion, Question, Recorded
 from megatron_stable.stability.recovery import Trouble
 
 RECENT = 1000  # steps over which `max_drops` counts
 NORMAL = ("warmup", "normal")
+STAYS = ("rise", "divergence")  # what a loss that does not fall back is called
+CERTAIN = 2  # opinions in a row that blame the data, after which the new level is the usual one
+EVENTS: dict[str, type[Spike] | type[Rise] | type[Divergence]] = {
+    "spike": Spike, "rise": Rise, "divergence": Divergence
+}  # fmt: skip
 
 
 class Judgement(NamedTuple):
@@ -24,42 +55,111 @@ class Judgement(NamedTuple):
     Attributes:
         take: Whether the update may be made.
         bad: Whether a checkpoint from shortly before should not be called healthy.
-        events: For the ledger: (event, facts).
+        events: For the ledger.
         trouble: What asks for recovery, or for the end of a run that may not recover.
+        question: What a second opinion is wanted on.
         scores: MADs above the usual level, by series; infinite where a value was not finite.
     """
 
-    take: bool
-    bad: bool
-    events: tuple[tuple[str, dict[str, Any]], ...]
-    trouble: Trouble | None
-    scores: dict[str, float]
+    take: bool = True
+    bad: bool = False
+    events: tuple[Event, ...] = ()
+    trouble: Trouble | None = None
+    question: Question | None = None
+    scores: dict[Series, float] = {}  # noqa: RUF012 - never changed
+
+
+class _Watched(BaseModel):
+    """What is known of a series.
+
+    Attributes:
+        kind: The last verdict.
+        onset: Of the excursion in progress.
+        calm: Normal values in a row.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    kind: str = "warmup"
+    onset: int | None = None
+    calm: int = 0
+
+
+class GuardState(BaseModel):
+    """All that a guard has come to know; belongs into the checkpoint.
+
+    Attributes:
+        detectors: By series.
+        watched: By series.
+        drift: For rises too slow to stand out.
+        memory: Losses of the latest steps, for second opinions.
+        drops: Recent steps without an update.
+        consecutive: Of these, in a row.
+        overflows: In a row, of fp16.
+        asked: Second opinions on the rise in progress, and ``ask``: the step from which on one is wanted again.
+        data_blamed: Of these, how many in a row blamed the data.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    detectors: dict[Series, DetectorState] = {}
+    watched: dict[Series, _Watched] = {}
+    drift: DriftState = DriftState()
+    memory: tuple[Recorded, ...] = ()
+    drops: tuple[int, ...] = ()
+    consecutive: int = 0
+    overflows: int = 0
+    asked: int = 0
+    ask: int = 0
+    data_blamed: int = 0
 
 
 class Guard:
-    """Judges step after step. ``state`` belongs into the checkpoint.
+    """Judges step after step.
 
     Args:
         config: What it may do.
         fp16: An overflow with a finite loss is then the loss scale's business, and no drop of the guard's.
+        state: Go on from there.
     """
 
-    def __init__(self, config: GuardConfig, fp16: bool = False) -> None:
+    def __init__(self, config: GuardConfig, fp16: bool = False, state: GuardState | None = None) -> None:
         self.config, self.fp16 = config, fp16
-        self._begin()
-
-    def _begin(self) -> None:
-        own = self.config.model_dump(include={"window", "warmup", "threshold", "patience"})
-        self.detectors = {
-            "loss": SpikeDetector(replace(LOSS, drift=self.config.drift, **own)),
+        own = config.model_dump(include={"window", "warmup", "threshold", "patience"})
+        self.detectors: dict[Series, SpikeDetector] = {
+            "loss": SpikeDetector(replace(LOSS, drift=inf, **own)),  # slow rises are asked about, see `drift`
             "grad_norm": SpikeDetector(replace(GRAD_NORM, **own)),
         }
-        self.kinds = dict.fromkeys(self.detectors, "warmup")  # the last verdicts
-        self.onsets: dict[str, int] = {}  # of excursions in progress
-        self.calm = dict.fromkeys(self.detectors, 0)  # normal values in a row
-        self.drops: list[int] = []  # recent steps without an update
-        self.consecutive = 0
-        self.overflows = 0  # in a row, of fp16
+        self.restore(state or GuardState())
+
+    def restore(self, state: GuardState) -> None:
+        """Go on from a state."""
+        for name, detector in self.detectors.items():
+            detector.load(state.detectors.get(name, DetectorState()))
+        self.watched = {name: state.watched.get(name, _Watched()).model_copy() for name in self.detectors}
+        self.drift, self.memory = state.drift, deque(state.memory, opinions.REMEMBERED)
+        self.drops = list(state.drops)
+        self.consecutive, self.overflows = state.consecutive, state.overflows
+        self.asked, self.ask, self.data_blamed = state.asked, state.ask, state.data_blamed
+
+    def state(self) -> GuardState:
+        """What :meth:`restore` takes."""
+        return GuardState(
+            detectors={name: detector.state() for name, detector in self.detectors.items()},
+            watched={name: series.model_copy() for name, series in self.watched.items()},
+            drift=self.drift,
+            memory=tuple(self.memory),
+            drops=tuple(self.drops),
+            consecutive=self.consecutive,
+            overflows=self.overflows,
+            asked=self.asked,
+            ask=self.ask,
+            data_blamed=self.data_blamed,
+        )
+
+    def forget_batches(self) -> None:
+        """The batches of earlier steps cannot be had any more: ask no questions about them."""
+        self.memory.clear()
 
     def judge(self, step: int, loss: float, grad_norm: float, overflow: bool = False) -> Judgement:
         """Judge a step before its update is made.
@@ -71,49 +171,93 @@ class Guard:
             overflow: Whether gradients were not finite, so that the engine makes no update whatever the guard says.
         """
         routine = overflow and self.fp16 and isfinite(loss)
+        if self.config.mode == "off":
+            return Judgement(take=isfinite(grad_norm), bad=not (routine or isfinite(loss + grad_norm)))
         self.overflows = self.overflows + 1 if overflow else 0
         rule = None if routine else self._not_finite(loss, grad_norm, overflow)
-        seen = {"loss": loss, "grad_norm": grad_norm}
+        seen: dict[Series, float] = {"loss": loss, "grad_norm": grad_norm}
         if routine or rule is not None:  # what is known to be wrong, and told as such, is no news to the detectors
             seen = {name: value for name, value in seen.items() if isfinite(value)}
+        if isfinite(loss):
+            self.memory.append(Recorded(step, loss))
+            self.drift = self.drift.followed_by(step, loss)
         verdicts = {name: self.detectors[name].update(step, value) for name, value in seen.items()}
-        kinds = {name: verdict.kind for name, verdict in verdicts.items()}
         events = [event for name, value in seen.items() for event in self._turn(name, step, value, verdicts[name])]
-        if rule is None and self.config.drop_spikes and "spike" in kinds.values():
+        if rule is None and self.config.drop_spikes and any(verdict.kind == "spike" for verdict in verdicts.values()):
             rule = "spike"
         if rule is not None:
             self.drops = [earlier for earlier in self.drops if earlier > step - RECENT] + [step]
             self.consecutive += 1
-            facts = {"loss": _plain(loss), "grad_norm": _plain(grad_norm)}
-            counts = {"consecutive": self.consecutive, "total": len(self.drops)}
-            events.append(("drop", {"rule": rule, **facts, **counts, "by": "guard"}))
+            events.append(
+                Drop(
+                    step=step, rule=rule, loss=finite(loss), grad_norm=finite(grad_norm), by="guard",
+                    consecutive=self.consecutive, total=len(self.drops),
+                )
+            )  # fmt: skip
         elif not routine:
             self.consecutive = 0
+        of_loss = verdicts.get("loss")
+        question = self._question(step, of_loss)
         return Judgement(
             take=rule is None,
-            bad=rule is not None or kinds.get("loss") in ("spike", "divergence"),
+            bad=rule is not None or (of_loss is not None and of_loss.kind in ("spike", *STAYS)),
             events=tuple(events),
-            trouble=self._trouble(step, rule, verdicts.get("loss")),
+            trouble=self._dropped_too_many(step, rule) or self._diverged(step, of_loss, question),
+            question=question,
             scores={name: verdicts[name].score if name in verdicts else inf for name in self.detectors},
         )
 
-    def state(self) -> dict[str, Any]:
-        """All of it, as plain values."""
-        detectors = {name: detector.state() for name, detector in self.detectors.items()}
-        own = ("kinds", "onsets", "calm", "drops", "consecutive", "overflows")
-        return {"detectors": detectors, **{name: getattr(self, name) for name in own}}
+    def hear(self, step: int, opinion: Opinion, sources: Sequence[str] = ()) -> Judgement:
+        """What follows from a second opinion on the question of the judgement of this step.
 
-    def load(self, state: dict[str, Any] | None) -> None:
-        """Restore what :meth:`state` returned; ``None``: begin anew. KeyError, TypeError or ValueError: unusable."""
-        self._begin()
-        if state is not None:
-            for name, detector in self.detectors.items():
-                detector.load(state["detectors"][name])
-            self.kinds = {name: str(state["kinds"][name]) for name in self.kinds}
-            self.onsets = {name: int(onset) for name, onset in state["onsets"].items() if name in self.detectors}
-            self.calm = {name: int(state["calm"][name]) for name in self.calm}
-            self.drops = [int(step) for step in state["drops"]]
-            self.consecutive, self.overflows = int(state["consecutive"]), int(state["overflows"])
+        Args:
+            sources: Where the recent data come from, if that is known.
+        """
+        question, rise = opinion.question, opinion.question.rise
+        asked = SecondOpinion(
+            step=step,
+            onset=question.onset,
+            verdict=opinion.verdict,
+            batches=len(question.old),
+            rise=rise,
+            gap=opinion.now.gap,
+            error=opinion.now.error,
+            healthy_gap=opinion.healthy and opinion.healthy.gap,
+            checkpoint=opinion.checkpoint,
+        )
+        self.ask = step + (self.config.patience << self.asked)
+        self.asked += 1
+        if opinion.verdict == "data":
+            self.data_blamed += 1
+            first = self.data_blamed == 1
+            if self.data_blamed == CERTAIN:
+                self._settle()
+            shift = Shift(step=step, onset=question.onset, rise=rise, sources=tuple(sources))
+            return Judgement(events=(asked, shift) if first else (asked,))
+        self.data_blamed = 0
+        trouble = None
+        if opinion.verdict == "state" and self.config.mode == "recover" and self._recent(step, question.onset):
+            words = f"the loss rose by {rise:.3g} nats since step {question.onset}, and the state is to blame"
+            trouble = Trouble("divergence", question.onset, step, words)
+        return Judgement(bad=True, events=(asked,), trouble=trouble)
+
+    def _settle(self) -> None:
+        """The loss of today is the usual one."""
+        self.detectors["loss"].settle()
+        self.watched["loss"] = _Watched(kind="normal")
+        self.drift = self.drift.settled()
+        self.asked = self.ask = self.data_blamed = 0
+
+    def _question(self, step: int, loss: Verdict | None) -> Question | None:
+        """What to ask, if anything: of a rise that stays at once, and again after longer and longer."""
+        slow = self.drift.onset(self.config.drift) if step > self.config.warmup else None
+        onset = loss.onset if loss is not None and loss.kind in STAYS else slow
+        if step < self.ask:
+            return None
+        if onset is None:
+            self.asked = self.data_blamed = 0
+            return None
+        return opinions.pose(self.memory, onset)
 
     def _not_finite(self, loss: float, grad_norm: float, overflow: bool) -> str | None:
         """Why the update must not be made; of an overflow, why it was not."""
@@ -121,46 +265,54 @@ class Guard:
             return "non-finite gradient"
         return "non-finite loss" if not isfinite(loss) and self.config.mode != "watch" else None
 
-    def _turn(self, name: str, step: int, value: float, verdict: Verdict) -> list[tuple[str, dict[str, Any]]]:
+    def _turn(self, name: Series, step: int, value: float, verdict: Verdict) -> list[Event]:
         """The event of a series: what begins, changes its kind, or is over."""
+        series = self.watched[name]
         if verdict.kind in NORMAL:
-            self.calm[name] += 1
-            if name not in self.onsets or self.calm[name] < QUIET:
+            series.calm += 1
+            if series.onset is None or series.calm < QUIET:
                 return []
-            onset, self.kinds[name] = self.onsets.pop(name), verdict.kind
-            return [("spike_end", {"series": name, "onset": onset, "duration": step - QUIET + 1 - onset})]
-        self.calm[name] = 0
-        onset = verdict.onset or step
-        if (verdict.kind, onset) == (self.kinds[name], self.onsets.get(name)):
+            duration = step - QUIET + 1 - series.onset
+            ended = SpikeEnd(step=step, series=name, onset=series.onset, duration=duration)
+            series.onset, series.kind = None, verdict.kind
+            return [ended]
+        series.calm, onset = 0, verdict.onset or step
+        if (verdict.kind, onset) == (series.kind, series.onset):
             return []
-        self.kinds[name], self.onsets[name] = verdict.kind, onset
-        if verdict.kind == "shift":
-            del self.onsets[name]  # the level is another now, so nothing has to fall back
-        facts = {"series": name, "value": _plain(value), "level": _plain(verdict.level), "score": _plain(verdict.score)}
-        return [(verdict.kind, {**facts, "scale": _plain(verdict.scale), "onset": onset})]
+        series.kind, series.onset = verdict.kind, onset
+        return [
+            EVENTS[verdict.kind](
+                step=step, series=name, value=finite(value), level=finite(verdict.level), scale=finite(verdict.scale),
+                score=finite(verdict.score), onset=onset,
+            )
+        ]  # fmt: skip
 
-    def _trouble(self, step: int, rule: str | None, loss: Verdict | None) -> Trouble | None:
+    def _dropped_too_many(self, step: int, rule: str | None) -> Trouble | None:
         config = self.config
-        if config.mode == "watch":
+        if rule is None or config.mode == "watch":
             return None
-        if rule is not None and self.consecutive >= config.max_consecutive_drops:
+        if self.consecutive >= config.max_consecutive_drops:
             reason = f"{self.consecutive} updates in a row were dropped ({rule})"
             return Trouble("consecutive drops", self._onset(self.drops[-self.consecutive :][0]), step, reason)
-        if rule is not None and len(self.drops) >= config.max_drops:
+        if len(self.drops) >= config.max_drops:
             reason = f"{len(self.drops)} updates were dropped within {RECENT} steps, the last for a {rule}"
             return Trouble("total drops", self._onset(step), step, reason)
-        onset = self._onset(step)
-        # a rise that began longer ago is too slow for its data to be to blame: that is the user's to judge
-        recent = step - onset <= max(config.patience, config.near_steps)
-        if loss is not None and loss.kind == "divergence" and config.mode == "recover" and recent:
-            reason = f"the loss rose from {loss.level:.4g} at step {onset} and has not fallen back by step {step}"
-            return Trouble("divergence", onset, step, reason)
         return None
+
+    def _diverged(self, step: int, loss: Verdict | None, question: Question | None) -> Trouble | None:
+        """A divergence by the curve alone, where there is nothing to ask about."""
+        if self.config.mode != "recover" or question is not None or loss is None or loss.kind != "divergence":
+            return None
+        if step < self.ask or not self._recent(step, onset := self._onset(step)):
+            return None
+        reason = f"the loss rose from {loss.level:.4g} at step {onset} and has not fallen back by step {step}"
+        return Trouble("divergence", onset, step, reason)
+
+    def _recent(self, step: int, onset: int) -> bool:
+        """Whether data may be to blame for a rise: one that began longer ago is the user's to judge."""
+        return step - onset <= max(self.config.patience, self.config.near_steps)
 
     def _onset(self, step: int) -> int:
         """Where trouble that is noticed in ``step`` began: with the rise of the loss that it is part of, if any."""
-        return min(step, self.onsets.get("loss", step))
-
-
-def _plain(value: float) -> float | None:
-    return value if isfinite(value) else None
+        onset = self.watched["loss"].onset
+        return step if onset is None else min(step, onset)

@@ -12,52 +12,51 @@ the learning rate and of gradient clipping, and which checkpoints may be resumed
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_stable.data.skip import SkipWindows
-from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.files import write_file
+from megatron_stable.data.skip import SkipWindows, Window
 
-FILE = "interventions.json"
-Factor = Annotated[float, Field(gt=0, le=1)]
+By: TypeAlias = Literal["guard", "user"]
+Factor: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
 
-class Intervention(BaseModel):
-    """One repair.
+class Decision(BaseModel):
+    """What was decided to mend a run: who, why, and what changes."""
 
-    Attributes:
-        id: Names it, in checkpoints and the ledger.
-        time: ISO 8601, UTC.
-        by: Who decided.
-        rule: What it answers ("divergence", "the user's word" ...).
-        onset: Step at which the trouble began, if known.
-        rollback_to: The step of the checkpoint that the run goes on from.
-        windows: Data steps to skip, inclusive, from 1.
-        learning_rate_factor, clip_factor: From here on, beside those of other interventions.
-        reset_loss_scale: Whether fp16's loss scale starts anew.
-        reason: In words.
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    by: By
+    """Who decided."""
+    rule: str
+    """What it answers: `divergence`, `consecutive drops`, `named by the user` …"""
+    onset: Annotated[int, Field(ge=1)] | None = None
+    """The step in which the trouble began, if that is known."""
+    windows: tuple[Window, ...] = ()
+    """Data steps to skip: `[first, last]`, inclusive, counted from 1."""
+    learning_rate_factor: Factor = 1.0
+    """Of the learning rate from here on, beside those of earlier decisions."""
+    clip_factor: Factor = 1.0
+    """Of `optimizer.clip_grad` from here on, beside those of earlier decisions."""
+    reset_loss_scale: bool = False
+    """Whether fp16's loss scale starts anew."""
+    reason: str = ""
+    """In words."""
+
+
+class Intervention(Decision):
+    """A decision that is in force."""
 
     id: Annotated[str, Field(min_length=1)]
+    """Names it, in checkpoints and the ledger."""
     time: str
-    by: Literal["guard", "user"]
-    rule: str
-    onset: Annotated[int, Field(ge=1)] | None = None
+    """ISO 8601, UTC."""
     rollback_to: Annotated[int, Field(ge=0)]
-    windows: tuple[tuple[int, int], ...] = ()
-    learning_rate_factor: Factor = 1.0
-    clip_factor: Factor = 1.0
-    reset_loss_scale: bool = False
-    reason: str = ""
+    """The step of the checkpoint that the run goes on from."""
 
 
 @dataclass(frozen=True)
@@ -65,45 +64,6 @@ class Interventions:
     """The repairs of a run, oldest first."""
 
     items: tuple[Intervention, ...] = ()
-
-    @classmethod
-    def read(cls, run: Path) -> Interventions | None:
-        """Those of a run's directory; ``None`` if none were ever written there.
-
-        Raises:
-            DataError: The file cannot be used.
-        """
-        path = run / FILE
-        try:
-            return cls.parse(json.loads(path.read_bytes()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, ConfigError) as error:
-            raise DataError(
-                f"{path} cannot be used ({error}): restore it from a backup; the newest checkpoint's "
-                "manifest.json holds a copy under state.interventions"
-            ) from None
-
-    @classmethod
-    def parse(cls, values: Any) -> Interventions:
-        """From plain values; ValueError or ConfigError if they are none."""
-        if not isinstance(values, list):
-            raise ValueError("not a list")
-        try:
-            found = cls(tuple(Intervention.model_validate(value) for value in values))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        SkipWindows(window for item in found.items for window in item.windows)
-        return found
-
-    def to_list(self) -> list[dict[str, Any]]:
-        """Plain values for JSON; :meth:`parse` takes them back."""
-        return [item.model_dump(mode="json") for item in self.items]
-
-    def write(self, run: Path) -> None:
-        """Make these the run's, all or nothing."""
-        write_file(run / FILE, (json.dumps(self.to_list(), indent=1) + "\n").encode())
 
     def add(self, item: Intervention) -> Interventions:
         """These and one more."""

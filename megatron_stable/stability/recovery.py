@@ -131,7 +131,7 @@ def last_resort(trouble: Trouble, candidates: Sequence[Candidate], settings: Gua
     chosen = choose(candidates, trouble.onset, settings.rollback_steps)
     if chosen is None:
         return None
-    return _repair(trouble, rollback_to=chosen[0].step, reason=f"gave up: {trouble.reason}")
+    return _repair(trouble, rollback_to=chosen[0].step, reason=trouble.reason)
 
 
 def _repair(trouble: Trouble, **values: Any) -> Intervention:

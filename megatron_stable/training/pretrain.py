@@ -10,7 +10,7 @@ import traceback
 import warnings
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
 
 
-def pretrain(config: Config) -> None:
+def train(config: Config) -> None:
     """Train, on this rank of whatever launcher started it; alone without one. Returns when the run has ended.
 
     Raises:
@@ -39,7 +39,7 @@ def pretrain(config: Config) -> None:
     join_world()
     lifeline = Lifeline()
     try:
-        _train(config, StopSignal(), dist.get_rank(), dist.get_world_size())
+        _train_in_world(config, StopSignal(), dist.get_rank(), dist.get_world_size())
     except BaseException as error:
         if isinstance(error, MegatronStableError) and error.agreed:
             lifeline.leave()
@@ -51,7 +51,7 @@ def pretrain(config: Config) -> None:
     dist.destroy_process_group()
 
 
-def _train(config: Config, stop: StopSignal, rank: int, world: int) -> None:
+def _train_in_world(config: Config, stop: StopSignal, rank: int, world: int) -> None:
     import torch
 
     from megatron_stable.checkpoint import store
@@ -59,8 +59,13 @@ def _train(config: Config, stop: StopSignal, rank: int, world: int) -> None:
     from megatron_stable.model.backends import choose_backend
     from megatron_stable.parallel.agreement import together
     from megatron_stable.parallel.topology import Topology
+    from megatron_stable.records.callbacks import Callbacks
+    from megatron_stable.records.chronicle import Chronicle
     from megatron_stable.records.directory import RunDirectory
-    from megatron_stable.training.callbacks import Callbacks, MetricsFile, ProgressLine, TensorBoard
+    from megatron_stable.records.metrics_file import MetricsFile
+    from megatron_stable.records.tensorboard import TensorBoard
+    from megatron_stable.stability.events import Resume, Start
+    from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
 
     directory = RunDirectory(config.run.directory)
@@ -82,32 +87,29 @@ def _train(config: Config, stop: StopSignal, rank: int, world: int) -> None:
                     f"rank {rank} on {socket.gethostname()} does not see run.directory {config.run.directory}: "
                     "it must be on a file system that all ranks share"
                 )
-        progress = ProgressLine(config)
-        report = progress.message if rank == 0 else _silence
-        report(f"attention backend {backend.name}: {backend.reason}")
+        callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
+        callbacks.message(f"attention backend {backend.name}: {backend.reason}")
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-        trainer = Trainer(config, topology, directory, report, tokenizer)
+        trainer = Trainer(config, topology, directory, callbacks, tokenizer)
         changed = trainer.resume()
         if trainer.step >= config.run.steps:
-            report(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
+            callbacks.message(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
             return
-        callbacks = Callbacks()
         with together():
             if rank == 0:
                 directory.commit(config)
-                facts = {"layout": vars(config.parallel), "ranks": world} | ({"changed": changed} if changed else {})
+                started: dict[str, Any] = {"step": trainer.step, "ranks": world, "layout": config.parallel}
                 with directory.explained():
-                    directory.log("resume" if trainer.step else "start", trainer.step, **facts)
-                    trainer.watch.catch_up(trainer.step)
-                    writers = (
-                        [TensorBoard(directory.tensorboard, trainer.step + 1)] if config.logging.tensorboard else []
-                    )
-                callbacks = stack.enter_context(closing(Callbacks(MetricsFile(directory.metrics), *writers, progress)))
-        signal = trainer.run(callbacks, stop)
+                    directory.log(Resume(**started, changed=changed) if trainer.step else Start(**started))
+                    callbacks.callbacks += [Chronicle(directory), MetricsFile(directory.metrics)]
+                    if config.logging.tensorboard:
+                        callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
+                    trainer.recovery.catch_up(trainer.step)
+        signal = trainer.run(stop)
         if signal:
-            report(f"{signal}: stopped after step {trainer.step}, saved; the same command goes on from there")
+            callbacks.message(f"{signal}: stopped after step {trainer.step}, saved; the same command resumes there")
         else:
-            report(f"done: {trainer.step} steps, in {directory.path}")
+            callbacks.message(f"done: {trainer.step} steps, in {directory.path}")
 
 
 def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
@@ -129,11 +131,11 @@ def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
-def guarded(config: Config) -> int:
-    """:func:`pretrain`, with errors turned into a message by one rank and the exit code that DESIGN promises."""
+def run_to_exit_code(config: Config) -> int:
+    """:func:`train`; returns the exit code. One rank prints the message of an error that the user can mend."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are a page each
     try:
-        pretrain(config)
+        train(config)
         return 0
     except KeyboardInterrupt:  # later, StopSignal takes it
         return _leave("SIGINT: stopped before training began", 0)
@@ -176,6 +178,3 @@ def _lost_connection(error: BaseException) -> bool:
     marks = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket", "remote process exited")
     return isinstance(error, RuntimeError) and any(mark in text for mark in marks)
 
-
-def _silence(*_: object) -> None:
-    pass

@@ -6,7 +6,10 @@ import math
 import random
 from pathlib import Path
 
+import pytest
+
 from megatron_stable.analysis.figure import SMOOTH, Event, _smoothed, draw
+from megatron_stable.errors import DataError
 
 RECORDS = [{"step": n, "loss": 8 / n, "grad_norm": 1 / n} for n in range(1, 60)]
 
@@ -46,3 +49,14 @@ def test_values_that_are_not_finite_leave_the_rest_as_it_is(tmp_path: Path) -> N
     draw({"run": holes}, tmp_path / "none")
     draw({"run": nan}, tmp_path / "nan")
     assert (tmp_path / "none").read_bytes() == (tmp_path / "nan").read_bytes()
+
+
+def test_one_run_and_several_and_none(tmp_path: Path) -> None:
+    records = [record | ({"validation_loss": 1.0} if record["step"] == 10 else {}) for record in RECORDS]
+    draw({"one": records}, tmp_path / "one", "title")
+    draw({"one": records, "two": records[:7]}, tmp_path / "two")
+    one, two = ((tmp_path / name).read_bytes() for name in ("one", "two"))
+    assert one.startswith(b"\x89PNG\r\n\x1a\n") and one != two
+    with pytest.raises(DataError, match="no step yet"):
+        draw({"none": []}, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

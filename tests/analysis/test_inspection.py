@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from megatron_stable.analysis.inspection import _excerpt, find_step, inspect, visible
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.config.load import dump_config
-from megatron_stable.config.schema import Config
+from megatron_stable.config.schema import Config, ParallelConfig
 from megatron_stable.data import Batches, IndexedWriter, SkipWindows, open_dataset
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.records.directory import RunDirectory
+from megatron_stable.stability.events import Resume
 from tests.harness.ranks import Ranks
 from tests.training.runs import SEQUENCE, VOCAB, settings, train
 
@@ -97,8 +98,9 @@ def test_the_batch_is_that_of_the_configuration_then(tmp_path: Path) -> None:
     write_documents(tmp_path / "data", [500], 0, VOCAB)
     run = write_run(tmp_path, *map(line, range(1, 9)), batch={"global_size": 8, "micro_size": 1})
     ledger = RunDirectory(run).ledger
-    ledger.write("resume", 4, changed={"batch.global_size": [2, 4], "run.seed": [9, SEED]})
-    ledger.write("resume", 6, changed={"batch.global_size": [4, 8], "optimizer.learning_rate": [1, 2]})
+    seen: dict[str, Any] = {"ranks": 1, "layout": ParallelConfig()}
+    ledger.write(Resume(step=4, **seen, changed={"batch.global_size": (2, 4), "run.seed": (9, SEED)}))
+    ledger.write(Resume(step=6, **seen, changed={"batch.global_size": (4, 8), "optimizer.learning_rate": (1, 2)}))
     for step, size, seed in ((3, 2, 9), (4, 2, 9), (5, 4, SEED), (6, 4, SEED), (7, 8, SEED)):
         found = inspect(run, step)
         dataset = open_dataset(str(tmp_path / "data"), SEQUENCE, seed)
@@ -215,10 +217,8 @@ def test_without_a_record_the_skip_windows_of_the_newest_checkpoint_tell(poisone
 
 
 def _with_windows(path: Path, windows: list[list[int]]) -> None:
-    from dataclasses import replace
-
     from megatron_stable.checkpoint.format import read_manifest
 
     manifest = read_manifest(path.parent)
-    state = {**manifest.state, "skip_windows": SkipWindows(windows).to_list()}
-    path.write_text(replace(manifest, state=state).dumps())
+    state = manifest.state.model_copy(update={"skip_windows": SkipWindows(windows).windows})
+    path.write_text(manifest.model_copy(update={"state": state}).dumps())

@@ -77,7 +77,7 @@ def same(one: Values, other: Values) -> None:
     assert equal(last(one), last(other)), "not the same weights and moments"
     for values in (one, other):
         state = store.entries(directory(values) / "checkpoints")[-1].manifest.state  # type: ignore[union-attr]
-        assert (state["skip_windows"], state["data_step"]) == ([list(w) for w in WINDOWS], kept()[-1])
+        assert (state.skip_windows, state.data_step) == (tuple(tuple(w) for w in WINDOWS), kept()[-1])
 
 
 def test_set_in_the_configuration_at_stops(ranks: Ranks, folder: Path, told: Values) -> None:
@@ -124,7 +124,7 @@ def test_on_another_layout_after_the_stop(ranks: Ranks, folder: Path) -> None:
 
 def train_until(values: Values, step: int, faults: list[dict[str, Any]]) -> Any:
     """On a rank: die at a step after an intervention, without a word and without a checkpoint."""
-    from megatron_stable.training.callbacks import Callbacks
+    from megatron_stable.records.callbacks import Callbacks
 
     record = Callbacks.record
 

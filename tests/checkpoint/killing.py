@@ -22,7 +22,9 @@ import torch.distributed as dist
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.health import Retention
 from megatron_stable.checkpoint.saver import Saver
-from tests.checkpoint.stored import contents, synthetic_shards
+from megatron_stable.checkpoint.state import Layout
+from megatron_stable.config.schema import Config
+from tests.checkpoint.stored import contents, plain_state, synthetic_states
 
 RANKS, KEEP = 3, 2
 
@@ -35,7 +37,7 @@ def save_for_ever(rank: int, folder: Path, trial: int, first: int, ready: int) -
     os.write(ready, b"x")
     step = first
     while True:
-        saver.save(step, synthetic_shards(rank, RANKS, float(step)), {}, {}, {"step": step})
+        saver.save(step, synthetic_states(rank, RANKS, float(step)), Layout(), Config(), plain_state(step))
         step += 1
 
 
@@ -79,7 +81,7 @@ def trial(folder: Path, number: int, chosen: random.Random, first: int) -> dict[
 
 def _right(entry: store.Entry) -> bool:
     assert entry.manifest is not None
-    return entry.manifest.state == {"step": entry.step} and all(
+    return entry.manifest.state == plain_state(entry.step) and all(
         torch.equal(tensor, torch.full_like(tensor, entry.step + ["weight", "exp_avg", "exp_avg_sq"].index(kind)))
         for key, tensor in contents(entry.directory).items()
         for kind in [key.partition(":")[2]]

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_stable.checkpoint import store
-from megatron_stable.checkpoint.format import Manifest, read_manifest
+from megatron_stable.checkpoint.format import digest, read_manifest
 from megatron_stable.checkpoint.reader import Reader
-from megatron_stable.engine.shards import Shard
-from megatron_stable.parallel.parameters import Init, Place
+from megatron_stable.checkpoint.state import Layout, RunState
+from megatron_stable.config.schema import Config
+from megatron_stable.engine.shards import ShardState
+from megatron_stable.optim.partition import LocalShard
+from megatron_stable.parallel.parameters import Place
 
 ROWS, COLUMNS = 64, 24
 
@@ -42,19 +45,24 @@ def keep_only(checkpoints: Path, step: int) -> None:
             shutil.rmtree(entry.directory)
 
 
-def synthetic_shards(rank: int, ranks: int, value: float, rows: int = ROWS) -> list[Shard]:
+def synthetic_states(rank: int, ranks: int, value: float, rows: int = ROWS) -> list[ShardState]:
     """A matrix that TP shards, of which every rank has its rows, and a vector that rank 0 owns; all of ``value``."""
     flat = torch.zeros(1)
-    matrix = Place((rows * ranks, COLUMNS), 0, rank, ranks, Init(), "matrix")
-    vector = Place((COLUMNS,), None, 0, 1, Init(), "vector")
+    matrix = Place((rows * ranks, COLUMNS), 0, rank * rows, (rank + 1) * rows, name="matrix")
+    vector = Place((COLUMNS,), name="vector")
 
     def tensors(numel: int) -> dict[str, Tensor]:
         return {kind: torch.full((numel,), value + i) for i, kind in enumerate(("weight", "exp_avg", "exp_avg_sq"))}
 
     return [
-        Shard(matrix, 0, flat, 0, True, tensors(rows * COLUMNS)),
-        Shard(vector, 0, flat, 0, rank == 0, tensors(COLUMNS)),
+        ShardState(LocalShard(matrix, 0, rows * COLUMNS, flat, 0), True, tensors(rows * COLUMNS)),
+        ShardState(LocalShard(vector, 0, COLUMNS, flat, 0), rank == 0, tensors(COLUMNS)),
     ]
+
+
+def plain_state(step: int) -> RunState:
+    """Of a run that has nothing to tell but its step."""
+    return RunState(optimizer_steps=step, data_step=step)
 
 
 def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = ROWS) -> list[str]:
@@ -67,8 +75,8 @@ def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = 
     said: list[str] = []
     saver = Saver(Path(folder), Retention(keep), said.append)
     for step in steps:
-        shards = synthetic_shards(dist.get_rank(), dist.get_world_size(), float(step), rows)
-        saver.save(step, shards, {"tensor": dist.get_world_size()}, {}, {"step": step})
+        states = synthetic_states(dist.get_rank(), dist.get_world_size(), float(step), rows)
+        saver.save(step, states, Layout(tensor=dist.get_world_size()), Config(), plain_state(step))
     saver.wait()
     dist.barrier()
     return said
@@ -88,8 +96,7 @@ def rewrite_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) 
     body = json.loads((directory / "manifest.json").read_text())
     del body["sha256"]
     change(body)
-    forged = Manifest(**body)
-    (directory / "manifest.json").write_text(forged.dumps())
+    (directory / "manifest.json").write_text(json.dumps({**body, "sha256": digest(body)}))
 
 
 def rewrite_file(directory: Path, name: str, data: bytes) -> None:

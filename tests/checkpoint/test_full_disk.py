@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_stable.checkpoint import store
-from tests.checkpoint.stored import synthetic_shards
+from tests.checkpoint.stored import plain_state, synthetic_states
 from tests.harness.ranks import Ranks
 from tests.training.runs import layout, metrics, settings, train
 
@@ -36,6 +36,8 @@ def save_three_times(folder: str, rank_with_room: bool) -> tuple[list[str], list
 
     from megatron_stable.checkpoint.health import Retention
     from megatron_stable.checkpoint.saver import Saver
+    from megatron_stable.checkpoint.state import Layout
+    from megatron_stable.config.schema import Config
     from megatron_stable.errors import MegatronStableError
 
     said: list[str] = []
@@ -43,7 +45,7 @@ def save_three_times(folder: str, rank_with_room: bool) -> tuple[list[str], list
     saver = Saver(root, Retention(2), said.append)
 
     def save(step: int) -> list[str]:
-        saver.save(step, synthetic_shards(rank, 2, float(step), ROWS), {}, {}, {})
+        saver.save(step, synthetic_states(rank, 2, float(step), ROWS), Layout(), Config(), plain_state(step))
         saver.wait()
         dist.barrier()
         return sorted(path.name for path in root.iterdir())

@@ -86,7 +86,7 @@ def test_rotation_of_real_checkpoints_follows_their_health(ranks: Ranks, tmp_pat
     found = {entry.step: verdict(entry.directory) for entry in store.entries(tmp_path)}
     assert found == {10: True, 20: True, 30: False, 40: False, 50: None}
     words = [summary(entry, None, verified=False)["health"] for entry in store.entries(tmp_path)]
-    assert words == ["healthy", "healthy", "unhealthy", "unhealthy", "candidate"]
+    assert words == ["healthy", "healthy", "unhealthy", "unhealthy", "not judged yet"]
     assert store.rotate(tmp_path, Retention(keep=1, rollbacks=(5,))) == [30, 40]
     assert [entry.step for entry in store.entries(tmp_path)] == [10, 20, 50]
 

@@ -145,6 +145,14 @@ def state_of_the_wrong_kind(directory: Path) -> None:
     rewrite_manifest(directory, lambda body: body["state"].update(optimizer_steps=[1], skip_windows=7))
 
 
+def state_with_an_unknown_field(directory: Path) -> None:
+    rewrite_manifest(directory, lambda body: body["state"].update(note="harmless"))
+
+
+def absurd_state(directory: Path) -> None:
+    rewrite_manifest(directory, lambda body: body["state"].update(optimizer_steps=10**400))
+
+
 def config_of_the_wrong_kind(directory: Path) -> None:
     rewrite_manifest(directory, lambda body: body["config"].update(model={"layers": "many"}))
 
@@ -197,11 +205,11 @@ def no_index(directory: Path) -> None:
 ATTACKS = [
     pickled_manifest, pickled_rank_file, pickled_damage_note, torch_zip_as_rank_file, path_out_of_the_directory,
     absolute_path, null_byte_in_a_name, link_to_a_file, link_to_a_directory, pipe_as_manifest, manifest_of_a_terabyte,
-    manifest_of_nested_lists, manifest_without_checksum, state_of_the_wrong_kind, config_of_the_wrong_kind,
+    manifest_of_nested_lists, manifest_without_checksum, state_of_the_wrong_kind, state_with_an_unknown_field,
+    absurd_state, config_of_the_wrong_kind,
     step_of_the_wrong_kind, absurd_shape, absurd_slice, absurd_piece, negative_start, absurd_tensor, absurd_header,
     tensor_of_another_dtype, missing_parameter, no_index,
 ]  # fmt: skip
-NOT_IN_THE_MODEL = {state_of_the_wrong_kind}  # what only a resume reads
 
 
 def train_in_little_memory(values: dict[str, Any]) -> tuple[int, int]:
@@ -230,7 +238,7 @@ def test_resuming_is_refused(
     assert not (victim.parents[2] / "proof").exists()
 
 
-@pytest.mark.parametrize("attack", [attack for attack in ATTACKS if attack not in NOT_IN_THE_MODEL])
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_opening_the_model_is_refused(victim: Path, attack: Callable[[Path], None]) -> None:
     from megatron_stable.checkpoint.model import load_model
 
@@ -261,5 +269,5 @@ def test_forging_as_these_tests_do_makes_valid_checkpoints(victim: Path) -> None
     from megatron_stable.checkpoint.model import load_model
 
     change_index(victim, lambda index: None)
-    rewrite_manifest(victim, lambda body: body["state"].update(note="harmless"))
+    rewrite_manifest(victim, lambda body: body["state"].update(bad_steps=[1]))
     assert load_model(victim.parents[1])[2] == 1

@@ -65,16 +65,17 @@ def save_again(values: Values, root: str) -> None:
     from megatron_stable.checkpoint.saver import Saver
     from megatron_stable.config.schema import Config
     from megatron_stable.parallel.topology import Topology
+    from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.trainer import Trainer
 
     config = Config.model_validate(values)
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-    trainer = Trainer(config, topology, RunDirectory(config.run.directory), print)
+    trainer = Trainer(config, topology, RunDirectory(config.run.directory), Callbacks())
     trainer.resume()
-    trainer.saver = Saver(Path(root), Retention(9), print)
+    trainer.checkpoints.saver = Saver(Path(root), Retention(9), print)
     trainer.save()
-    trainer.saver.finish()
+    trainer.checkpoints.saver.finish()
 
 
 @pytest.fixture(scope="module")

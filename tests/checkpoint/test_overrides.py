@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_stable.records.ledger import Ledger
+from megatron_stable.stability.events import Resume
 from tests.checkpoint.stored import keep_only
 from tests.harness.ranks import Ranks
 from tests.training.runs import Values, metrics, settings, train, write_data
@@ -17,11 +18,12 @@ def groups_after_resume(values: Values) -> tuple[list[dict[str, Any]], float]:
     """On a rank: resume; the optimizer's groups as they then are, and DeepSpeed's clip."""
     from megatron_stable.config.schema import Config
     from megatron_stable.parallel.topology import Topology
+    from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.trainer import Trainer
 
     config = Config.model_validate(values)
-    trainer = Trainer(config, Topology(), RunDirectory(config.run.directory), print)
+    trainer = Trainer(config, Topology(), RunDirectory(config.run.directory), Callbacks())
     trainer.resume()
     assert trainer.step == 5
     groups = [{k: v for k, v in group.items() if k != "params"} for group in trainer.engine.optimizer.param_groups]
@@ -44,11 +46,11 @@ def test_optimizer_settings_are_the_users(ranks: Ranks, tmp_path: Path, zero_sta
     assert sorted({group["weight_decay"] for group in groups}) == [0.0, 0.3]
     assert ranks.run(1, train, changed) == [0]
     assert metrics(changed["run"]["directory"])[6]["learning_rate"] == 1e-4
-    (event,) = (e for e in Ledger(tmp_path / "run" / "ledger.jsonl").read() if e["event"] == "resume")
-    assert event["step"] == 5
-    assert event["changed"]["optimizer.learning_rate"] == [3e-3, 1e-4]
-    assert event["changed"]["optimizer.betas"] == [[0.9, 0.95], [0.5, 0.75]]
-    assert event["changed"]["optimizer.clip_grad"] == [1.0, 0.25]
+    (event,) = (e for e in Ledger(tmp_path / "run" / "ledger.jsonl").read() if isinstance(e, Resume))
+    assert event.step == 5
+    assert event.changed["optimizer.learning_rate"] == (3e-3, 1e-4)
+    assert event.changed["optimizer.betas"] == ([0.9, 0.95], [0.5, 0.75])
+    assert event.changed["optimizer.clip_grad"] == (1.0, 0.25)
 
 
 def test_an_override_changes_what_the_next_step_does(ranks: Ranks, tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megatron_stable.checkpoint.format import MANIFEST, Manifest, Piece, piece_of, rank_file, read_manifest
+from megatron_stable.checkpoint.format import MANIFEST, FileEntry, Manifest, rank_file, read_manifest
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.checkpoint.saver import _copies
-from tests.checkpoint.stored import COLUMNS, synthetic_shards
+from megatron_stable.checkpoint.state import Layout
+from megatron_stable.parallel.parameters import Shard
+from tests.checkpoint.stored import COLUMNS, plain_state, synthetic_states
 from tests.harness.ranks import Ranks
 from tests.training.runs import layout, settings, train
 
@@ -38,16 +39,15 @@ def test_ten_million_parameters_weigh_their_tensors(ranks: Ranks, folder: Path) 
 
 def written_by(ranks: int, folder: Path, rows: int) -> Reader:
     """The same matrix and vector, written by ``ranks`` ranks."""
-    import json
-
     from safetensors.torch import save_file
 
     folder.mkdir()
     for rank in range(ranks):
-        copies, index = _copies(synthetic_shards(rank, ranks, 1.0, rows // ranks))
-        save_file(copies, str(folder / rank_file(rank)), metadata={"index": json.dumps(index)})
-    files: dict[str, Any] = {rank_file(rank): {"bytes": 0, "sha256": ""} for rank in range(ranks)}
-    (folder / MANIFEST).write_text(Manifest(1, {}, {}, {}, files).dumps())
+        copies, index = _copies(synthetic_states(rank, ranks, 1.0, rows // ranks))
+        save_file(copies, str(folder / rank_file(rank)), metadata={"index": index})
+    files = {rank_file(rank): FileEntry(bytes=0, sha256="") for rank in range(ranks)}
+    manifest = Manifest(step=1, layout=Layout(tensor=ranks), config={}, state=plain_state(1), files=files)
+    (folder / MANIFEST).write_text(manifest.dumps())
     return Reader(folder, read_manifest(folder))
 
 
@@ -59,16 +59,16 @@ def test_a_part_is_read_from_the_pieces_that_hold_it_and_no_others(
     read: list[int] = []
     original = Reader._read
 
-    def counted(self: Reader, file: str, key: str, piece: Piece, low: int, high: int) -> torch.Tensor:
+    def counted(self: Reader, file: str, kind: str, shard: Shard, low: int, high: int) -> torch.Tensor:
         read.append(high - low)
-        return original(self, file, key, piece, low, high)
+        return original(self, file, kind, shard, low, high)
 
     monkeypatch.setattr(Reader, "_read", counted)
     for writers in (1, 2, 64):
         reader = written_by(writers, tmp_path / str(writers), rows)
-        wanted = piece_of(synthetic_shards(1, 4, 0.0, rows // 4)[0])
+        wanted = synthetic_states(1, 4, 0.0, rows // 4)[0].shard
         read.clear()
-        assert reader.part("matrix", "weight", wanted).eq(1.0).all()
+        assert reader.part("weight", wanted).eq(1.0).all()
         assert sum(read) == rows // 4 * COLUMNS
         assert len(read) == max(1, writers // 4)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from megatron_stable.training.demo import SETTINGS, Demo
+from megatron_stable.data.standard_library import write_standard_library
 
 SMALL = (
-    *SETTINGS,
     "model.layers=2",
     "model.hidden=64",
+    "model.sequence_length=64",
+    "model.vocab_size=400",
+    "batch.global_size=8",
     "optimizer.learning_rate=4.0e-3",
     "schedule.warmup_steps=2",
     "run.steps=12",
@@ -22,31 +26,33 @@ SMALL = (
 
 
 class SmallDemo(NamedTuple):
-    """The demo, where it is, what it said, and with what exit code."""
+    """Where a demo is, what it said, and with what exit code it ended."""
 
-    demo: Demo
-    said: list[str]
+    directory: Path
+    said: str
     code: int
-
-    @property
-    def directory(self) -> Path:
-        """Its directory."""
-        return self.demo.directory
 
     @property
     def run(self) -> Path:
         """The directory of its second run, the one that trains through."""
-        return self.demo.directory / "qk_norm_cap"
+        return self.directory / "qk_norm_cap"
 
 
-def small_demo(directory: Path, said: list[str], ranks: int = 2) -> Demo:
-    """A demo of seconds."""
-    return Demo(directory, ranks, SMALL, batch=8, vocab_size=400, text_bytes=1_500_000, say=said.append)
+def small_demo(directory: Path, *arguments: str) -> SmallDemo:
+    """A demo of seconds, on two real ranks."""
+    text = directory / "text.jsonl"
+    if not text.exists():
+        write_standard_library(text, most_bytes=1_500_000)
+    command = [sys.executable, "-m", "megatron_stable", "demo", "--directory", str(directory), *arguments]
+    ended = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
+    return SmallDemo(directory, ended.stdout, ended.returncode)
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallDemo:
-    """A finished demo, trained on two real ranks. Tests leave it as it is."""
-    said: list[str] = []
-    demo = small_demo(tmp_path_factory.mktemp("small") / "demo", said)
-    return SmallDemo(demo, said, demo())
+    """A finished demo. Tests leave it as it is."""
+    demo = small_demo(tmp_path_factory.mktemp("small") / "demo", "--ranks", "2", *SMALL)
+    assert demo.code == 0, demo.said
+    return demo

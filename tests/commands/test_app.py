@@ -1,12 +1,18 @@
 """The program as a user starts it: help, version, exit codes, and never a traceback for what they can mend."""
 
+import importlib
+import inspect
+import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 
 import megatron_stable.commands.app as application
+from megatron_stable.commands.verbs import VERBS, unbroken
 from megatron_stable.errors import ConfigError, DataError, DivergenceError, LossScaleError, MegatronStableError
 
 
@@ -28,26 +34,79 @@ def raising(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr(sys, "argv", ["megatron-stable"])
 
 
-def test_help_names_every_verb():
-    result = run("--help")
-    assert result.returncode == 0
-    for verb in ["demo", "init", "tokenizer", "preprocess", "pretrain", "evaluate", "generate"]:
-        assert f" {verb} " in result.stdout
-    assert "5 data or checkpoint unusable" in " ".join(result.stdout.split())
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command line that succeeds prints, run in this process."""
+    assert application.run_verb(arguments) == 0
+    return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", application.VERBS)
-def test_help_of_each_verb_has_an_example(verb):
-    result = run(verb, "--help")
-    assert result.returncode == 0
-    assert f"megatron-stable {verb}" in result.stdout.split("Example")[1]
+def test_help_names_every_verb_with_the_first_paragraph_of_its_docstring(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    rows = re.findall(r"^│ (\w+) +(.*?) *│$", printed(capsys, "--help"), re.M)
+    assert dict(rows) == VERBS
+    for verb, line in VERBS.items():
+        module = importlib.import_module(f"megatron_stable.commands.{verb}")
+        assert unbroken(inspect.getdoc(getattr(module, verb))).split("\n\n")[0] == line, verb
 
 
-def test_help_starts_without_the_heavy_libraries():
-    heavy = ["torch", "deepspeed", "numpy", "sentencepiece", "matplotlib", "pyarrow"]
-    code = f"import sys, megatron_stable.commands.app; print([m for m in {heavy} if m in sys.modules])"
+def test_every_module_of_a_verb_is_in_the_list():
+    modules = {path.stem for path in Path(application.__file__).parent.glob("*.py")}
+    assert modules - {"__init__", "app", "verbs"} == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_an_example_and_neither_types_nor_ranges(monkeypatch, capsys, verb):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = printed(capsys, verb, "--help")
+    assert re.search(rf"^   megatron-stable {verb}\b", text.split("Example:")[1], re.M)  # indented below it
+    assert not re.search(r"<\w+|range|[xX][<>]=", text.split("╭", 1)[1])
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_paragraphs_of_the_help_are_broken_by_the_terminal_alone(monkeypatch, capsys, columns):
+    """A line of a paragraph ends where the next word does not fit."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    before_example = printed(capsys, "skip", "--help").split("Example:")[0]
+    paragraphs = [part.splitlines() for part in re.split(r"\n *\n", before_example)[1:]]
+    assert sum(len(lines) > 1 for lines in paragraphs) >= 2
+    for lines in paragraphs:
+        for line, after in itertools.pairwise(lines):
+            assert len(line.rstrip()) + 1 + len(after.split()[0]) > columns - 2
+
+
+def test_options_have_placeholders_and_flags_none(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = printed(capsys, "tokenizer", "--help")
+    for row in (r"--vocab-size +N +", r"--sample-mb +X +", r"--output +PATH +", r"--kind +bpe\|unigram +"):
+        assert re.search(row, text)
+    assert re.search(r"--json +Print the summary", text)
+
+
+def test_value_out_of_range_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert application.run_verb(["tokenizer", "--vocab-size", "0"]) == 2
+    assert "greater than or equal to 1" in " ".join(capsys.readouterr().err.split())
+
+
+def test_listing_the_verbs_loads_none_of_them():
+    heavy = ["torch", "deepspeed", "numpy", "sentencepiece", "matplotlib", "pyarrow", "pydantic"]
+    unwanted = [*heavy, *(f"megatron_stable.commands.{verb}" for verb in VERBS)]
+    code = (
+        "import sys; from megatron_stable.commands.app import run_verb; code = run_verb(['--help']); "
+        f"print([name for name in {unwanted} if name in sys.modules], code)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.splitlines()[-1] == "[] 0"
+
+
+@pytest.mark.parametrize("verb", ["init", "pretrain"])
+def test_a_wrong_command_line_does_not_wait_for_torch(verb):
+    code = (
+        f"import sys; from megatron_stable.commands.app import run_verb; code = run_verb(['{verb}', '--nonsense']); "
+        "print([name for name in ('torch', 'deepspeed') if name in sys.modules], code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.splitlines()[-1] == "[] 2"
 
 
 def test_version():

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_stable.analysis.evaluation import byte_lengths, evaluate, open_data
-from megatron_stable.analysis.figure import read_metrics
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.data import IndexedDataset, IndexedWriter, Tokenizer, open_dataset, preprocess, train_tokenizer
 from megatron_stable.errors import DataError
+from megatron_stable.records.metrics import latest, read_metrics
 from tests.commands.conftest import SmallDemo
 
 
@@ -71,7 +71,7 @@ def test_loss_does_not_depend_on_the_batch_size(trained: Trained, excerpt: Path)
 
 
 def test_so_many_batches_are_those_of_the_runs_own_evaluation(small: SmallDemo, trained: Trained) -> None:
-    own = read_metrics(small.run / "metrics.jsonl")[-1]["validation_loss"]
+    own = latest(read_metrics(small.run / "metrics.jsonl"))[-1]["validation_loss"]
     result = evaluate(trained, open_data(trained), batches=2)
     assert result.tokens == 2 * 8 * 64
     assert result.loss == pytest.approx(own, rel=1e-5)

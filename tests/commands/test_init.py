@@ -33,7 +33,7 @@ def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path):
     path.write_text("mine")
     refused = init(tmp_path)
     assert refused.returncode == 2
-    assert refused.stderr == "error: config.yaml: is already there; choose another --output, or --force to replace it\n"
+    assert refused.stderr == "error: config.yaml already exists: choose another --output, or --force to overwrite it\n"
     assert path.read_text() == "mine"
     assert init(tmp_path, "--force").returncode == 0
     assert load_config(path).model.size == "tiny"

@@ -17,6 +17,8 @@ from megatron_stable.commands.app import main
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.interventions import read_interventions, write_interventions
+from megatron_stable.stability.events import Rollback, Undo
 from megatron_stable.stability.interventions import Interventions
 from tests.commands.test_spikes import curves, other_trainer
 from tests.harness.ranks import Ranks
@@ -119,14 +121,14 @@ def test_lists_and_proposes_and_changes_nothing(verb: Verb, run: Path) -> None:
     done = verb(run)
     assert done.code == 0
     for words in (
-        "1 spike or divergence in 60 points of 'loss', steps 1 to 60",
+        "1 event in 60 points of 'loss', steps 1 to 60",
         "1. spike, steps 40-43 (data steps 40-43): from 3.",
-        "go back to the checkpoint of step 35: 25 steps up to the newest are trained again\n",
+        "roll back to the checkpoint of step 35; 25 steps are trained again\n",
         "skip data steps 37-43",
         "learning rate x 1, optimizer.clip_grad x 1\n",
         "checkpoint 35: the newest healthy one 5 steps or more before the onset",
         "window: 6 data steps about data step 40, and on to the last of it, 43",
-        "Nothing is changed yet: the same command with --apply writes this into the run.",
+        "Nothing has been changed yet: the same command with --apply writes this into the run.",
     ):
         assert words in done.out
     facts = verb(run, "--json").facts
@@ -142,18 +144,18 @@ def test_lists_and_proposes_and_changes_nothing(verb: Verb, run: Path) -> None:
 def test_apply_go_on_and_undo(verb: Verb, run: Path, ranks: Ranks) -> None:
     applied = verb(run, "--learning-rate-factor", 0.5, "--clip-factor", 0.25, "--apply")
     assert applied.code == 0
-    assert f"Written into {run}; take it back with: megatron-stable skip {run} --undo" in applied.out
-    assert "not resumed from any more: 40, 45, 50, 55, 60" in applied.out
+    assert f"Written into {run}. To undo it: megatron-stable skip {run} --undo" in applied.out
+    assert "no longer resumed from: 40, 45, 50, 55, 60" in applied.out
     assert "learning rate x 0.5: named by the user" in applied.out
-    (repair,) = Interventions.read(run).items  # type: ignore[union-attr]
+    (repair,) = read_interventions(run).items  # type: ignore[union-attr]
     assert (repair.rollback_to, repair.windows) == (35, ((37, 43),))
     assert (repair.learning_rate_factor, repair.clip_factor) == (0.5, 0.25)
     event = RunDirectory(run).ledger.read()[-1]
-    assert (event["event"], event["id"], event["by"], event["windows"]) == ("rollback", repair.id, "user", [[37, 43]])
+    assert isinstance(event, Rollback) and (event.id, event.by, event.windows) == (repair.id, "user", ((37, 43),))
     assert "skips data steps 37-43" in (run / "logbook.md").read_text()
 
     again = verb(run, "--apply")
-    assert again.code == 0 and len(Interventions.read(run).items) == 1  # type: ignore[union-attr]
+    assert again.code == 0 and len(read_interventions(run).items) == 1  # type: ignore[union-attr]
     assert "its data is skipped already" in again.out and "Nothing to skip" in again.out
     verb.fails(2, "its data is skipped already; to choose anew, --undo that", run, "--spike", 1)
 
@@ -164,13 +166,12 @@ def test_apply_go_on_and_undo(verb: Verb, run: Path, ranks: Ranks) -> None:
     assert verb(run, "--json").facts["spikes"] == []
 
     undone = verb(run, "--undo")
-    assert "Took back what the user did" in undone.out and "data steps 37-43 skipped" in undone.out
-    assert "The run stands at step 35." in undone.out
-    assert "40, 45, 50, 55, 60 (trained with what was taken back)" in undone.out
-    assert Interventions.read(run) == Interventions()
-    assert RunDirectory(run).ledger.read()[-1] | {"time": ""} == {
-        "time": "", "event": "undo", "step": 60, "by": "user", "id": repair.id,
-    }  # fmt: skip
+    assert "Undid what the user did" in undone.out and "data steps 37-43 skipped" in undone.out
+    assert "The run is at step 35." in undone.out
+    assert "40, 45, 50, 55, 60 (trained with what was undone)" in undone.out
+    assert read_interventions(run) == Interventions()
+    undo = RunDirectory(run).ledger.read()[-1]
+    assert undo.model_copy(update={"time": None}) == Undo(step=60, by="user", id=repair.id)
     assert "Nothing to skip" in verb(run).out
     goes_on(ranks, undone)
     assert data_steps(run) == list(range(1, STEPS + 1))
@@ -185,7 +186,7 @@ def test_a_run_that_gave_up(verb: Verb, ranks: Ranks, tmp_path: Path) -> None:
     faults = [{"kind": "inf_loss", "data_steps": (30, 39)}]
     assert ranks.run(1, train_with_faults, values, faults)[0][0] == 3
     run = tmp_path / "run"
-    tried = Interventions.read(run).items  # type: ignore[union-attr]
+    tried = read_interventions(run).items  # type: ignore[union-attr]
     assert [bool(item.windows) for item in tried] == [True, False], "one attempt, and the end"
     found = verb(run, "--json").facts["spikes"]
     assert [(spike["peak"], spike["settled"]) for spike in found] == [(None, None)]
@@ -196,7 +197,7 @@ def test_a_run_that_gave_up(verb: Verb, ranks: Ranks, tmp_path: Path) -> None:
         data_steps(run)
         == [d for d in range(1, STEPS + 40) if d not in SkipWindows([*tried[0].windows, (30, 39)])][:STEPS]
     )
-    assert len(Interventions.read(run).items) == 3, "the guard had nothing left to do"  # type: ignore[union-attr]
+    assert len(read_interventions(run).items) == 3, "the guard had nothing left to do"  # type: ignore[union-attr]
 
 
 def test_undone_at_once_later_checkpoints_are_back(verb: Verb, run: Path) -> None:
@@ -236,14 +237,14 @@ def test_the_ladder_after_the_guards_attempts(verb: Verb, run: Path) -> None:
     """What the guard has tried here already is not tried again."""
     change(run, "guard", learning_rate_factors=(1.0, 0.7, 0.1), clip_factors=(1.0, 0.5), widen=(1.0, 2.0))
     verb(run, "--apply")
-    (repair,) = Interventions.read(run).items  # type: ignore[union-attr]
+    (repair,) = read_interventions(run).items  # type: ignore[union-attr]
     guards = repair.model_copy(update={"by": "guard", "windows": ((90, 91),), "rollback_to": 60, "onset": 41})
-    Interventions((guards,)).write(run)
+    write_interventions(run, Interventions((guards,)))
     proposal = verb(run, "--json").facts["proposal"]
     assert (proposal["rollback_to"], proposal["windows"]) == (30, [[34, 45]])
     assert (proposal["learning_rate_factor"], proposal["clip_factor"]) == (0.7, 0.5)
     assert "learning rate x 0.7: attempt 2 here, guard.learning_rate_factors" in proposal["reason"]
-    Interventions((guards, guards.model_copy(update={"id": "end", "windows": ()}))).write(run)
+    write_interventions(run, Interventions((guards, guards.model_copy(update={"id": "end", "windows": ()}))))
     assert verb(run, "--json").facts["proposal"]["learning_rate_factor"] == 0.7, "to give up is no attempt"
     named = verb(run, "--learning-rate-factor", 1, "--json").facts["proposal"]
     assert (named["learning_rate_factor"], named["clip_factor"]) == (1, 0.5)
@@ -291,7 +292,7 @@ def test_a_run_without_spikes(verb: Verb, run: Path) -> None:
         "no spikes in 39 points of 'loss', steps 1 to 39\n"
         "Nothing to skip. To skip data nevertheless, name it with --from-step and --to-step.\n"
     )
-    assert Interventions.read(run) is None
+    assert read_interventions(run) is None
     assert verb(run, "--json").facts["proposal"] is None
 
 
@@ -311,7 +312,7 @@ def test_values_that_are_not_finite_make_strict_json(verb: Verb, run: Path) -> N
         (["--from-step", 5, "--to-step", 6, "--to-step", 7], "go together"),
         (["--from-step", 45, "--to-step", 44], "skip window [45, 44]: give [first, last]"),
         (["--from-step", 0, "--to-step", 4], "'--from-step'"),
-        (["--from-step", 45, "--to-step", 46, "--spike", 1], "say already what to skip: leave out --spike"),
+        (["--from-step", 45, "--to-step", 46, "--spike", 1], "already say what to skip: leave out --spike"),
         (["--spike", 2], "--spike 2: there are 1"),
         (["--spike", 0], "'--spike'"),
         (["--learning-rate-factor", 2], "learning-rate-factor 2: give a number above 0 and up to 1"),
@@ -375,7 +376,7 @@ def test_for_other_trainers(verb: Verb, tmp_path: Path) -> None:
     assert verb("--tensorboard", calm).out.endswith("Nothing to skip.\n")
     named = verb("--from-step", 9, "--to-step", 12, "--from-step", 5, "--to-step", 8, "--json").facts
     assert (named["windows"], named["rollback_to"]) == ([[5, 12]], 4)
-    verb.fails(2, "name the RUN to repair, or a --tensorboard directory")
+    verb.fails(2, "give the RUN to repair, or a --tensorboard directory")
     verb.fails(2, "leave out --apply", "--tensorboard", logs, "--apply")
     verb.fails(2, "leave out --checkpoint, --clip-factor", "--tensorboard", logs, "--checkpoint", 3, "--clip-factor", 1)
     verb.fails(2, "leave out --undo", "--undo")

@@ -66,7 +66,6 @@ def train_reference(config: Config, steps: int) -> reference.Trained:
 def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
     """On a rank: train with the engine; returns metrics per step and this rank's shards of the final parameters."""
     from megatron_stable.engine.engine import Engine
-    from megatron_stable.engine.shards import local_shards
     from megatron_stable.optim.schedule import learning_rate
     from megatron_stable.parallel.topology import Topology
 
@@ -78,14 +77,13 @@ def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
         engine = Engine(config, topology)
         metrics = []
         for step, tokens in enumerate(global_batches(steps), start=1):
-            engine.train_step(step, micro_batches(tokens, config, topology), learning_rate(config, step))
-            metrics.append(vars(engine.metrics()))
-        evaluation = engine.evaluate([micro_batches(global_batches(1, seed=9)[0], config, topology)])
+            outcome = engine.train_step(step, micro_batches(tokens, config, topology), learning_rate(config, step))
+            metrics.append(vars(outcome.metrics))
+        (evaluation,) = engine.evaluate([micro_batches(global_batches(1, seed=9)[0], config, topology)])
         shards = [
-            (shard.place.name, shard.place.full_shape, shard.place.dim, shard.place.bounds, shard.start, shard.owned,
-             {key: tensor.clone() for key, tensor in shard.tensors.items()})
-            for shard in local_shards(engine.deepspeed, engine.module)
-        ]  # fmt: skip
+            (state.shard.described(), state.owned, {key: tensor.clone() for key, tensor in state.tensors.items()})
+            for state in engine.shards()
+        ]
     return {"metrics": metrics, "evaluation": evaluation, "shards": shards}
 
 
@@ -112,14 +110,14 @@ def assemble(results: list[dict[str, Any]], kind: str = "weight") -> dict[str, T
     full: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     for result in results:
-        for name, shape, dim, (low, high), start, owned, tensors in result["shards"]:
-            whole = full.setdefault(name, torch.zeros(shape))
-            count = seen.setdefault(name, torch.zeros(shape))
-            local = whole if dim is None else whole.narrow(dim, low, high - low)
-            mark = count if dim is None else count.narrow(dim, low, high - low)
+        for shard, owned, tensors in result["shards"]:
+            place, stretch = shard.place, slice(shard.start, shard.start + shard.numel)
+            local, mark = (
+                place.slice(parts.setdefault(place.name, torch.zeros(place.full_shape))) for parts in (full, seen)
+            )
             flat, flat_mark = local.flatten(), mark.flatten()
-            flat[start : start + tensors[kind].numel()] = tensors[kind]
-            flat_mark[start : start + tensors[kind].numel()] += float(owned)
+            flat[stretch] = tensors[kind]
+            flat_mark[stretch] += float(owned)
             local.copy_(flat.view_as(local))
             mark.copy_(flat_mark.view_as(mark))
     for name, count in seen.items():

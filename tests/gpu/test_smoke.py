@@ -68,8 +68,7 @@ def train(config: Config, topology: Any, steps: int) -> list[Any]:
     engine = Engine(config, topology)
     metrics = []
     for step in range(1, steps + 1):
-        engine.train_step(step, batch_of(config, step), learning_rate(config, step))
-        metrics.append(engine.metrics())
+        metrics.append(engine.train_step(step, batch_of(config, step), learning_rate(config, step)).metrics)
     return metrics
 
 
@@ -156,12 +155,11 @@ def test_prints_model_flops_utilisation(topology: Any, compiled: bool) -> None:
     batch = batch_of(config, 1)
     losses = []
     for step in range(1, 4):
-        engine.train_step(step, batch, 1e-4)
-        losses.append(engine.metrics().loss)
+        losses.append(engine.train_step(step, batch, 1e-4).metrics.loss)
     torch.cuda.synchronize()
     start = time.perf_counter()
     for step in range(4, 14):
-        engine.train_step(step, batch, 1e-4)
+        outcome = engine.train_step(step, batch, 1e-4)
     torch.cuda.synchronize()
     rate = 10 * 8 * config.model.sequence_length / (time.perf_counter() - start)
     flops = rate * flops_per_token(config.model)
@@ -171,4 +169,4 @@ def test_prints_model_flops_utilisation(topology: Any, compiled: bool) -> None:
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, compile {compiled}: "
         f"{rate:,.0f} tokens/s, {flops / 1e12:.0f} TFLOP/s, {share}"
     )
-    assert engine.metrics().loss < losses[0]
+    assert outcome.metrics.loss < losses[0]

@@ -1,8 +1,7 @@
-"""The parts of the rules: segments, statistics of clipping, resets, mu-centering, QK-Clip, multipliers, conflicts."""
+"""The parts of the rules: shards, statistics of clipping, resets, mu-centering, QK-Clip, multipliers, conflicts."""
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from typing import Any
@@ -21,9 +20,9 @@ from megatron_stable.optim.adamw import Flat
 from megatron_stable.optim.centering import center_
 from megatron_stable.optim.clipping import ZClip, build_clipping
 from megatron_stable.optim.groups import kind
+from megatron_stable.optim.partition import LocalShard, Partition, row_blocks
 from megatron_stable.optim.qk_clip import qk_clip_, row_factors
 from megatron_stable.optim.schedule import learning_rate
-from megatron_stable.optim.segments import Partition, Segment, row_blocks
 from megatron_stable.parallel.parameters import Init, Place
 
 
@@ -32,12 +31,12 @@ def config_of(optimizer: dict[str, Any] | None = None, model: dict[str, Any] | N
     return Config.model_validate({"model": {**shape, **(model or {})}, "optimizer": optimizer or {}, **sections})
 
 
-def cut(name: str, whole: Tensor, at: int, init: Init | None = None) -> tuple[Tensor, list[Segment]]:
-    """A flat tensor with a parameter in it, and the parameter's two segments, as two ranks would have them."""
-    place = Place(tuple(whole.shape), 0, 0, 1, init or Init(), name)
+def cut(name: str, whole: Tensor, at: int, init: Init | None = None) -> tuple[Tensor, list[LocalShard]]:
+    """A flat tensor with a parameter in it, and the parameter's two shards, as two ranks would have them."""
+    place = Place(tuple(whole.shape), 0, 0, len(whole), init or Init(), name)
     flat = torch.cat([torch.zeros(3), whole.flatten(), torch.zeros(2)])
     n = whole.numel()
-    return flat, [Segment(place, flat, 3, 0, at), Segment(place, flat, 3 + at, at, n - at)]
+    return flat, [LocalShard(place, 0, at, flat, 3), LocalShard(place, at, n - at, flat, 3 + at)]
 
 
 @settings(deadline=None)
@@ -64,18 +63,18 @@ def test_zclip_clips_outliers_and_forgets_them() -> None:
     z = (50 - mean) / (std + 1e-6)
     assert 50 * rule.factor == pytest.approx(mean + 2.5**2 * std / z, rel=1e-5)
     assert rule.mean == pytest.approx(mean, rel=1e-2), "the spike itself must not enter the statistics"
-    before = rule.values()
+    before = rule.state()
     for poison in (math.nan, math.inf):
         rule.observe(poison)
-        assert rule.values() == before and rule.factor == 1.0
+        assert rule.state() == before and rule.factor == 1.0
 
 
 @pytest.mark.parametrize("clipping", ["zclip", "adagc"])
 def test_statistics_survive_json(clipping: str) -> None:
     """Bit for bit, in the middle of the warm-up and after it."""
     config = OptimizerConfig(clipping=clipping, clipping_warmup=4)  # type: ignore[arg-type]
-    flat, segments = cut("head.weight", torch.ones(4, 5), 20)
-    partition = Partition(segments[:1])
+    flat, shards = cut("head.weight", torch.ones(4, 5), 20)
+    partition = Partition(shards[:1])
     for stop in (2, 6):
         rules = [build_clipping(config), build_clipping(config)]
         chosen = random.Random(stop)
@@ -83,14 +82,14 @@ def test_statistics_survive_json(clipping: str) -> None:
             if step == stop:
                 rules[1] = build_clipping(config)
                 assert rules[0] and rules[1]
-                rules[1].load(json.loads(json.dumps(rules[0].values())))
+                assert rules[1].load(type(rules[0].state()).model_validate_json(rules[0].state().model_dump_json()))
             norm = chosen.expovariate(1.0)
             for rule in rules:
                 assert rule
                 rule.observe(norm)
                 grad = torch.full_like(flat, norm)
                 rule.scale([Flat(flat, grad, {}, {})], partition)
-            assert rules[0] and rules[1] and rules[0].values() == rules[1].values()
+            assert rules[0] and rules[1] and rules[0].state() == rules[1].state()
 
 
 def test_spam_resets_and_warms_up() -> None:
@@ -108,11 +107,11 @@ def test_spam_resets_and_warms_up() -> None:
 @settings(deadline=None)
 @given(at=st.integers(0, 7 * 6), real=st.integers(1, 7))
 def test_centering_leaves_the_softmax_and_the_padding_as_they_are(at: int, real: int) -> None:
-    """Vocabulary of ``real`` words in 7 rows; the two segments play the two ranks by way of each other's sums."""
+    """Vocabulary of ``real`` words in 7 rows; the two shards play the two ranks by way of each other's sums."""
     generator = torch.Generator().manual_seed(at)
     whole = torch.randn(7, 6, generator=generator) + 3
     whole[real:] = 0
-    flat, segments = cut("head.weight", whole, at, Init(rows=real))
+    flat, shards = cut("head.weight", whole, at, Init(rows=real))
     sums: list[Tensor] = []
 
     class Peers(Partition):
@@ -121,11 +120,11 @@ def test_centering_leaves_the_softmax_and_the_padding_as_they_are(at: int, real:
             return sum(sums[:2], torch.zeros(6)) if len(sums) > 2 else value
 
     untouched = flat.clone()
-    for segment in segments:  # each one's sum, without effect
-        center_(Peers([segment]), 0)
+    for shard in shards:  # each one's sum, without effect
+        center_(Peers([shard]), 0)
         flat.copy_(untouched)
-    for segment in segments:
-        center_(Peers([segment]), 0)
+    for shard in shards:
+        center_(Peers([shard]), 0)
     centred = flat[3:-2].view(7, 6)
     torch.testing.assert_close(centred[:real], whole[:real] - whole[:real].mean(0), rtol=1e-5, atol=1e-6)
     assert not centred[real:].any() and not flat[:3].any() and not flat[-2:].any()
@@ -150,10 +149,10 @@ def test_qk_clip_bounds_each_head_and_leaves_the_others(at: int, alpha: float, k
     before, values = logits(weight)
     largest = before.amax((1, 2))
     threshold = float(largest.median())
-    flat, segments = cut("blocks.3.attention.qkv.weight", weight, min(at, weight.numel()))
-    for segment in segments:
-        qk_clip_(Partition([segment]), [flat], {"blocks.3": largest}, model, threshold, alpha)
-        qk_clip_(Partition([segment]), [flat], {"blocks.2": largest}, model, threshold / 9, alpha)
+    flat, shards = cut("blocks.3.attention.qkv.weight", weight, min(at, weight.numel()))
+    for shard in shards:
+        qk_clip_(Partition([shard]), [flat], {"blocks.3": largest}, model, threshold, alpha)
+        qk_clip_(Partition([shard]), [flat], {"blocks.2": largest}, model, threshold / 9, alpha)
     after, untouched = logits(flat[3:-2].view(rows, 16))
     for head in range(4):
         factor = min(1.0, threshold / float(largest[head]))
@@ -165,16 +164,16 @@ def test_qk_clip_bounds_each_head_and_leaves_the_others(at: int, alpha: float, k
 def test_qk_clip_splits_the_factor_by_alpha() -> None:
     model = config_of(model={"hidden": 16, "heads": 4}).model
     weight = torch.ones(4 * 3 * 4, 16)
-    flat, segments = cut("blocks.0.attention.qkv.weight", weight, weight.numel())
-    qk_clip_(Partition(segments[:1]), [flat], {"blocks.0": torch.tensor([400.0, 50.0, -3.0, 0.0])}, model, 100.0, 0.25)
+    flat, shards = cut("blocks.0.attention.qkv.weight", weight, weight.numel())
+    qk_clip_(Partition(shards[:1]), [flat], {"blocks.0": torch.tensor([400.0, 50.0, -3.0, 0.0])}, model, 100.0, 0.25)
     factors = flat[3:-2].view(4, 3, 4, 16)[:, :, 0, 0]
     torch.testing.assert_close(factors[0], torch.tensor([0.25**0.25, 0.25**0.75, 1.0]))
     assert torch.equal(factors[1:], torch.ones(3, 3))
     broken = torch.tensor([torch.inf, -torch.inf, torch.nan, 99.0])  # such heads are left alone
     assert torch.equal(row_factors(broken, model), torch.ones(4 * 3 * 4))
-    flat, segments = cut("blocks.0.attention.qkv.bias", torch.ones(4 * 3 * 4), 5)
-    for segment in segments:
-        qk_clip_(Partition([segment]), [flat], {"blocks.0": torch.tensor([400.0, 50.0, -3.0, 0.0])}, model, 100.0, 0.25)
+    flat, shards = cut("blocks.0.attention.qkv.bias", torch.ones(4 * 3 * 4), 5)
+    for shard in shards:
+        qk_clip_(Partition([shard]), [flat], {"blocks.0": torch.tensor([400.0, 50.0, -3.0, 0.0])}, model, 100.0, 0.25)
     assert torch.equal(flat[3:-2].view(4, 3, 4)[:, :, 0], factors)
 
 
@@ -190,7 +189,7 @@ def test_qk_clip_splits_the_factor_by_alpha() -> None:
     ],
 )
 def test_kinds(name: str, shape: tuple[int, ...], expected: str) -> None:
-    assert kind(Place(shape, None, 0, 1, Init(), name)) == expected
+    assert kind(Place(shape, name=name)) == expected
 
 
 def test_multipliers_follow_the_table() -> None:
@@ -320,12 +319,12 @@ def test_what_goes_together_is_allowed() -> None:
 def test_statistics_can_be_saved_right_after_they_were_loaded() -> None:
     """As when the first steps after a rollback are dropped, into a rule that had statistics of its own."""
     config = OptimizerConfig(clipping="adagc", clipping_warmup=4)
-    flat, segments = cut("head.weight", torch.ones(4, 5), 20)
-    partition, rule = Partition(segments[:1]), build_clipping(config)
+    flat, shards = cut("head.weight", torch.ones(4, 5), 20)
+    partition, rule = Partition(shards[:1]), build_clipping(config)
     assert rule is not None
     flat.grad = torch.ones_like(flat)
     rule.observe(1.0)
     rule.scale([Flat(flat, flat.grad, {}, {})], partition)
-    stored = rule.values()
-    rule.load(stored)
-    assert rule.values() == stored
+    stored = rule.state()
+    assert rule.load(stored)
+    assert rule.state() == stored

@@ -82,7 +82,7 @@ def build(name: str, tp: TensorParallel) -> nn.Module:
         for weight in layer.parameters():
             known = place(weight)
             full = random(known.full_shape, sum(known.full_shape) + len(known.full_shape))
-            part = full if known.dim is None else full.chunk(known.size, known.dim)[known.rank]
+            part = full if known.dim is None else full.chunk(tp.size, known.dim)[tp.rank]
             weight.copy_(part)
     return layer
 

@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_stable.data.skip import SkipWindows
-from megatron_stable.errors import DataError
-from megatron_stable.stability.interventions import FILE, Intervention, Interventions
+from megatron_stable.stability.interventions import Intervention, Interventions
 
 
 def made(name: str, rollback_to: int, *windows: tuple[int, int], **changes: float) -> Intervention:
@@ -20,11 +16,8 @@ def made(name: str, rollback_to: int, *windows: tuple[int, int], **changes: floa
     )  # fmt: skip
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
-    assert Interventions.read(tmp_path) is None
+def test_undoing_takes_the_last_back() -> None:
     done = Interventions().add(made("a", 300, (301, 500))).add(made("b", 200, (900, 901), learning_rate_factor=0.5))
-    done.write(tmp_path)
-    assert Interventions.read(tmp_path) == done
     assert done.skip == SkipWindows([(301, 500), (900, 901)])
     assert done.undone() == Interventions(done.items[:1])
 
@@ -49,23 +42,6 @@ def test_the_line_of_checkpoints() -> None:
     assert two.holds(999, (first, second))
     assert not one.holds(999, (first, second)), "the second was undone, and what came of it with it"
     assert not one.holds(1, (second,))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"{", "interventions.json"),
-        (b"{}", "not a list"),
-        (b'[{"id": "a"}]', "time"),
-        (b"\xff", "interventions.json"),
-        (json.dumps([made("a", 1).model_dump() | {"windows": [[5, 3]]}]).encode(), "skip window"),
-        (json.dumps([made("a", 1).model_dump() | {"learning_rate_factor": 0}]).encode(), "learning_rate_factor"),
-    ],
-)
-def test_a_file_that_is_none(tmp_path: Path, content: bytes, said: str) -> None:
-    (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(DataError, match=said):
-        Interventions.read(tmp_path)
 
 
 windows = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 9)).map(lambda w: (w[0], w[0] + w[1])), max_size=5)

@@ -30,25 +30,30 @@ def run_of(folder: Path, name: str, steps: int, **sections: Any) -> Values:
 
 
 def train_with_faults(values: Values, faults: list[dict[str, Any]]) -> tuple[int, list[Any]]:
-    """On a rank: the exit code, and what the guard said there of each step, in order."""
+    """On a rank: the exit code, and what the guard said there, in order: (step, taken, trouble, scores) of each step,
+    (step, None, trouble, opinion) of each second opinion."""
     from megatron_stable.engine.faults import VARIABLE
-    from megatron_stable.training.watch import Watch
+    from megatron_stable.stability.guard import Guard
 
     os.environ[VARIABLE] = json.dumps(faults)
     said: list[Any] = []
-    judge = Watch.judge
+    judge, hear = Guard.judge, Guard.hear
 
-    def listening(self: Watch, step: int, metrics: Any) -> bool:
-        taken = judge(self, step, metrics)
-        found = self.judgement
-        said.append((step, taken, found and found.trouble, found and found.scores))
-        return taken
+    def judging(self: Guard, step: int, *seen: Any) -> Any:
+        found = judge(self, step, *seen)
+        said.append((step, found.take, found.trouble, found.scores))
+        return found
 
-    Watch.judge = listening  # type: ignore[method-assign]
+    def hearing(self: Guard, step: int, opinion: Any, sources: Any) -> Any:
+        found = hear(self, step, opinion, sources)
+        said.append((step, None, found.trouble, opinion))
+        return found
+
+    Guard.judge, Guard.hear = judging, hearing  # type: ignore[method-assign]
     try:
         return train(values), said
     finally:
-        Watch.judge = judge  # type: ignore[method-assign]
+        Guard.judge, Guard.hear = judge, hear  # type: ignore[method-assign]
 
 
 def poison(values: Values, data_steps: range) -> None:

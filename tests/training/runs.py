@@ -74,13 +74,13 @@ def curve(run: str | Path) -> dict[int, tuple[float, float]]:
 
 def train(values: Values) -> int:
     """On a rank of the harness: what ``megatron-stable pretrain`` does there; returns its exit code."""
-    from megatron_stable.training.pretrain import guarded
+    from megatron_stable.training.pretrain import run_to_exit_code
 
     config = Config.model_validate(values)
     with ExitStack() as stack:
         if config.precision.dtype == "fp16":
             stack.enter_context(fp16_on_cpu())
-        return guarded(config)
+        return run_to_exit_code(config)
 
 
 def pretrain(values: Values, ranks: int = 2, **environment: str) -> subprocess.Popen[str]:

@@ -129,7 +129,7 @@ def check(ranks: Ranks, folder: Path, name: str, kind: str) -> None:
     assert made[0]["rule"] == rule.get(kind, FLOOR)
     assert all(item["by"] == "guard" and item["reset_loss_scale"] == fp16 for item in made)
     assert TROUBLE[0] <= made[0]["onset"] <= TROUBLE[0] + (8 if kind == "ascent" else 3)
-    first, dropped = {}, [step for step, taken, _, _ in said if not taken]
+    first, dropped = {}, [step for step, taken, _, _ in said if taken is False]
     for step, taken, _, _ in said:
         first.setdefault(step, taken)
     assert {12, 15} <= set(dropped) or fp16, "a NaN on one rank, an infinite loss on the last stage"
@@ -153,7 +153,7 @@ def test_a_poisoned_stretch_of_data(ranks: Ranks, tmp_path: Path) -> None:
     """Updates at spikes are dropped, the weights stay good, and so the loss stays high until the data is skipped."""
     values, said, _ = struck(ranks, tmp_path, "pp2", "poison", guard={"drop_spikes": True})
     assert repairs(values)[0]["rule"] in ("consecutive drops", "divergence"), "whichever limit is met first"
-    assert any(not taken and step >= TROUBLE[0] for step, taken, _, _ in said)
+    assert any(taken is False and step >= TROUBLE[0] for step, taken, _, _ in said)
     found = events(values, "drop")
     assert {event["rule"] for event in found if event["data_step"] >= TROUBLE[0]} == {"spike"}
     assert {event["data_step"] for event in found if event["rule"] == "spike"} <= set(range(*TROUBLE)) | {TROUBLE[1]}

@@ -31,7 +31,7 @@ def test_a_signal_stops_in_order_and_the_run_goes_on_bit_for_bit(
     assert 5 <= stopped < STEPS
     assert (
         output.splitlines()[-1]
-        == f"{number.name}: stopped after step {stopped}, saved; the same command goes on from there"
+        == f"{number.name}: stopped after step {stopped}, saved; the same command resumes there"
     )
     assert [path.name for path in (folder / "run/checkpoints").glob("step_*")] == [f"step_{stopped:08d}"]
     # the schedule is that of all steps, so the same command is what must go on; a few steps show it
@@ -53,10 +53,10 @@ def train_and_stop(values: dict[str, dict[str, object]], step: int) -> int:
 
     original = Engine.train_step
 
-    def train_step(self: Engine, now: int, *args: object) -> None:
+    def train_step(self: Engine, now: int, *args: object) -> object:
         if now == step and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self, now, *args)  # type: ignore[arg-type]
+        return original(self, now, *args)  # type: ignore[arg-type]
 
     Engine.train_step = train_step  # type: ignore[assignment]
     return train(values)

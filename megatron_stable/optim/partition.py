@@ -1,10 +1,10 @@
-"""Which part of which parameter a rank's optimizer holds, and sums over all parts of a parameter.
+"""Which shards of which parameters a rank's optimizer holds, and sums over all shards of a parameter.
 
-DeepSpeed hands the optimizer flat tensors that hold pieces of many parameters. Rules that work per parameter see them
-through segments::
+DeepSpeed hands the optimizer flat tensors that hold shards of many parameters. Rules that work per parameter see them
+through these::
 
     flat of rank 0   [ embedding .......... | qkv ....... | proj |  pad ]
-                       segment               segment       segment
+                       shard                 shard         shard
     flat of rank 1   [ proj ...... | fc1 ................ | fc2 ... pad ]
 
 A parameter that TP shards is whole over the ranks of its pipeline stage (DP x TP), a replicated one over those of DP.
@@ -21,74 +21,72 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_stable.parallel.parameters import Place
+from megatron_stable.parallel.parameters import Place, Shard
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A rank's part of a parameter: elements ``[start, start + numel)`` of its flattened TP slice, perhaps none.
+class LocalShard(Shard):
+    """A shard that this rank's optimizer holds.
 
     Attributes:
-        place: Where the parameter sits in the whole model.
-        flat: The tensor that holds the part, a parameter of the optimizer.
+        flat: The tensor that holds it, a parameter of the optimizer.
         offset: First element, in ``flat``.
-        start: First element, in the flattened local slice.
-        numel: Elements.
     """
 
-    place: Place
     flat: Tensor
     offset: int
-    start: int
-    numel: int
+
+    def described(self) -> Shard:
+        """The same without the tensor that holds it: what other ranks can know of it."""
+        return Shard(self.place, self.start, self.numel)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This part of a tensor that is laid out like ``flat``: the flat itself, its gradient, a moment. A 1-d view."""
+        """The shard in a tensor laid out like ``flat``: the flat itself, its gradient, a moment. A 1-d view."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 class Partition:
-    """The parameters of this rank's pipeline stage, and its segment of each.
+    """The parameters of this rank's pipeline stage, and its shard of each.
 
     Args:
-        segments: One for each parameter of the stage, in the same order on all its ranks; empty ones included.
+        shards: One for each parameter of the stage, in the same order on all its ranks; empty ones included.
         group: The ranks of the stage (DP x TP); ``None``: this rank alone.
         tensor_rank: This rank's place among the TP ranks.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], group: dist.ProcessGroup | None = None, tensor_rank: int = 0
+        self, shards: Sequence[LocalShard], group: dist.ProcessGroup | None = None, tensor_rank: int = 0
     ) -> None:
-        self.segments, self.tensor_rank = list(segments), tensor_rank
+        self.shards, self.tensor_rank = list(shards), tensor_rank
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         # names of all parameters, and how many elements each has in all
-        self.index = {segment.place.name: i for i, segment in enumerate(self.segments)}
-        self.numel = [_numel(segment.place) for segment in self.segments]
+        self.index = {shard.place.name: i for i, shard in enumerate(self.shards)}
+        self.numel = [_numel(shard.place) for shard in self.shards]
         self._within: dict[Tensor, list[int]] = defaultdict(list)
-        for i, segment in enumerate(self.segments):
-            self._within[segment.flat].append(i)
+        for i, shard in enumerate(self.shards):
+            self._within[shard.flat].append(i)
 
-    def within(self, flats: Iterable[Tensor]) -> Iterator[tuple[int, Segment]]:
-        """The parameters in ``flats``: (number, this rank's segment)."""
+    def within(self, flats: Iterable[Tensor]) -> Iterator[tuple[int, LocalShard]]:
+        """The parameters in ``flats``: (number, this rank's shard)."""
         for flat in flats:
             for i in self._within[flat]:
-                yield i, self.segments[i]
+                yield i, self.shards[i]
 
-    def sums(self, flats: Iterable[Tensor], part: Callable[[Segment], Tensor]) -> Tensor:
+    def sums(self, flats: Iterable[Tensor], part: Callable[[LocalShard], Tensor]) -> Tensor:
         """Sum over whole parameters, exact on every layout. Collective over the stage: one small reduction.
 
         Args:
             flats: The flats whose parameters are summed, the corresponding ones on every rank.
-            part: The sum over a segment, a scalar; in fp64, so that the order of adding is not seen in fp32.
+            part: The sum over a shard, a scalar; in fp64, so that the order of adding is not seen in fp32.
 
         Returns:
             fp64 ``[parameters of the stage]``; 0 for parameters in other flats.
         """
-        zero = torch.zeros((), dtype=torch.float64, device=self.segments[0].flat.device)
-        found = [zero] * len(self.segments)
-        for i, segment in self.within(flats):
-            if segment.place.dim is not None or self.tensor_rank == 0:  # a replicated parameter counts once
-                found[i] = part(segment)
+        zero = torch.zeros((), dtype=torch.float64, device=self.shards[0].flat.device)
+        found = [zero] * len(self.shards)
+        for i, shard in self.within(flats):
+            if shard.place.dim is not None or self.tensor_rank == 0:  # a replicated parameter counts once
+                found[i] = part(shard)
         return self.reduce(torch.stack(found))
 
     def reduce(self, value: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""What a checkpoint says beside its tensors: the layout that wrote it, and the state of the run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_stable.data.skip import Window
+from megatron_stable.engine.shards import LossScalerState
+from megatron_stable.optim.clipping import ClippingState
+from megatron_stable.persisted import Count, Persisted, Positive
+from megatron_stable.stability.guard import GuardState
+from megatron_stable.stability.interventions import Intervention
+
+
+class Layout(Persisted):
+    """The ranks that write a checkpoint; rank order is (pipeline, data, tensor), tensor innermost."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    data: Positive = 1
+    zero_stage: Annotated[int, Field(strict=True, ge=1, le=3)] = 1
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.tensor * self.pipeline * self.data
+
+
+class RunState(Persisted):
+    """What a resume needs beside tensors.
+
+    Attributes:
+        optimizer_steps: Updates that were applied, on which Adam's bias correction depends.
+        optimizer: Statistics of the clipping rule, if it keeps any.
+        loss_scaler: Of fp16.
+        skip_windows: Data steps that were and will be left out, [first, last], as they were known then.
+        data_step: Position in the data order.
+        bad_steps: The latest steps with a bad verdict.
+        interventions: The repairs in force, oldest first.
+        guard: What the guard has come to know.
+    """
+
+    optimizer_steps: Count
+    optimizer: ClippingState | None = None
+    loss_scaler: LossScalerState | None = None
+    skip_windows: tuple[Window, ...] = ()
+    data_step: Count
+    bad_steps: tuple[Count, ...] = ()
+    interventions: tuple[Intervention, ...] = ()
+    guard: GuardState = GuardState()

@@ -1,0 +1,40 @@
+"""Files of JSON objects, one to a line, that are appended to while others read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, value: Mapping[str, Any]) -> None:
+    """Append an object; a last line that a crash cut off stays as it is, on a line of its own.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    text = json.dumps(value) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
+
+
+def read(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The object of each line, one after another, ``None`` for a line that is no whole object; no file, no lines.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            yield value if isinstance(value, dict) else None

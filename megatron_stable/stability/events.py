@@ -1,0 +1,394 @@
+"""What happens to a run: one type per kind of event, with its facts and the sentence that tells it.
+
+The ledger holds events as JSON, a line each; logbook, progress line and ``--json`` are made of them. The docstrings
+of the fields are the documentation of the format, docs/ledger.md. MAD: median absolute deviation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import Self
+
+from megatron_stable.config.schema import ParallelConfig
+from megatron_stable.numbers import finite
+from megatron_stable.stability.interventions import By, Decision, Intervention
+
+Series: TypeAlias = Literal["loss", "grad_norm"]
+Number: TypeAlias = Annotated[float | None, AfterValidator(finite)]  # null where it was not finite
+Step: TypeAlias = Annotated[int, Field(ge=0)]
+
+SERIES: dict[Series, str] = {"loss": "loss", "grad_norm": "gradient norm"}
+
+
+class Event(BaseModel):
+    """What all events have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    time: str | None = None
+    """When it was written to the ledger: ISO 8601, UTC."""
+    event: str
+    """The kind."""
+    step: Step
+    """The optimizer step in which it happened; 0: before the first."""
+    data_step: Step | None = None
+    """The position of that step in the data order."""
+
+    def sentence(self) -> str:
+        """What happened, in plain words, with step and numbers; one line, safe on a terminal."""
+        data = f" (data step {self.data_step})" if self.data_step is not None else ""
+        return one_line(f"step {self.step}{data}: {self.words()}")
+
+    def words(self) -> str:
+        """The sentence, without the step."""
+        raise NotImplementedError
+
+    def line(self) -> dict[str, Any]:
+        """Plain values for JSON, without what there is nothing to say about."""
+        required = {name for name, field in type(self).model_fields.items() if field.is_required()}
+        return {
+            key: value for key, value in self.model_dump(mode="json").items() if value is not None or key in required
+        }
+
+
+class Start(Event):
+    """Training began."""
+
+    event: Literal["start"] = "start"
+    ranks: int
+    """Processes that train."""
+    layout: ParallelConfig
+    """The section `parallel` of the configuration."""
+
+    def words(self) -> str:
+        return f"training started on {self._where()}"
+
+    def _where(self) -> str:
+        names = {"tensor": "TP", "pipeline": "PP", "sequence": "SP", "zero_stage": "ZeRO"}
+        parts = [
+            names.get(key, key) + ("" if value is True else f" {value}")
+            for key, value in self.layout.model_dump().items()
+            if value is not False
+        ]
+        return f"{_count(self.ranks, 'rank')} ({', '.join(parts)})"
+
+
+class Resume(Start):
+    """Training went on from a checkpoint."""
+
+    event: Literal["resume"] = "resume"  # type: ignore[assignment]
+    changed: dict[str, tuple[Any, Any]] = {}
+    """What the configuration has changed since that checkpoint, by key: `[before, now]`."""
+
+    def words(self) -> str:
+        changes = [f"{key} {_value(before)} → {_value(now)}" for key, (before, now) in self.changed.items()]
+        return f"training resumed on {self._where()}" + (f"; changed: {', '.join(changes)}" if changes else "")
+
+
+class Converted(Event):
+    """The run began as another layout of a checkpoint."""
+
+    event: Literal["converted"] = "converted"
+    source: str
+    """Directory of the checkpoint."""
+    tensor: int
+    """Ranks of tensor parallelism."""
+    pipeline: int
+    """Pipeline stages."""
+    data: int
+    """Data-parallel replicas."""
+
+    def words(self) -> str:
+        return f"converted from {self.source} to TP {self.tensor}, PP {self.pipeline}, DP {self.data}"
+
+
+class _Excursion(Event):
+    HEAD: ClassVar[str]
+
+    series: Series
+    """What rose."""
+    value: Number
+    """Its value in this step: nats per token, or the norm before clipping; `null` if it was not finite."""
+    level: Number
+    """Its usual level before: the median of a window."""
+    scale: Number
+    """Its usual noise before: the MAD, for the gradient norm that of its logarithm."""
+    score: Number
+    """How far above the level the value is, in MADs; `null` if it was not finite."""
+    onset: Step
+    """The step in which it began."""
+
+    def words(self) -> str:
+        noise = _number(self.scale) + (" (log)" if self.series == "grad_norm" else "")
+        above = "up from a" if self.score is None else f"{self.score:.4g} MADs of {noise} above its"
+        value = f"{_number(self.value)}, {above} level of {_number(self.level)}"
+        return f"{self.HEAD.format(SERIES[self.series])}: {value}, began at step {self.onset}"
+
+
+class Spike(_Excursion):
+    """A series stands out above its usual level."""
+
+    HEAD = "spike of the {}"
+    event: Literal["spike"] = "spike"
+
+
+class Rise(_Excursion):
+    """A series has risen and stays up; whether data or state is to blame, the curve does not say."""
+
+    HEAD = "the {} has risen and stays up"
+    event: Literal["rise"] = "rise"
+
+
+class Divergence(_Excursion):
+    """A series has risen by more than data explain, or goes on rising."""
+
+    HEAD = "the {} diverges"
+    event: Literal["divergence"] = "divergence"
+
+
+class SpikeEnd(Event):
+    """A series is back at its usual level."""
+
+    event: Literal["spike_end"] = "spike_end"
+    series: Series
+    """What fell back."""
+    onset: Step
+    """The step in which it had begun to rise."""
+    duration: int
+    """Steps from there until it was back."""
+
+    def words(self) -> str:
+        name, duration = SERIES[self.series], _count(self.duration, "step")
+        return f"the {name} is back at its level after {duration}, up since step {self.onset}"
+
+
+class SecondOpinion(Event):
+    """The model was asked, forward only, about batches from before a rise of the loss and about recent ones.
+
+    What it still finds between them is in the data: `gap` equals `rise` if the data have changed, and is 0 if the
+    state has.
+    """
+
+    VERDICTS: ClassVar = {"data": "the data are to blame", "state": "the state is to blame", "undecided": "undecided"}
+
+    event: Literal["second_opinion"] = "second_opinion"
+    onset: Step
+    """The step in which the rise began."""
+    verdict: Literal["data", "state", "undecided"]
+    """What is to blame."""
+    batches: int
+    """Batches of each kind that it was asked about."""
+    rise: Number
+    """Recorded loss of the recent batches over that of the old ones, nats per token."""
+    gap: Number
+    """The same difference, as the model finds it now."""
+    error: Number
+    """Standard error of `rise - gap`."""
+    healthy_gap: Number = None
+    """The same difference, as a healthy checkpoint from before the rise finds it, if one was asked."""
+    checkpoint: Step | None = None
+    """The step of that checkpoint."""
+
+    def words(self) -> str:
+        rose = f"The loss has risen by {_number(self.rise)} nats since step {self.onset}"
+        asked = f"asked about {_count(self.batches, 'batch', 'batches')} from before and {self.batches} since"
+        found = f"the model finds the recent ones harder by {_number(self.gap)} ± {_number(self.error)}"
+        text = f"second opinion: {self.VERDICTS[self.verdict]}. {rose}; {asked}, {found}"
+        if self.checkpoint is not None:
+            text += f", the checkpoint of step {self.checkpoint} by {_number(self.healthy_gap)}"
+        return text
+
+
+class Shift(Event):
+    """The data have changed: the second opinion blames them for a rise of the loss."""
+
+    event: Literal["shift"] = "shift"
+    onset: Step
+    """The step in which the rise began."""
+    rise: Number
+    """Nats per token."""
+    sources: tuple[str, ...] = ()
+    """Where the recent data come from, if that is known."""
+
+    def words(self) -> str:
+        sources = f"; recent data come from {', '.join(self.sources)}" if self.sources else ""
+        return f"the data changed: the loss is up by {_number(self.rise)} nats since step {self.onset}{sources}"
+
+
+class Drop(Event):
+    """An update was not made."""
+
+    event: Literal["drop"] = "drop"
+    rule: str
+    """Why: `non-finite loss`, `non-finite gradient` or `spike`."""
+    loss: Number
+    """Of that step, nats per token; `null` if it was not finite."""
+    grad_norm: Number
+    """Of that step, before clipping; `null` if it was not finite."""
+    consecutive: int
+    """Dropped updates in a row, with this one."""
+    total: int
+    """Dropped updates of the last 1000 steps, with this one."""
+    by: By
+    """Who decided."""
+
+    def words(self) -> str:
+        what = f"loss {_number(self.loss)}, gradient norm {_number(self.grad_norm)}"
+        return f"{self.by} dropped the update: {self.rule} ({what}), {self.consecutive} in a row, {self.total} recently"
+
+
+class _Repair(Decision, Event):
+    @classmethod
+    def of(cls, intervention: Intervention, step: int) -> Self:
+        """The event of an intervention."""
+        return cls(step=step, **intervention.model_dump(exclude={"time"}))
+
+    def _why(self) -> str:
+        return f"{self.rule}, began at step {self.onset}" if self.onset is not None else self.rule
+
+
+class Rollback(_Repair):
+    """The run went back to a checkpoint, and goes on from there otherwise; holds on every later resume."""
+
+    event: Literal["rollback"] = "rollback"
+    id: str
+    """Names it, in interventions.json, checkpoints and `undo`."""
+    rollback_to: Step
+    """The step of the checkpoint."""
+
+    def words(self) -> str:
+        changes = [
+            f"skips data steps {', '.join(f'{first}-{last}' for first, last in self.windows)}" if self.windows else "",
+            f"learning rate × {_value(self.learning_rate_factor)}" if self.learning_rate_factor != 1 else "",
+            f"gradient clipping × {_value(self.clip_factor)}" if self.clip_factor != 1 else "",
+            "loss scale reset" if self.reset_loss_scale else "",
+        ]
+        text = f"{self.by} rolled back to step {self.rollback_to} ({self._why()}): "
+        return text + ". ".join(filter(None, ["; ".join(filter(None, changes)), self.reason, f"id {self.id}"]))
+
+
+class GaveUp(_Repair):
+    """What was tried did not help, and the run ends; it may be left at an earlier checkpoint."""
+
+    event: Literal["gave_up"] = "gave_up"
+    id: str | None = None
+    """Names it, in interventions.json and checkpoints, if the run went back."""
+    rollback_to: Step | None = None
+    """The step of the checkpoint that the run stands at again; absent: there was none to go back to."""
+
+    def words(self) -> str:
+        to = "" if self.rollback_to is None else f" and rolled back to step {self.rollback_to}"
+        return ". ".join(filter(None, [f"{self.by} gave up{to} ({self._why()})", self.reason]))
+
+
+class Undo(Event):
+    """A rollback was taken back."""
+
+    event: Literal["undo"] = "undo"
+    id: str
+    """Of the rollback."""
+    by: By
+    """Who decided."""
+
+    def words(self) -> str:
+        return f"{self.by} took back rollback {self.id}"
+
+
+class LossScaleFloor(Event):
+    """fp16: gradients overflow although the loss scale is as low as it may be."""
+
+    event: Literal["loss_scale_floor"] = "loss_scale_floor"
+    scale: float
+    """The loss scale, `precision.min_scale`."""
+    module: str | None
+    """The first module with values that are not finite when the step is replayed; `null`: none then."""
+    norms: dict[str, Number]
+    """Gradient norm by layer; `null` where it is not finite."""
+
+    def words(self) -> str:
+        norms = ", ".join(f"{layer} {_number(norm)}" for layer, norm in self.norms.items())
+        return (
+            f"the loss scale is at its floor, {_value(self.scale)}; first module with values that are not finite: "
+            f"{self.module or 'none in a replay'}; gradient norms: {norms}"
+        )
+
+
+class Stop(Event):
+    """The run ended before its last step."""
+
+    event: Literal["stop"] = "stop"
+    exit_code: int
+    """Of the process."""
+    reason: str
+    """In words."""
+
+    def words(self) -> str:
+        return f"stopped with exit code {self.exit_code}: {self.reason}"
+
+
+class Unknown(Event):
+    """A line that is none of the above, as it was found: of another version or program."""
+
+    time: Any = None
+    event: Any = None
+    step: Any = None
+    data_step: Any = None
+    facts: dict[Any, Any] = {}
+    """All else."""
+
+    def sentence(self) -> str:
+        places = {"step": self.step, "data step": self.data_step}
+        where = ", ".join(f"{name} {_value(value)}" for name, value in places.items() if value is not None)
+        return one_line(f"{where}: {self.words()}" if where else self.words())
+
+    def words(self) -> str:
+        facts = "; ".join(f"{key} {_value(value)}" for key, value in self.facts.items())
+        name = "an event without a name" if self.event is None else _value(self.event)
+        return f"{name} ({facts})" if facts else name
+
+    def line(self) -> dict[str, Any]:
+        own = {"time": self.time, "event": self.event, "step": self.step, "data_step": self.data_step}
+        return {key: value for key, value in own.items() if value is not None} | self.facts
+
+
+AnyEvent: TypeAlias = Annotated[
+    Start | Resume | Converted | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback | GaveUp
+    | Undo | LossScaleFloor | Stop,
+    Field(discriminator="event"),
+]  # fmt: skip
+_KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
+
+
+def parse(line: Mapping[str, Any]) -> Event:
+    """The event that a line of the ledger holds; whatever it holds, this is no error."""
+    try:
+        return _KNOWN.validate_python(line)
+    except ValidationError:
+        own = {key: line.get(key) for key in Event.model_fields}
+        return Unknown(**own, facts={key: value for key, value in line.items() if key not in own})
+
+
+def one_line(text: str) -> str:
+    """Text on one line, with what does not print, or would steer a terminal, as Python's escapes."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in line)
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return _number(finite(value))
+    return json.dumps(value, default=str)

@@ -1,0 +1,138 @@
+"""A second opinion on a rise of the loss: is it in the data, or in the state of the model?
+
+A curve cannot tell; a trainer can, for it holds both. It asks one and the same state of the model what it makes,
+forward only, of batches from before the rise and of recent ones. With the losses as they were recorded in training,
+
+    rise   = recorded(recent) - recorded(old)      what is to be explained
+    gap(s) = loss(recent; s) - loss(old; s)        what a state s finds of it in the data, by the same weights
+
+all as means over batches, nats per token. If the data changed, any state sees it, and gap = rise; if the state changed,
+old batches have become as bad as recent ones, and gap = 0. So the data are to blame where gap >= rise / 2. Dropout, the
+schedule, and that the model has trained on these batches since change both losses of a gap alike, and drop out.
+
+The state at hand is asked first, which costs a few forward passes. What speaks against the data is not believed from it
+alone: a model that learns a new kind of text fast forgets the old one as fast, and then finds both equally hard. A
+healthy checkpoint from before the rise has forgotten nothing, so its gap decides. Only one that had not learnt the old
+batches yet (it is worse on them than they were recorded, by more than the rise) has nothing to say.
+
+    rise - gap(s) = mean over recent (recorded - loss now) - mean over old (recorded - loss now)
+
+is a difference of paired differences, in which how hard a batch is drops out: a few batches are enough, and the spread
+of the pairs gives the standard error. docs/benchmarks.md has error rates (`benchmarks/second_opinion.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import isfinite, sqrt
+from statistics import fmean, variance
+from typing import Literal, NamedTuple
+
+BATCHES = 4  # of each kind
+APART = 4  # steps between old batches: neighbours of the onset may belong to the rise already
+SURE = 2.0  # standard errors between a finding and the half of the rise
+REMEMBERED = 512  # steps whose losses are kept
+
+Verdict = Literal["data", "state", "undecided"]
+
+
+class Recorded(NamedTuple):
+    """A batch: the step that trained on it, and its loss then, nats per token."""
+
+    step: int
+    loss: float
+
+
+class Question(NamedTuple):
+    """What is to be explained: a rise that began at step ``onset``, from ``old`` batches to ``recent`` ones."""
+
+    onset: int
+    old: tuple[Recorded, ...]
+    recent: tuple[Recorded, ...]
+
+    @property
+    def rise(self) -> float:
+        """Nats per token."""
+        return fmean(batch.loss for batch in self.recent) - fmean(batch.loss for batch in self.old)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of the batches to be asked about, old ones first."""
+        return tuple(batch.step for batch in (*self.old, *self.recent))
+
+
+class Answer(NamedTuple):
+    """What one state says.
+
+    Attributes:
+        gap: Its loss on recent batches over that on old ones, nats per token.
+        error: Standard error of ``rise - gap``.
+        behind: Its loss on old batches over the recorded one.
+    """
+
+    gap: float
+    error: float
+    behind: float
+
+
+class Opinion(NamedTuple):
+    """The second opinion.
+
+    Attributes:
+        verdict: What is to blame.
+        question: On what.
+        now: What the state at hand said.
+        healthy: What the checkpoint of step ``checkpoint`` said, if it was asked and had something to say.
+        checkpoint: Its step.
+    """
+
+    verdict: Verdict
+    question: Question
+    now: Answer
+    healthy: Answer | None = None
+    checkpoint: int | None = None
+
+
+def pose(memory: Iterable[Recorded], onset: int) -> Question | None:
+    """The question to ask about a rise that began at ``onset``; ``None`` where too little is remembered.
+
+    Args:
+        memory: Steps in order, the latest last, with finite losses.
+        onset: The first step of the rise, or of a slow one the step of the lowest level.
+    """
+    known = list(memory)
+    since = next((i for i, batch in enumerate(known) if batch.step >= onset), len(known))
+    if since == 0:  # it began before what is remembered: take the oldest
+        since = APART * BATCHES
+    old, recent = known[:since][-APART::-APART][:BATCHES], known[since:][-BATCHES:]
+    question = Question(onset, tuple(old), tuple(recent))
+    return question if len(old) == len(recent) == BATCHES and question.rise > 0 else None
+
+
+def answer(question: Question, losses: Sequence[float]) -> Answer:
+    """What a state says, by its losses on the batches of ``question.steps``; not finite where it is broken."""
+    count = len(question.old)
+    old, recent = losses[:count], losses[count:]
+    if not all(map(isfinite, losses)):
+        return Answer(gap=0.0, error=0.0, behind=float("inf"))
+    # what the batches have become worse by, each
+    of_old = [now - then.loss for now, then in zip(old, question.old, strict=True)]
+    of_recent = [now - then.loss for now, then in zip(recent, question.recent, strict=True)]
+    error = sqrt(variance(of_old) / len(of_old) + variance(of_recent) / len(of_recent))
+    return Answer(gap=fmean(recent) - fmean(old), error=error, behind=fmean(of_old))
+
+
+def explains(question: Question, said: Answer) -> bool:
+    """Whether a state finds the better part of the rise in the data, beyond doubt."""
+    return said.gap - question.rise / 2 > SURE * said.error
+
+
+def decide(question: Question, now: Answer, healthy: Answer | None = None, checkpoint: int | None = None) -> Opinion:
+    """The opinion, by what the state at hand and, if it was asked, a healthy checkpoint said."""
+    if explains(question, now):
+        return Opinion("data", question, now)
+    if healthy is not None and healthy.behind <= question.rise:
+        verdict: Verdict = "data" if healthy.gap >= question.rise / 2 else "state"
+        return Opinion(verdict, question, now, healthy, checkpoint)
+    sure = question.rise / 2 - now.gap > SURE * now.error
+    return Opinion("state" if sure else "undecided", question, now)

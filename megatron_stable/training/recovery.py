@@ -1,0 +1,113 @@
+"""Recovery in a live run: agree on a repair, make it the run's for good, and in the end leave it where it can go on.
+
+What to do is decided by :mod:`megatron_stable.stability.recovery`, which is pure; here all ranks come to know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from megatron_stable.checkpoint import store
+from megatron_stable.config.schema import Config
+from megatron_stable.data import SkipWindows
+from megatron_stable.engine.diagnosis import Diagnosis
+from megatron_stable.files import explain_os_errors
+from megatron_stable.parallel.agreement import decided
+from megatron_stable.records.callbacks import Callbacks
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.interventions import write_interventions
+from megatron_stable.stability.events import GaveUp, Rollback
+from megatron_stable.stability.interventions import Intervention, Interventions
+from megatron_stable.stability.recovery import Candidate, Trouble, last_resort, plan
+
+FLOOR = "loss scale at its floor"
+
+
+class Recovery:
+    """The repairs of a run. Collective: every rank has one, and calls its methods.
+
+    Args:
+        callbacks: Told of what is done.
+
+    Attributes:
+        interventions: Those in force.
+    """
+
+    def __init__(self, config: Config, directory: RunDirectory, callbacks: Callbacks) -> None:
+        self.config, self.directory, self.callbacks = config, directory, callbacks
+        self.interventions = Interventions()
+
+    def plan(self, trouble: Trouble, skip: SkipWindows, damaged: Collection[int]) -> Intervention | None:
+        """The next repair, the same on all ranks; ``None``: give up. No save may be in progress.
+
+        Args:
+            skip: The windows in force.
+            damaged: Steps of checkpoints that cannot be used.
+        """
+        if self.config.guard.mode != "recover":
+            return None
+        data_steps = skip.data_step(trouble.onset), skip.data_step(trouble.step)
+        fp16 = self.config.precision.dtype == "fp16"
+
+        def decide() -> Intervention | None:
+            whole = [candidate for candidate in self._candidates() if candidate.step not in damaged]
+            return plan(trouble, whole, data_steps, self.interventions, self.config.guard, fp16)
+
+        return decided(decide)
+
+    def commit(self, event: Rollback | GaveUp, repair: Intervention) -> None:
+        """Make a repair the run's, before anything is done about it.
+
+        Raises:
+            DataError: On all ranks alike: it cannot be written.
+        """
+        self.interventions = self.interventions.add(repair)
+
+        def write() -> None:
+            with explain_os_errors("write", self.directory.path):
+                write_interventions(self.directory.path, self.interventions)
+                store.point_latest(self.directory.checkpoints, repair.rollback_to)
+
+        decided(write)
+        self.callbacks.event(event)
+
+    def give_up(self, trouble: Trouble, step: int) -> int | None:
+        """Leave the run at a checkpoint from before the trouble, if there is one; returns its step."""
+        repair = decided(lambda: last_resort(trouble, self._candidates(), self.config.guard))
+        if repair is None:
+            self.callbacks.event(GaveUp(step=step, rule=trouble.rule, onset=trouble.onset, by="guard"))
+            return None
+        self.commit(GaveUp.of(repair, step), repair)
+        return repair.rollback_to
+
+    def catch_up(self, step: int) -> None:
+        """Tell of repairs that a crash kept out of the ledger; on rank 0."""
+        known = {event.id for event in self.directory.ledger.read() if isinstance(event, Rollback | GaveUp)}
+        for item in self.interventions.items:
+            if item.id not in known:
+                self.callbacks.event((Rollback if item.windows else GaveUp).of(item, step))
+
+    def tried(self) -> str:
+        """What was tried, in words."""
+        made = self.interventions
+        lines = [f"  {item.reason}" for item in made.items if item.by == "guard" and item.windows]
+        if not lines:
+            return "nothing was tried"
+        force = f"learning rate x {made.learning_rate_factor:g}, clip_grad x {made.clip_factor:g}"
+        undo = f"megatron-stable skip {self.directory.path} --undo"
+        return "\n".join(["what was tried:", *lines, f"in force: {force}; `{undo}` takes it back, one by one"])
+
+    def _candidates(self) -> list[Candidate]:
+        return store.candidates(store.entries(self.directory.checkpoints))
+
+
+def explain_floor(diagnosis: Diagnosis, min_scale: float, step: int, data_step: int) -> str:
+    """The end of a loss scale, in words."""
+    norms = ", ".join(
+        f"{layer} {'not finite' if norm is None else f'{norm:.3g}'}" for layer, norm in diagnosis.norms.items()
+    )
+    return (
+        f"the fp16 loss scale is at its floor, precision.min_scale {min_scale:g}, and gradients of step {step} (data "
+        f"step {data_step}) overflow still.\nfirst module with values that are not finite: "
+        f"{diagnosis.module or 'none in a replay'}\ngradient norms by layer: {norms}"
+    )

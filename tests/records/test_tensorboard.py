@@ -1,0 +1,20 @@
+"""TensorBoard shows a run as it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_stable.records.tensorboard import TensorBoard
+
+
+def test_a_run_that_went_back_writes_over_what_it_left(tmp_path: Path) -> None:
+    writer = TensorBoard(tmp_path, 1)
+    for step, loss in [(1, 3.0), (2, 2.0), (3, 9.0), (4, 9.5)]:
+        writer.record({"step": step, "loss": loss})
+    writer.rewind(2)
+    writer.record({"step": 4, "loss": 1.0})  # not every step is recorded
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
