@@ -24,6 +24,7 @@ import torch
 
 from megatron_stable.checkpoint.health import Retention
 from megatron_stable.checkpoint.saver import Saver
+from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.engine import Engine
 from megatron_stable.parallel.topology import Topology
@@ -67,19 +68,19 @@ def measure(args: argparse.Namespace, config: Config, engine: Engine, tokens: to
         return (time.perf_counter() - began) / args.steps
 
     steps()
-    shards = engine.shards()
+    shards, state = engine.shards(), RunState(**engine.state(), data_step=0)
     size = sum(t.numel() * t.element_size() for shard in shards for t in shard.tensors.values())
     saver = Saver(root / "checkpoints", Retention(1), report=lambda text: None)
     plain, during, stalls, synchronous = [], [], [], []
     for turn in range(args.saves + 1):
         idle = steps()
         began = time.perf_counter()
-        saver.save(2 * turn, shards, {}, {}, {})
+        saver.save(2 * turn, shards, Layout(), config, state)
         stall = time.perf_counter() - began
         busy = steps()
         saver.wait()
         began = time.perf_counter()
-        saver.save(2 * turn + 1, shards, {}, {}, {})
+        saver.save(2 * turn + 1, shards, Layout(), config, state)
         saver.wait()
         whole = time.perf_counter() - began
         if turn:  # the first warms up

@@ -4,47 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_stable.analysis import blame as judging
+from megatron_stable.analysis.position import Position, as_it_was, configuration, find_step
+from megatron_stable.analysis.second_opinion import Heard, Posed, hear, pose
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole
-from megatron_stable.config.load import load_config, parse_config
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Batches, Location, Samples, SkipWindows, Tokenizer, check_tokenizer, open_dataset
+from megatron_stable.data import Batches, Location, Samples, Tokenizer, check_tokenizer, open_dataset
 from megatron_stable.data.check import check_ids
-from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.errors import DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
 from megatron_stable.numbers import finite
-from megatron_stable.records.directory import RunDirectory, require_known_format
-from megatron_stable.records.metrics import Record, latest, read_metrics
-from megatron_stable.stability.events import Resume
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.metrics import read_metrics
+from megatron_stable.stability.opinion import answer
 
-DECIDING = ("run.seed", "batch.global_size", "data.train")  # besides the sequence length, which cannot change in a run
-AROUND = 16  # steps to each side of a checkpoint whose losses say what was usual then
+SIGMA = 1.4826  # standard deviation of a normal distribution over its MAD
+FLOOR = 0.01  # of the median: the least standard deviation, so that samples that are alike do not all stand out
+FEWEST = 8  # values of which a MAD says something
 STRETCH, LEAD = 32, 8  # tokens: an excerpt shows the worst stretch, and begins so many before it
-
-
-class Position(NamedTuple):
-    """A step of a run.
-
-    Attributes:
-        step: The optimizer step; ``None``: none trained on this data step.
-        data_step: Its place in the data order.
-        record: What ``metrics.jsonl`` has about it.
-        notes: What the user should know about it.
-    """
-
-    step: int | None
-    data_step: int
-    record: Record | None
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -97,16 +81,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect` found; with no checkpoints, no losses and no verdict."""
+    """What :func:`inspect` found; with no checkpoints, no losses and no opinion.
+
+    Attributes:
+        position: Which step it is.
+        checkpoints: By their steps, in the order of the losses.
+        samples: Of the batch, in order.
+        opinion: Whether the data or the state are to blame for the loss of the step; a text: why nobody can say.
+    """
 
     position: Position
     checkpoints: tuple[int, ...]
     samples: tuple[Sample, ...]
-    verdict: judging.Blame | None
+    opinion: Heard | str | None
 
     @property
     def by_loss(self) -> list[Sample]:
-        """The samples, worst first under the first checkpoint, then under the other."""
+        """The samples, worst first under the first checkpoint, then under the next."""
         return sorted(self.samples, key=lambda sample: [_order(loss) for loss in sample.losses], reverse=True)
 
     @property
@@ -117,12 +108,6 @@ class Inspection:
 
     def plain(self) -> dict[str, Any]:
         """For JSON; numbers that are not finite are null."""
-        verdict = self.verdict and {
-            "kind": self.verdict.kind,
-            "text": self.verdict.text,
-            "findings": [vars(finding) for finding in self.verdict.findings],
-            "caveat": self.verdict.caveat,
-        }
         record = self.position.record or {}
         return {
             "step": self.position.step,
@@ -131,7 +116,8 @@ class Inspection:
             "notes": list(self.position.notes),
             "checkpoints": list(self.checkpoints),
             "samples": [_plain(sample) for sample in self.samples],
-            "verdict": verdict,
+            "opinion": self.opinion.plain() if isinstance(self.opinion, Heard) else None,
+            "no_opinion": self.opinion if isinstance(self.opinion, str) else None,
         }
 
 
@@ -150,7 +136,7 @@ def inspect(
         run: The run's directory.
         step: The optimizer step; the run's record, or its skip windows, say which data step it was.
         data_step: The data step, instead.
-        checkpoints: Steps of those to measure with: the suspected one, and a healthy one to compare it with.
+        checkpoints: Steps of those to ask: one from before the step in question says whether a rise is in the data.
         excerpt: Characters of text to show of each document.
         tokenizer: The SentencePiece model; ``None``: the one that the run's configuration names, if it names one.
         progress: Called with the checkpoint's step, samples done, and samples in all.
@@ -159,9 +145,9 @@ def inspect(
         ConfigError: The run has no such step, or both or neither of ``step`` and ``data_step`` is given.
         DataError: There is no such run or checkpoint; the dataset or the tokenizer is not where it was.
     """
-    config, checkpoints = _configuration(run), tuple(checkpoints)
+    today, checkpoints = configuration(run), tuple(dict.fromkeys(checkpoints))
     position = find_step(run, step, data_step)
-    config, changed = _as_it_was(run, config, position.step)
+    config, changed = as_it_was(run, today, position.step)
     position = position._replace(notes=(*position.notes, *changed))
     have = {entry.step for entry in store.entries(Path(run) / "checkpoints")}
     for wanted in checkpoints:
@@ -171,70 +157,33 @@ def inspect(
     decoder = _open_tokenizer(run, config, tokenizer)
     if decoder is not None:
         check_tokenizer(dataset, decoder)
-    numbers = Batches(dataset, config.batch.global_size, 1).samples(position.data_step)
-    where = [dataset.locate(k) for k in numbers]
-    losses = [_measure(run, chosen, where, tokenizer, progress) for chosen in checkpoints]  # each [n, s]
-    measured = [
-        judging.Measured(chosen, nll.mean(1), _level(run, chosen, position.step))
-        for chosen, nll in zip(checkpoints, losses, strict=True)
-    ]
-    usual = float(np.median(measured[0].losses)) if measured else None
-    scores = [one.scores for one in measured]
-    samples = []
-    for i, (k, location) in enumerate(zip(numbers, where, strict=True)):
-        own = [nll[i] for nll in losses]
-        documents = tuple(_documents(location, own, usual, len(where), decoder, excerpt))
-        mean = tuple(float(one.losses[i]) for one in measured)
-        samples.append(Sample(k, location.epoch, location.start, documents, mean, tuple(float(s[i]) for s in scores)))
-    verdict = None
-    if measured:
-        healthy = measured[1] if len(measured) > 1 else None
-        verdict = judging.blame(measured[0], healthy, position.step, _recorded(position.record))
-    return Inspection(position, checkpoints, tuple(samples), verdict)
+    posed = _posed(run, today, config, position) if checkpoints else None
+    others = posed.data_steps.values() if isinstance(posed, Posed) else ()
+    places = list(dict.fromkeys((position.data_step, *others)))
+    batches = Batches(dataset, config.batch.global_size, 1)
+    numbers = [batches.samples(place) for place in places]
+    where = [[dataset.locate(k) for k in batch] for batch in numbers]
+    found = [_measure(run, chosen, where, tokenizer, progress) for chosen in checkpoints]  # each [batch, n, s]
+    samples = _samples(numbers[0], where[0], [nll[0] for nll in found], decoder, excerpt)
+    opinion: Heard | str | None
+    if isinstance(posed, Posed):
+        means = [dict(zip(places, nll.mean((1, 2)).tolist(), strict=True)) for nll in found]
+        said = [answer(posed.question, [mean[place] for place in posed.data_steps.values()]) for mean in means]
+        opinion = hear(posed.question, dict(zip(checkpoints, said, strict=True)))
+    else:
+        opinion = posed
+    return Inspection(position, checkpoints, tuple(samples), opinion)
 
 
-def find_step(run: str | Path, step: int | None = None, data_step: int | None = None) -> Position:
-    """A step of a run by its number or by its data step, from ``metrics.jsonl``; where that has no line about it, from
-    the skip windows in the manifest of the newest checkpoint.
-
-    Raises:
-        ConfigError: There is no such step, or both or neither is given.
-    """
-    if (step is None) == (data_step is None):
-        raise ConfigError("name a step of the run with --step, or a place in its data with --data-step, not both")
-    lines = list(read_metrics(RunDirectory(run).metrics))
-    stored = [entry for entry in store.entries(Path(run) / "checkpoints") if entry.usable and entry.manifest]
-    windows = SkipWindows(stored[-1].manifest.state.skip_windows) if stored and stored[-1].manifest else None
-    known = {line["step"]: line for line in lines}
-    last = max([*known, *(entry.step for entry in stored)], default=0)
-    if data_step is not None:
-        return _by_data_step(data_step, lines, windows or SkipWindows(), last)
-    assert step is not None
-    if not 1 <= step <= last:
-        have = f"it has trained steps 1 to {last}" if last else "it has recorded no step yet"
-        raise ConfigError(f"{run} has no step {step}: {have}; --data-step names any place in its data")
-    record = known.get(step)
-    if record is not None and isinstance(record.get("data_step"), int):
-        places = {line.get("data_step") for line in lines if line.get("step") == step} - {record["data_step"]}
-        others = sorted(place for place in places if isinstance(place, int))
-        notes = [f"before a rollback, step {step} was data step {other}: see --data-step {other}" for other in others]
-        return Position(step, record["data_step"], record, tuple(notes))
-    if windows is None:
-        raise ConfigError(f"{run} says nowhere which data step {step} was; name it with --data-step")
-    return Position(step, windows.data_step(step), record, ("by the skip windows of the newest checkpoint",))
-
-
-def _by_data_step(data_step: int, lines: list[Record], windows: SkipWindows, last: int) -> Position:
-    if data_step < 1:
-        raise ConfigError(f"data steps count from 1, got {data_step}")
-    record = next((line for line in reversed(lines) if line.get("data_step") == data_step), None)
-    step = record["step"] if record is not None else windows.step(data_step)
-    notes = []
-    if data_step in windows:
-        notes.append(f"data step {data_step} is in a skip window: the run as it is now does not train on it")
-    elif step is not None and step > last:
-        notes.append(f"the run has not come to data step {data_step} yet")
-    return Position(step if step is not None and step <= last else None, data_step, record, tuple(notes))
+def scores(losses: np.ndarray) -> np.ndarray:
+    """Robust standard deviations above the batch's median ``[n]``: (loss - median) / (1.4826 MAD); infinite for what is
+    not finite, 0 where there are too few samples to tell."""
+    finite = np.isfinite(losses)
+    if finite.sum() < FEWEST:
+        return np.where(finite, 0.0, np.inf)
+    median = float(np.median(losses[finite]))
+    deviation = SIGMA * float(np.median(np.abs(losses[finite] - median)))
+    return np.where(finite, (np.where(finite, losses, median) - median) / max(deviation, FLOOR * median, 1e-12), np.inf)
 
 
 def visible(text: str) -> str:
@@ -244,31 +193,6 @@ def visible(text: str) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-def _configuration(run: str | Path) -> Config:
-    path = RunDirectory(run).config
-    if not path.is_file():
-        raise DataError(f"no run in {run}: name the run.directory of a run, the one that holds config.yaml")
-    require_known_format(Path(run))
-    return load_config(path)
-
-
-def _as_it_was(run: str | Path, config: Config, step: int | None) -> tuple[Config, list[str]]:
-    """The configuration with what decides on a batch as it was at a step, which resumes since may have changed; and
-    notes on that. The ledger knows."""
-    values, notes = config.model_dump(mode="json"), []
-    if step is None:
-        return config, []
-    for event in reversed(RunDirectory(run).ledger.read()):
-        if not isinstance(event, Resume) or event.step < step:
-            continue
-        for key, (before, now) in event.changed.items():
-            if key in DECIDING:
-                section, field = key.split(".")
-                values[section][field] = before
-                notes.append(f"{key} was {before} at step {step}, and {now} from step {event.step + 1} on")
-    return parse_config(values), notes
 
 
 def _open_dataset(run: str | Path, config: Config) -> Samples:
@@ -293,18 +217,39 @@ def _open_tokenizer(run: str | Path, config: Config, given: str | Path | None) -
         ) from None
 
 
+def _posed(run: str | Path, today: Config, config: Config, position: Position) -> Posed | str:
+    """The question about a step that had this configuration; or why there is none."""
+    posed = pose(list(read_metrics(RunDirectory(run).metrics)), position.record)
+    if isinstance(posed, Posed) and as_it_was(run, today, min(posed.data_steps))[0] != config:
+        return "shortly before, batches were still put together in another way"
+    return posed
+
+
+def _samples(
+    numbers: Iterable[int], where: list[Location], losses: list[np.ndarray], decoder: Tokenizer | None, chars: int
+) -> Iterable[Sample]:
+    """The samples of a batch; ``losses`` are of their tokens under each checkpoint, ``[n, s]``."""
+    means = [nll.mean(1) for nll in losses]
+    usual = float(np.median(means[0])) if means else None
+    high = [scores(mean) for mean in means]
+    for i, (k, location) in enumerate(zip(numbers, where, strict=True)):
+        documents = _documents(location, [nll[i] for nll in losses], usual, len(where), decoder, chars)
+        own, above = (tuple(float(values[i]) for values in each) for each in (means, high))
+        yield Sample(k, location.epoch, location.start, tuple(documents), own, above)
+
+
 def _measure(
     run: str | Path,
     step: int,
-    where: list[Location],
+    batches: list[list[Location]],
     tokenizer: str | Path | None,
     progress: Callable[[int, int, int], None] | None,
 ) -> np.ndarray:
-    """Cross-entropy of each token under a checkpoint, nats ``[n, s]``."""
+    """Cross-entropy of each token of some batches under a checkpoint, nats ``[batch, n, s]``."""
     trained = open_run(run, step, tokenizer)
     vocab_size, size = trained.config.model.vocab_size, trained.config.batch.micro_size
     assert vocab_size is not None
-    rows = []
+    rows, where = [], [location for batch in batches for location in batch]
     if progress:
         progress(step, 0, len(where))
     for first in range(0, len(where), size):
@@ -316,7 +261,7 @@ def _measure(
         rows.append(token_losses(trained, np.stack(samples)))
         if progress:
             progress(step, min(first + size, len(where)), len(where))
-    return np.concatenate(rows)
+    return np.stack(np.split(np.concatenate(rows), len(batches)))
 
 
 @torch.no_grad()
@@ -368,20 +313,6 @@ def _excerpt(tokens: np.ndarray, losses: np.ndarray | None, tokenizer: Tokenizer
         text = tokenizer.decode(some.tolist())
     more = len(text) > chars or first + len(some) < len(tokens)
     return ("…" if first else "") + visible(text[:chars]) + ("…" if more else "")
-
-
-def _level(run: str | Path, checkpoint: int, step: int | None) -> judging.Level | None:
-    """The losses that the run recorded about the step of a checkpoint, on other batches than that of ``step``."""
-    records = latest(read_metrics(RunDirectory(run).metrics))
-    near = [r for r in records if abs(r["step"] - checkpoint) <= AROUND and r["step"] != step]
-    return judging.level([r.get("loss") for r in near])
-
-
-def _recorded(record: Record | None) -> float | None:
-    """The loss of a record, NaN if it was not finite; ``None`` if there is none."""
-    if record is None or "loss" not in record:
-        return None
-    return nan if record["loss"] is None else float(record["loss"])
 
 
 def _order(loss: float | None) -> float:

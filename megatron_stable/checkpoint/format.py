@@ -28,7 +28,7 @@ from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.config.load import parse_config
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.parallel.parameters import Place, Shard
+from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.persisted import (
     Count,
     Persisted,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_stable.checkpoint.format import Manifest, read_index
 from megatron_stable.errors import DataError
-from megatron_stable.parallel.parameters import Place, Shard
+from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.persisted import require_plain
 
 

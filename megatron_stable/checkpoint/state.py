@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_stable.data.skip import Window
-from megatron_stable.engine.shards import LossScalerState
-from megatron_stable.optim.clipping import ClippingState
+from megatron_stable.engine.loss_scaler import LossScalerState
+from megatron_stable.optim.clipping_state import ClippingState
 from megatron_stable.persisted import Count, Persisted, Positive
 from megatron_stable.stability.guard import GuardState
 from megatron_stable.stability.interventions import Intervention

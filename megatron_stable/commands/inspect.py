@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,9 @@ from rich.text import Text
 
 from megatron_stable.analysis.inspection import Document, Inspection, Sample
 from megatron_stable.analysis.inspection import inspect as look
-from megatron_stable.errors import ConfigError
+from megatron_stable.analysis.position import Position
+from megatron_stable.analysis.second_opinion import Heard
+from megatron_stable.stability.events import SecondOpinion
 
 ROWS = 20
 
@@ -27,15 +30,11 @@ def inspect(
         typer.Option(help="Or the data step: its position in the data order, whether trained on or skipped."),
     ] = None,
     checkpoint: Annotated[
-        int | None,
+        list[int] | None,
         typer.Option(
-            min=0, help="Measure each sample's loss under the checkpoint of this step; take the last before the spike."
-        ),
-    ] = None,
-    against: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="And under this one, to tell data from state; take a healthy one, such as a much earlier one."
+            min=0,
+            metavar="STEP",
+            help="Ask the checkpoint of this step: the last before the rise. Give a second one to compare.",
         ),
     ] = None,
     excerpt: Annotated[
@@ -50,18 +49,16 @@ def inspect(
     """Name the documents in a step's batch, and tell whether data or state caused a spike.
 
     Documents are numbered from 0 within their dataset. With --checkpoint, samples are sorted by their loss under it:
-    nats per token, in fp32, in one process. With --against, samples that stand out under both checkpoints point to the
-    data, and samples that stand out under --checkpoint alone point to its state.
+    nats per token, in fp32, in one process. It is also asked what the guard asks in a run: what does it make of usual
+    batches from before the step, and of this one? If the rise of the loss was in the data, a checkpoint from before it
+    sees it too; if it was in the state, one from after it finds the batches from before as bad.
 
     Example:
       megatron-stable inspect runs/first --step 1250
-      megatron-stable inspect runs/first --step 1250 --checkpoint 1200 --against 600
+      megatron-stable inspect runs/first --step 1250 --checkpoint 1200
+      megatron-stable inspect runs/first --step 1250 --checkpoint 1200 --checkpoint 1300
     """
-    if against is not None and checkpoint is None:
-        raise ConfigError("--against is compared with --checkpoint: give that as well")
-    if against is not None and against == checkpoint:
-        raise ConfigError(f"--against {against} is the same as --checkpoint: name another")
-    chosen = [one for one in (checkpoint, against) if one is not None]
+    chosen = checkpoint or []
     with Progress(console=Console(stderr=True), disable=not chosen) as bar:
         tasks: dict[int, TaskID] = {}
 
@@ -84,7 +81,10 @@ def inspect(
         return
     _print_samples(found, names, every, console)
     _print_documents(found.worst_documents, found, names, every, console)
-    _print_verdict(found, run, console)
+    if isinstance(found.opinion, Heard):
+        _print_opinion(found.opinion, found.position, run, console)
+    else:
+        console.print(f"No verdict: {found.opinion}.")
 
 
 def _names(found: Inspection) -> dict[str, str]:
@@ -153,22 +153,35 @@ def _print_rest(rows: int, every: bool, console: Console) -> None:
         console.print(f"and {rows - ROWS} more: --all lists them")
 
 
-def _print_verdict(found: Inspection, run: Path, console: Console) -> None:
-    verdict, data_step = found.verdict, found.position.data_step
-    assert verdict is not None
-    console.print(f"Verdict: {verdict.text}.")
-    for finding in verdict.findings:
-        console.print(f"- {finding.text}")
-    if verdict.kind == "undecided" and len(found.checkpoints) == 1:
-        console.print("--against STEP compares with another checkpoint, e.g. a much earlier, healthy one.")
-    if verdict.kind in ("data", "both"):
-        console.print(f"To skip these data: megatron-stable skip {run} --from-step {data_step} --to-step {data_step}")
-    if verdict.kind in ("state", "both"):
+def _print_opinion(heard: Heard, position: Position, run: Path, console: Console) -> None:
+    question = heard.question
+    console.print(
+        f"Verdict: {SecondOpinion.VERDICTS[heard.verdict]}.\n"
+        f"The loss was up by {_number(question.rise, '.4g')} nats at step {question.onset}: asked about "
+        f"{len(question.old)} batches from before and {len(question.recent)} since."
+    )
+    for step, said in heard.answers.items():
+        if isfinite(said.behind):
+            console.print(
+                f"- checkpoint {step} finds those since harder by {said.gap:.3g} ± {said.error:.2g}, "
+                f"and those from before at {said.behind:+.3g} of what was recorded"
+            )
+        else:
+            console.print(f"- checkpoint {step} gives no finite loss on all of them")
+    if heard.ignorant:
         console.print(
-            "Rolling back to a checkpoint before the spike helps. So may a lower learning rate, or skipping the data,\n"
+            f"Checkpoint {heard.healthy} does not count: it had not learnt the old ones yet. Name a later one."
+        )
+    elif heard.healthy is None and heard.verdict != "data":
+        console.print(f"More certain with one from before step {question.onset}: --checkpoint STEP.")
+    if heard.verdict == "data":
+        place = position.data_step
+        console.print(f"To skip these data: megatron-stable skip {run} --from-step {place} --to-step {place}")
+    if heard.verdict == "state":
+        console.print(
+            "Rolling back to a checkpoint before the rise helps. So may a lower learning rate, or skipping the data,\n"
             "as the state then meets other data (PaLM, arXiv 2204.02311, section 5.1)."
         )
-    console.print(f"What this cannot tell: {verdict.caveat}.")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -15,7 +15,7 @@ from megatron_stable.numbers import finite
 from megatron_stable.stability.detector import Spike, find_spikes
 
 DECIDES = (  # the data or the state of the model
-    "for a run of ours, `megatron-stable inspect RUN --step N --checkpoint A --against B` says whether the data or the "
+    "for a run of ours, `megatron-stable inspect RUN --step N --checkpoint A` says whether the data or the "
     "state changed; for another trainer, evaluate batches from before the onset again"
 )
 

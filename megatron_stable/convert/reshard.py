@@ -28,7 +28,7 @@ from megatron_stable.convert.stream import TensorStream
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import replace_file, sync_directory
 from megatron_stable.model.transformer import layer_list
-from megatron_stable.parallel.parameters import Place, Shard
+from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.parallel.stages import stage_bounds
 from megatron_stable.parallel.topology import TensorParallel
 from megatron_stable.persisted import package_version

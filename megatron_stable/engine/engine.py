@@ -20,10 +20,10 @@ from megatron_stable.config.schema import Config
 from megatron_stable.engine.deepspeed_config import deepspeed_config
 from megatron_stable.engine.diagnosis import Diagnosis, diagnose
 from megatron_stable.engine.faults import Faults
+from megatron_stable.engine.loss_scaler import LossScalerState
 from megatron_stable.engine.outcome import J, Outcome, Refused, StepMetrics
 from megatron_stable.engine.pipeline import TransformerPipeline, even_groups
 from megatron_stable.engine.shards import (
-    LossScalerState,
     ShardState,
     flats,
     gradients,
@@ -38,7 +38,7 @@ from megatron_stable.model import sigma
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.peaks import Peaks
 from megatron_stable.model.transformer import Transformer, layer_list
-from megatron_stable.optim.clipping import ClippingState
+from megatron_stable.optim.clipping_state import ClippingState
 from megatron_stable.optim.optimizer import Optimizer
 from megatron_stable.optim.partition import Partition
 from megatron_stable.parallel.parameters import place

@@ -7,18 +7,18 @@ shard becomes a :class:`ShardState` whose tensors are views: read them to save, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 
 from megatron_stable.config.schema import PrecisionConfig
+from megatron_stable.engine.loss_scaler import LossScalerState
 from megatron_stable.model import sigma
 from megatron_stable.optim.partition import LocalShard
-from megatron_stable.parallel.parameters import Place, place
-from megatron_stable.persisted import LARGEST, Count, Persisted
+from megatron_stable.parallel.parameters import place
+from megatron_stable.parallel.shards import Place
 
 
 @dataclass(frozen=True)
@@ -116,22 +116,6 @@ def refresh(engine: Any) -> None:
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
     if persistent:
         persistent[0].all_gather(persistent)
-
-
-class LossScalerState(Persisted):
-    """The complete state of fp16's dynamic loss scaler, under DeepSpeed's names.
-
-    Attributes:
-        cur_scale: The loss scale.
-        cur_iter: Steps so far.
-        last_overflow_iter: The last of them that overflowed; -1: none did.
-        cur_hysteresis: Overflows until the scale is lowered.
-    """
-
-    cur_scale: Annotated[float, Field(gt=0)]
-    cur_iter: Count
-    last_overflow_iter: Annotated[int, Field(strict=True, ge=-1, lt=LARGEST)]
-    cur_hysteresis: Count
 
 
 def loss_scaler_state(engine: Any) -> LossScalerState | None:

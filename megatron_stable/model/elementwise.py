@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_stable.parallel.collectives import copy_to
-from megatron_stable.parallel.parameters import Init, parameter
+from megatron_stable.parallel.parameters import parameter
+from megatron_stable.parallel.shards import Init
 from megatron_stable.parallel.topology import TensorParallel
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.parallel.parameters import Init
+from megatron_stable.parallel.shards import Init
 
 
 def linear_init(config: ModelConfig, fan_in: int, factor: float = 1.0) -> Init:

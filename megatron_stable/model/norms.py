@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.parallel.collectives import copy_to, reduce_from
-from megatron_stable.parallel.parameters import ONES, ZEROS, parameter
+from megatron_stable.parallel.parameters import parameter
+from megatron_stable.parallel.shards import ONES, ZEROS
 from megatron_stable.parallel.topology import TensorParallel
 
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.parallel.parameters import ONES, Place, draw_full, parameter, place
+from megatron_stable.parallel.parameters import draw_full, parameter, place
+from megatron_stable.parallel.shards import ONES, Place
 from megatron_stable.parallel.topology import TensorParallel
 
 

@@ -8,37 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, isfinite, sqrt
-from typing import Annotated, Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 
 from megatron_stable.config.schema import OptimizerConfig
 from megatron_stable.optim.adamw import Flat
+from megatron_stable.optim.clipping_state import AdaGCState, ClippingState, ZClipState
 from megatron_stable.optim.partition import LocalShard, Partition
-from megatron_stable.persisted import Count, Persisted
-
-
-class ZClipState(Persisted):
-    """ZClip's statistics: the norms of the warm-up, and the moving mean and variance."""
-
-    rule: Literal["zclip"] = "zclip"
-    seen: tuple[float, ...]
-    mean: float
-    variance: float
-
-
-class AdaGCState(Persisted):
-    """AdaGC's: steps so far, and the moving mean of each parameter's norm by name; ``None``: none yet."""
-
-    rule: Literal["adagc"] = "adagc"
-    steps: Count
-    gamma: dict[str, float | None]
-
-
-ClippingState = Annotated[ZClipState | AdaGCState, Field(discriminator="rule")]
 
 
 class Clipping(Protocol):

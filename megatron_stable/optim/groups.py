@@ -9,7 +9,8 @@ from torch import nn
 
 from megatron_stable.config.parametrization import optimizer_multipliers
 from megatron_stable.config.schema import Config
-from megatron_stable.parallel.parameters import Place, place
+from megatron_stable.parallel.parameters import place
+from megatron_stable.parallel.shards import Place
 
 
 def kind(known: Place) -> str:

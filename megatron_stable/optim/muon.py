@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.optim.adamw import Flat
 from megatron_stable.optim.partition import Partition
-from megatron_stable.parallel.parameters import Place, Shard
+from megatron_stable.parallel.shards import Place, Shard
 
 MOMENTS = ("momentum",)
 COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # Keller Jordan's, as in torch.optim.Muon

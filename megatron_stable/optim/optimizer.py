@@ -24,7 +24,8 @@ from megatron_stable.config.schema import Config
 from megatron_stable.optim import adamw, muon, spam
 from megatron_stable.optim.adamw import Flat
 from megatron_stable.optim.centering import center_
-from megatron_stable.optim.clipping import ClippingState, build_clipping
+from megatron_stable.optim.clipping import build_clipping
+from megatron_stable.optim.clipping_state import ClippingState
 from megatron_stable.optim.groups import parameter_groups
 from megatron_stable.optim.partition import LocalShard, Partition
 from megatron_stable.optim.qk_clip import qk_clip_

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_stable.parallel.parameters import Place, Shard
+from megatron_stable.parallel.shards import Place, Shard
 
 
 @dataclass(frozen=True)

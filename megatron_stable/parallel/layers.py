@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_stable.parallel.collectives import all_gather_sequence, copy_to, leave_region
-from megatron_stable.parallel.parameters import ZEROS, Init, parameter
+from megatron_stable.parallel.parameters import parameter
+from megatron_stable.parallel.shards import ZEROS, Init
 from megatron_stable.parallel.topology import TensorParallel
 
 

@@ -9,97 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from megatron_stable.parallel.shards import Init, Place
 from megatron_stable.parallel.topology import TensorParallel
 
 CHUNK = 2**24  # elements drawn at a time, which bounds the memory that drawing at full size takes
-
-
-@dataclass(frozen=True)
-class Init:
-    """How a parameter is drawn.
-
-    Attributes:
-        std: Standard deviation; 0 with ``mean`` gives a constant.
-        mean: Mean.
-        truncated: Cut at two standard deviations (and widen, so that ``std`` is that of the result).
-        rows: Draw only this many rows of dimension 0, zeros below: padding of the vocabulary.
-        pattern: Runs of rows of dimension 0, as (rows, factor), that repeat: each row is multiplied by its factor.
-    """
-
-    std: float = 0.0
-    mean: float = 0.0
-    truncated: bool = False
-    rows: int | None = None
-    pattern: tuple[tuple[int, float], ...] = ()
-
-
-ONES, ZEROS = Init(mean=1.0), Init()
 TRUNCATED_STD = 0.8796256610342398  # of a standard normal cut at +-2
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a TP slice of a parameter lies in the whole.
-
-    Attributes:
-        full_shape: The parameter's shape before slicing.
-        dim: The dimension sharded over TP, or ``None`` for a replicated parameter.
-        low, high: Bounds of the slice along ``dim``; 0 and 0 without one.
-        init: How it is drawn.
-        name: Global name, the same on every layout; set by :func:`name_parameters`.
-    """
-
-    full_shape: tuple[int, ...]
-    dim: int | None = None
-    low: int = 0
-    high: int = 0
-    init: Init = ZEROS
-    name: str = ""
-
-    @property
-    def box(self) -> list[tuple[int, int]]:
-        """Bounds of the slice along each dimension of the whole."""
-        return [(self.low, self.high) if i == self.dim else (0, n) for i, n in enumerate(self.full_shape)]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the slice."""
-        return tuple(high - low for low, high in self.box)
-
-    @property
-    def numel(self) -> int:
-        """Elements of the slice."""
-        return prod(self.shape)
-
-    @property
-    def slices(self) -> int:
-        """How many slices of this size make the whole."""
-        return 1 if self.dim is None else self.full_shape[self.dim] // (self.high - self.low)
-
-    def slice(self, full: Tensor) -> Tensor:
-        """This slice of a full-size tensor (a view)."""
-        return full if self.dim is None else full.narrow(self.dim, self.low, self.high - self.low)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What somebody holds of a parameter: elements ``[start, start + numel)`` of its flattened TP slice, perhaps none.
-
-    Attributes:
-        place: Of the slice.
-        start: First element, in the flattened slice.
-        numel: Elements.
-    """
-
-    place: Place
-    start: int
-    numel: int
 
 
 def parameter(

@@ -60,7 +60,7 @@ class RobustLevel:
             waiting: Values that followed and are not accepted yet: the level may fall with them, but not rise.
         """
         if not self._long:
-            return None
+            return self.fast(waiting) if waiting else None
         return min(median(self._short), median(self._long), self.fast(waiting))
 
     def fast(self, waiting: Sequence[float] = ()) -> float:

@@ -104,9 +104,14 @@ def pose(memory: Iterable[Recorded], onset: int) -> Question | None:
     since = next((i for i, batch in enumerate(known) if batch.step >= onset), len(known))
     if since == 0:  # it began before what is remembered: take the oldest
         since = APART * BATCHES
-    old, recent = known[:since][-APART::-APART][:BATCHES], known[since:][-BATCHES:]
-    question = Question(onset, tuple(old), tuple(recent))
+    old, recent = usual(known[:since]), known[since:][-BATCHES:]
+    question = Question(onset, old, tuple(recent))
     return question if len(old) == len(recent) == BATCHES and question.rise > 0 else None
+
+
+def usual(before: Sequence[Recorded]) -> tuple[Recorded, ...]:
+    """Of the batches before a rise those to ask about, the latest first."""
+    return tuple(before[-APART::-APART][:BATCHES])
 
 
 def answer(question: Question, losses: Sequence[float]) -> Answer:
@@ -118,8 +123,13 @@ def answer(question: Question, losses: Sequence[float]) -> Answer:
     # what the batches have become worse by, each
     of_old = [now - then.loss for now, then in zip(old, question.old, strict=True)]
     of_recent = [now - then.loss for now, then in zip(recent, question.recent, strict=True)]
-    error = sqrt(variance(of_old) / len(of_old) + variance(of_recent) / len(of_recent))
+    error = sqrt(_of_mean(of_old) + _of_mean(of_recent))
     return Answer(gap=fmean(recent) - fmean(old), error=error, behind=fmean(of_old))
+
+
+def _of_mean(values: Sequence[float]) -> float:
+    """The variance of a mean; 0 of a single value, whose spread nobody knows."""
+    return variance(values) / len(values) if len(values) > 1 else 0.0
 
 
 def explains(question: Question, said: Answer) -> bool:
@@ -127,12 +137,18 @@ def explains(question: Question, said: Answer) -> bool:
     return said.gap - question.rise / 2 > SURE * said.error
 
 
+def from_before(question: Question, healthy: Answer) -> Verdict | None:
+    """What a healthy checkpoint from before the rise decides; ``None``: it had not learnt the old batches yet."""
+    if not healthy.behind < question.rise:
+        return None
+    return "data" if healthy.gap >= question.rise / 2 else "state"
+
+
 def decide(question: Question, now: Answer, healthy: Answer | None = None, checkpoint: int | None = None) -> Opinion:
     """The opinion, by what the state at hand and, if it was asked, a healthy checkpoint said."""
     if explains(question, now):
         return Opinion("data", question, now)
-    if healthy is not None and healthy.behind <= question.rise:
-        verdict: Verdict = "data" if healthy.gap >= question.rise / 2 else "state"
+    if healthy is not None and (verdict := from_before(question, healthy)):
         return Opinion(verdict, question, now, healthy, checkpoint)
     sure = question.rise / 2 - now.gap > SURE * now.error
     return Opinion("state" if sure else "undecided", question, now)

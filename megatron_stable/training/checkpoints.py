@@ -19,6 +19,7 @@ from megatron_stable.errors import DataError, MegatronStableError
 from megatron_stable.parallel.agreement import decided, together
 from megatron_stable.records.callbacks import Callbacks
 from megatron_stable.records.directory import RunDirectory
+from megatron_stable.stability.interventions import Interventions
 from megatron_stable.stability.recovery import choose
 
 BAD_STEPS = 1000  # the latest that are remembered
@@ -78,8 +79,11 @@ class Checkpoints:
         """The newest one that is whole, of ``at_most`` that step."""
         return loader.choose(self.root, self.report, at_most)
 
-    def load(self, entry: Entry) -> RunState:
-        """Make weights and moments those of a checkpoint; returns what else it holds.
+    def load(self, entry: Entry, made: Interventions) -> RunState:
+        """Make weights, moments and the engine's own state those of a checkpoint; returns what else it holds.
+
+        Args:
+            made: The run's; one that the checkpoint does not know yet may reset the loss scale.
 
         Raises:
             DataError: On all ranks alike: it is damaged.
@@ -87,13 +91,17 @@ class Checkpoints:
         assert entry.manifest is not None
         with together():
             incomplete = loader.load_shards(entry.directory, entry.manifest, self.engine.shards())
-        if incomplete:
+        state = entry.manifest.state
+        later = made.since(state.interventions) or ()
+        scaler = None if any(item.reset_loss_scale for item in later) else state.loss_scaler
+        for message in self.engine.restore(state.optimizer_steps, state.optimizer, scaler):
+            self.report(message)
+        if incomplete:  # after that, as Adam's bias correction starts anew with its moments
             self.engine.restart(incomplete)
             self.report(
                 f"moments start at zero where optimizer.name {self.config.optimizer.name} keeps others than before"
             )
         self.engine.refresh()
-        state = entry.manifest.state
         self.saved, self.bad_steps = entry.step, list(state.bad_steps)
         return state
 

@@ -23,7 +23,7 @@ from megatron_stable.records.directory import RunDirectory, differences, refuse_
 from megatron_stable.records.interventions import read_interventions
 from megatron_stable.records.metrics import Record
 from megatron_stable.stability.events import LossScaleFloor, Rollback, Stop
-from megatron_stable.stability.guard import Guard, Judgement
+from megatron_stable.stability.guard import Guard, GuardState, Judgement
 from megatron_stable.stability.interventions import Interventions
 from megatron_stable.stability.recovery import Trouble
 from megatron_stable.training.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ from megatron_stable.training.recovery import FLOOR, Recovery, explain_floor
 from megatron_stable.training.second_opinion import second_opinion
 from megatron_stable.training.source import Source
 
-ANOTHER_ORDER = {"run.seed", "batch.global_size", "data.train"}  # then earlier steps' batches cannot be had any more
+ANOTHER_ORDER = {"run.seed", "batch.global_size"}  # then earlier steps' batches cannot be had any more
 
 
 class Trainer:
@@ -92,7 +92,10 @@ class Trainer:
         # a checkpoint that was brought here from another run's directory brings them along
         self.recovery.interventions = made or Interventions(entry.manifest.state.interventions)
         self._go_to(entry)
-        if ANOTHER_ORDER & changed.keys():
+        if "data.train" in changed:
+            self.guard.restore(GuardState())
+            self.callbacks.message("data.train has changed: the guard's statistics start anew")
+        elif ANOTHER_ORDER & changed.keys():
             self.guard.forget_batches()
         self.callbacks.message(f"resumed from {entry.directory} (step {self.step})")
         return changed
@@ -241,11 +244,7 @@ class Trainer:
 
     def _go_to(self, entry: Entry) -> None:
         """Make the run what a checkpoint says it was, but for the interventions made since. Collective."""
-        state, made = self.checkpoints.load(entry), self.recovery.interventions
-        later = made.since(state.interventions) or ()
-        scaler = None if any(item.reset_loss_scale for item in later) else state.loss_scaler
-        for message in self.engine.restore(state.optimizer_steps, state.optimizer, scaler):
-            self.callbacks.message(message)
+        state = self.checkpoints.load(entry, self.recovery.interventions)
         self.guard.restore(state.guard)
         self.step = entry.step
         self._follow(SkipWindows(state.skip_windows), state.data_step)

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_stable.analysis.inspection import _excerpt, find_step, inspect, visible
+from megatron_stable.analysis.inspection import _excerpt, inspect, scores, visible
+from megatron_stable.analysis.position import find_step
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.config.load import dump_config
 from megatron_stable.config.schema import Config, ParallelConfig
@@ -71,7 +72,7 @@ def test_documents_are_those_whose_tokens_are_predicted(tmp_path: Path) -> None:
             )
             assert sample.documents[0].excerpt.startswith(f"token ids {tokens[1]}"), "there is no tokenizer"
             seen |= {(document.dataset, len(sample.documents) > 1) for document in sample.documents}
-        assert found.verdict is None and found.checkpoints == ()
+        assert found.opinion is None and found.checkpoints == ()
     assert len(seen) == 4, "both datasets, with one document and with several"
 
 
@@ -137,6 +138,14 @@ def test_an_excerpt_shows_the_worst_stretch() -> None:
     assert _excerpt(tokens, losses, None, 20) == "token ids 0 1 2 3 4 …"
 
 
+def test_scores_are_robust_deviations_above_the_median() -> None:
+    losses = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 100.0, np.nan])
+    assert scores(losses)[:8] == pytest.approx((losses[:8] - 4.5) / (1.4826 * 2.0))
+    assert scores(losses)[8] == np.inf
+    assert not scores(losses[:7]).any(), "too few to tell"
+    assert scores(np.append(np.full(9, 2.0), 2.05))[-1] == pytest.approx(2.5), "samples that are alike: 1% of them"
+
+
 @pytest.fixture(scope="module")
 def poisoned(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 30 steps on tokens below 12, with one document of others in some batch."""
@@ -184,21 +193,7 @@ def test_losses_are_those_of_each_checkpoint_and_the_strange_document_stands_out
             at += document.tokens
     assert found.worst_documents[0][1].number == 33
     assert found.by_loss[0] is found.worst_documents[0][0]
-    assert found.verdict is not None and found.verdict.kind == "data"
     assert all(sample.scores[0] < 6 for sample in found.samples if all(d.number != 33 for d in sample.documents))
-
-
-def test_a_loss_that_only_the_run_saw_is_the_state(poisoned: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(poisoned, run)
-    ordinary = next(s for s in range(17, 30) if all(
-        d.number != 33 for sample in inspect(poisoned, s).samples for d in sample.documents))  # fmt: skip
-    assert inspect(run, ordinary, checkpoints=[15]).verdict.kind == "neither"  # type: ignore[union-attr]
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line(ordinary, loss=None)) + "\n")
-    verdict = inspect(run, ordinary, checkpoints=[15]).verdict
-    assert verdict is not None and verdict.kind == "state"
-    assert "a loss that is not finite" in verdict.findings[0].text
 
 
 def test_without_a_record_the_skip_windows_of_the_newest_checkpoint_tell(poisoned: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.shards import ShardState
 from megatron_stable.optim.partition import LocalShard
-from megatron_stable.parallel.parameters import Place
+from megatron_stable.parallel.shards import Place
 
 ROWS, COLUMNS = 64, 24
 

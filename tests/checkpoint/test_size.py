@@ -12,7 +12,7 @@ from megatron_stable.checkpoint.format import MANIFEST, FileEntry, Manifest, ran
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.checkpoint.saver import _copies
 from megatron_stable.checkpoint.state import Layout
-from megatron_stable.parallel.parameters import Shard
+from megatron_stable.parallel.shards import Shard
 from tests.checkpoint.stored import COLUMNS, plain_state, synthetic_states
 from tests.harness.ranks import Ranks
 from tests.training.runs import layout, settings, train

@@ -290,7 +290,7 @@ def test_a_run_without_spikes(verb: Verb, run: Path) -> None:
     assert done.code == 0
     assert done.out == (
         "no spikes in 39 points of 'loss', steps 1 to 39\n"
-        "Nothing to skip. To skip data nevertheless, name it with --from-step and --to-step.\n"
+        "Nothing to skip. To skip data anyway, name it with --from-step and --to-step.\n"
     )
     assert read_interventions(run) is None
     assert verb(run, "--json").facts["proposal"] is None
@@ -313,7 +313,7 @@ def test_values_that_are_not_finite_make_strict_json(verb: Verb, run: Path) -> N
         (["--from-step", 45, "--to-step", 44], "skip window [45, 44]: give [first, last]"),
         (["--from-step", 0, "--to-step", 4], "'--from-step'"),
         (["--from-step", 45, "--to-step", 46, "--spike", 1], "already say what to skip: leave out --spike"),
-        (["--spike", 2], "--spike 2: there are 1"),
+        (["--spike", 2], "--spike 2: there are only 1"),
         (["--spike", 0], "'--spike'"),
         (["--learning-rate-factor", 2], "learning-rate-factor 2: give a number above 0 and up to 1"),
         (["--learning-rate-factor", 0], "learning-rate-factor 0: give a number above 0 and up to 1"),
@@ -366,7 +366,7 @@ def test_for_other_trainers(verb: Verb, tmp_path: Path) -> None:
     logs = other_trainer(tmp_path / "logs", *curves())
     said = verb("--tensorboard", logs, "--tag", "lm loss").out
     assert "1. spike, steps 400-407: from 2." in said
-    assert "Go back to a checkpoint of step 300 or somewhat before, and skip steps 301-500:" in said
+    assert "Roll back to a checkpoint at or shortly before step 300, and skip steps 301-500:" in said
     assert "Megatron-LM: --ckpt-step 300 --iterations-to-skip $(seq 301 500)" in said
     facts = verb("--tensorboard", logs, "--json").facts
     assert (facts["windows"], facts["rollback_to"]) == ([[301, 500]], 300)
@@ -380,7 +380,7 @@ def test_for_other_trainers(verb: Verb, tmp_path: Path) -> None:
     verb.fails(2, "leave out --apply", "--tensorboard", logs, "--apply")
     verb.fails(2, "leave out --checkpoint, --clip-factor", "--tensorboard", logs, "--checkpoint", 3, "--clip-factor", 1)
     verb.fails(2, "leave out --undo", "--undo")
-    verb.fails(2, "--spike 2: there are 1", "--tensorboard", logs, "--spike", 2)
+    verb.fails(2, "--spike 2: there are only 1", "--tensorboard", logs, "--spike", 2)
     verb.fails(2, "give [first, last]", "--from-step", 9, "--to-step", 8)
     (tmp_path / "empty").mkdir()
     verb.fails(5, "holds neither", "--tensorboard", tmp_path / "empty")

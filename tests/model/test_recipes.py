@@ -256,7 +256,8 @@ def test_sigma_of_large_matrices_is_close_from_the_start() -> None:
 
 def _linear(rows: int, columns: int) -> Any:
     from megatron_stable.parallel.layers import ColumnParallelLinear
-    from megatron_stable.parallel.parameters import ZEROS, name_parameters
+    from megatron_stable.parallel.parameters import name_parameters
+    from megatron_stable.parallel.shards import ZEROS
 
     linear = ColumnParallelLinear(columns, rows, ZEROS, ALONE)
     name_parameters(linear, "linear")

@@ -10,7 +10,8 @@ from megatron_stable.config.schema import Config
 from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.optim.groups import parameter_groups
 from megatron_stable.optim.optimizer import Optimizer
-from megatron_stable.parallel.parameters import Init, name_parameters, parameter, place
+from megatron_stable.parallel.parameters import name_parameters, parameter, place
+from megatron_stable.parallel.shards import Init
 from megatron_stable.parallel.topology import TensorParallel
 from tests.reference.optimizer import AdamW
 

@@ -23,7 +23,7 @@ from megatron_stable.optim.groups import kind
 from megatron_stable.optim.partition import LocalShard, Partition, row_blocks
 from megatron_stable.optim.qk_clip import qk_clip_, row_factors
 from megatron_stable.optim.schedule import learning_rate
-from megatron_stable.parallel.parameters import Init, Place
+from megatron_stable.parallel.shards import Init, Place
 
 
 def config_of(optimizer: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **sections: Any) -> Config:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from megatron_stable.config.schema import Config
 from megatron_stable.optim.muon import matrices, newton_schulz, orthogonal_update
 from megatron_stable.optim.optimizer import Optimizer
-from megatron_stable.parallel.parameters import Init, name_parameters, parameter
+from megatron_stable.parallel.parameters import name_parameters, parameter
+from megatron_stable.parallel.shards import Init
 from tests.optim.formulas import Rules
 
 MODEL = {

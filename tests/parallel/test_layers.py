@@ -14,7 +14,8 @@ from megatron_stable.model.norms import Norm
 from megatron_stable.model.positions import EmbeddingOutput
 from megatron_stable.model.transformer import Head
 from megatron_stable.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron_stable.parallel.parameters import Init, parameter, place
+from megatron_stable.parallel.parameters import parameter, place
+from megatron_stable.parallel.shards import Init
 from megatron_stable.parallel.topology import TensorParallel, Topology
 from tests.harness.ranks import Ranks
 

@@ -5,7 +5,18 @@ from math import inf, nan
 import numpy as np
 import pytest
 
-from megatron_stable.stability.opinion import APART, BATCHES, Answer, Question, Recorded, answer, decide, explains, pose
+from megatron_stable.stability.opinion import (
+    APART,
+    BATCHES,
+    Answer,
+    Question,
+    Recorded,
+    answer,
+    decide,
+    explains,
+    from_before,
+    pose,
+)
 
 HARD = np.random.default_rng(0).normal(0, 0.3, (2, BATCHES))  # how hard each batch is, against rises of 0.5
 HARD = (HARD - HARD.mean(1, keepdims=True)).ravel()
@@ -35,7 +46,12 @@ def test_the_question_leaves_the_neighbours_of_the_onset_out() -> None:
 
 def test_no_question_where_too_little_is_known_or_nothing_rose() -> None:
     memory = [Recorded(step, 3.0 + (step >= 50)) for step in range(1, 61)]
-    assert pose(memory, 10) is None and pose(memory, 59) is None and pose(memory[40:52], 50) is None and pose([], 1) is None
+    assert (
+        pose(memory, 10) is None
+        and pose(memory, 59) is None
+        and pose(memory[40:52], 50) is None
+        and pose([], 1) is None
+    )
     assert pose([batch._replace(loss=3.0) for batch in memory], 50) is None
 
 
@@ -76,6 +92,24 @@ def test_a_checkpoint_from_before_it_had_learnt_anything_is_not_heard() -> None:
     ignorant = answer(asked, losses(3.0, 3.4))
     found = decide(asked, now, ignorant, 0)
     assert (found.verdict, found.checkpoint) == ("state", None)
+
+
+def test_of_a_single_recent_batch_the_spread_of_the_old_ones_is_the_error() -> None:
+    asked = question(0.5)
+    one = asked._replace(recent=asked.recent[:1])
+    found = answer(one, losses(0.0, 0.5, 0.02)[: BATCHES + 1])
+    changes = np.array(losses(0.0, 0.5, 0.02)[:BATCHES]) - [batch.loss for batch in one.old]
+    assert found.error == pytest.approx(np.std(changes, ddof=1) / BATCHES**0.5)
+
+
+def test_a_checkpoint_from_before_alone() -> None:
+    asked = question(0.5)
+    assert from_before(asked, Answer(gap=0.26, error=0.1, behind=0.4)) == "data"
+    assert from_before(asked, Answer(gap=0.24, error=0.1, behind=0.4)) == "state"
+    assert from_before(asked, Answer(gap=0.26, error=0.1, behind=0.6)) is None
+    infinite = asked._replace(recent=(Recorded(9, inf),))
+    assert from_before(infinite, Answer(gap=0.3, error=0.1, behind=0.1)) == "state"
+    assert from_before(infinite, answer(infinite, [inf] * 5)) is None, "it is broken itself"
 
 
 def test_what_lies_within_the_error_is_undecided() -> None:
