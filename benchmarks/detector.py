@@ -519,11 +519,11 @@ def main() -> None:
         sensitivity(args.constant, args.seed)
         return
     began, factor = time.perf_counter(), 10 if args.full else 1
-    targets(args.seed, 600_000 * factor)
-    false_alarms(args.seed + 1, 300_000 * factor)
+    targets(args.seed, 400_000 * factor)
+    false_alarms(args.seed + 1, 200_000 * factor)
     spikes(args.seed + 2, 100_000 * factor)
     kinds(args.seed + 3, 20 * factor)
-    n = 1_000_000
+    n = 200_000
     series = (falling(n) + MAD * gaussian(np.random.default_rng(args.seed), n)).tolist()
     start = time.perf_counter()
     find_spikes(range(n), series)

@@ -155,25 +155,24 @@ def _print_rest(rows: int, every: bool, console: Console) -> None:
 
 def _print_opinion(heard: Heard, position: Position, run: Path, console: Console) -> None:
     question = heard.question
+    rose = f"had risen by {question.rise:.4g} nats" if isfinite(question.rise) else "was not finite"
     console.print(
         f"Verdict: {SecondOpinion.VERDICTS[heard.verdict]}.\n"
-        f"The loss was up by {_number(question.rise, '.4g')} nats at step {question.onset}: asked about "
-        f"{len(question.old)} batches from before and {len(question.recent)} since."
+        f"The loss {rose} at step {question.onset}; asked about {len(question.old)} batches from before and "
+        f"{len(question.recent)} since:"
     )
     for step, said in heard.answers.items():
         if isfinite(said.behind):
             console.print(
-                f"- checkpoint {step} finds those since harder by {said.gap:.3g} ± {said.error:.2g}, "
-                f"and those from before at {said.behind:+.3g} of what was recorded"
+                f"- checkpoint {step}: those since are harder by {said.gap:.3g} ± {said.error:.2g}; "
+                f"those from before are {said.behind:+.3g} from their recorded loss"
             )
         else:
             console.print(f"- checkpoint {step} gives no finite loss on all of them")
     if heard.ignorant:
-        console.print(
-            f"Checkpoint {heard.healthy} does not count: it had not learnt the old ones yet. Name a later one."
-        )
+        console.print(f"Checkpoint {heard.healthy} is not heard: it had not learnt those from before yet.")
     elif heard.healthy is None and heard.verdict != "data":
-        console.print(f"More certain with one from before step {question.onset}: --checkpoint STEP.")
+        console.print(f"A checkpoint from before step {question.onset} makes it more certain: --checkpoint STEP.")
     if heard.verdict == "data":
         place = position.data_step
         console.print(f"To skip these data: megatron-stable skip {run} --from-step {place} --to-step {place}")

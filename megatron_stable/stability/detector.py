@@ -175,11 +175,12 @@ class SpikeDetector:
         x: float | None = float(value) if isfinite(value) else None
         if self.settings.log:
             if -inf < value <= 0:
-                return Verdict("normal", -inf, self._shown(self._level()), self._scale(), None)
+                return Verdict("normal", -inf, self._shown(self._level()), self._scale(self._level()), None)
             x = log(x) if x is not None else None
         if self._excursion is not None:
             return self._during(self._excursion, step, x)
-        level, scale = self._level(), self._scale(x)
+        level = self._level()
+        scale = self._scale(x if level is None else level)
         if x is None:
             return self._during(self._open(step, level, scale), step, x)
         gap = x - level if level is not None else 0.0
@@ -211,10 +212,8 @@ class SpikeDetector:
     def _level(self) -> float | None:
         return self._usual.level([held.x for held in self._held])
 
-    def _scale(self, x: float | None = None) -> float:
-        level = self._level()
-        known = level if level is not None else x if x is not None else 0.0
-        return max(self._usual.spread, self.settings.part(self.settings.floor, known))
+    def _scale(self, level: float | None) -> float:
+        return max(self._usual.spread, self.settings.part(self.settings.floor, level or 0.0))
 
     def _shown(self, level: float | None) -> float:
         """A level in units of the series."""
@@ -238,7 +237,7 @@ class SpikeDetector:
         if self._low is None or level < self._low:
             self._low, self._low_step = level, step
         least = max(self.settings.part(self.settings.drift, self._low), self.settings.threshold * scale)
-        return self._warm and self._usual.fast([held.x for held in self._held]) - self._low > least
+        return self._warm and self._usual.fast - self._low > least
 
     def _accept_held(self) -> None:
         held = self._held.pop(0)

@@ -43,7 +43,8 @@ from megatron_stable.stability.recovery import Trouble
 RECENT = 1000  # steps over which `max_drops` counts
 NORMAL = ("warmup", "normal")
 STAYS = ("rise", "divergence")  # what a loss that does not fall back is called
-CERTAIN = 2  # opinions in a row that blame the data, after which the new level is the usual one
+CERTAIN = 3  # opinions in a row that blame the data, after which the new level is the usual one: bad data may pass, and
+# leave damage behind
 EVENTS: dict[str, type[Spike] | type[Rise] | type[Divergence]] = {
     "spike": Spike, "rise": Rise, "divergence": Divergence
 }  # fmt: skip

@@ -3,9 +3,9 @@
     level  = min(median of the last 15, median of the last 15 before those that wait, median of the last `window`)
     spread = median of the last `window` |x - level|                                                       the MAD
 
-so the level follows a fall fast and a rise slowly. Medians, as half of the values behind them may be
-anything. Ranks tell the tail as well: how high the upper part of x - level reaches over the last four windows, in units
-of what Gaussian noise comes to.
+so the level follows a fall fast and a rise slowly. Medians, as half of the values behind them may be anything. Ranks
+tell the tail as well: how high the upper part of x - level reaches over the last four windows, in units of what
+Gaussian noise comes to.
 """
 
 from __future__ import annotations
@@ -59,14 +59,16 @@ class RobustLevel:
         Args:
             waiting: Values that followed and are not accepted yet: the level may fall with them, but not rise.
         """
+        latest = waiting[-SHORT:]
+        latest = sorted([*latest, *islice(reversed(self.values), SHORT - len(latest))])
         if not self._long:
-            return self.fast(waiting) if waiting else None
-        return min(median(self._short), median(self._long), self.fast(waiting))
+            return median(latest) if latest else None
+        return min(self.fast, median(self._long), median(latest))
 
-    def fast(self, waiting: Sequence[float] = ()) -> float:
-        """The median of the last 15, or of as many as there are, those that wait included; IndexError if none."""
-        waiting = waiting[-SHORT:]
-        return median(sorted([*islice(reversed(self.values), SHORT - len(waiting)), *waiting]))
+    @property
+    def fast(self) -> float:
+        """The median of the last 15 accepted values, or of as many as there are; IndexError if none."""
+        return median(self._short)
 
     @property
     def spread(self) -> float:

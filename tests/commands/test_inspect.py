@@ -7,14 +7,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from rich.console import Console
 
 from megatron_stable.analysis.inspection import inspect
+from megatron_stable.analysis.position import Position
+from megatron_stable.analysis.second_opinion import hear
 from megatron_stable.commands.app import main
+from megatron_stable.commands.inspect import _print_opinion
 from megatron_stable.data import IndexedDataset, Tokenizer
+from megatron_stable.stability.opinion import Answer, Question, Recorded
 from tests.commands.conftest import SmallDemo
 
 
@@ -79,6 +86,28 @@ def test_tables_and_verdict(small: SmallDemo, verb: Verb) -> None:
     shown = [int(row[0]) for row in rows if len(row) > 3 and row[0].isdigit() and row[3] == "train"]
     assert shown == [sample.number for sample in found.by_loss]
     assert "No verdict: too few losses are recorded before step 6" in measured.stdout
+
+
+def test_the_opinion_in_words() -> None:
+    question = Question(21, tuple(Recorded(step, 3.0) for step in (17, 13, 9, 5)), (Recorded(21, 4.0),))
+    endless = question._replace(recent=(Recorded(21, inf),))
+
+    def printed(question: Question, answers: dict[int, Answer]) -> str:
+        out = StringIO()
+        _print_opinion(hear(question, answers), Position(21, 31, None, ()), Path("run"), Console(file=out, width=200))
+        return out.getvalue()
+
+    data = printed(question, {20: Answer(0.96, 0.02, 0.1)})
+    assert "Verdict: the data are to blame." in data
+    assert "risen by 1 nats at step 21; asked about 4 batches from before and 1 since" in data
+    assert "- checkpoint 20: those since are harder by 0.96 ± 0.02; those from before are +0.1 from their" in data
+    assert "skip run --from-step 31 --to-step 31" in data
+    state = printed(question, {22: Answer(0.1, 0.02, 0.9)})
+    assert "the state is to blame" in state and "A checkpoint from before step 21 makes it more certain" in state
+    unknown = printed(endless, {20: Answer(0.0, 0.0, inf)})
+    assert "Verdict: undecided." in unknown and "was not finite at step 21" in unknown
+    assert "- checkpoint 20 gives no finite loss on all of them" in unknown
+    assert "Checkpoint 20 is not heard" in printed(question, {20: Answer(0.0, 0.02, 2.0)})
 
 
 def test_a_terminal_of_few_characters(small: SmallDemo) -> None:

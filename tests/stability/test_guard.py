@@ -120,11 +120,11 @@ def test_the_question_holds_batches_from_before_and_recent_ones() -> None:
     assert question.rise == pytest.approx(1.0, abs=0.05) and question.onset == QUIET + 1
 
 
-def test_a_rise_of_the_datas_is_a_shift_once_and_the_usual_level_after_a_second_opinion() -> None:
+def test_a_rise_of_the_datas_is_a_shift_once_and_the_usual_level_after_three_opinions() -> None:
     ours = guard()
     found = rise(ours, "data", steps=80)
     assert not any(judgement.trouble for _, judgement in found)
-    assert [n for n, judgement in found if "second_opinion" in kinds(judgement)] == [5, 10], "then it is the level"
+    assert [n for n, judgement in found if "second_opinion" in kinds(judgement)] == [5, 10, 20], "then it is the level"
     assert [n for n, judgement in found if "shift" in kinds(judgement)] == [5]
     assert [event.sources for _, judgement in found for event in judgement.events if event.event == "shift"] == [("b",)]
     again = [ours.judge(QUIET + 80 + n, 5.0, 0.5) for n in range(1, 6)]
