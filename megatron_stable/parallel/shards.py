@@ -1,4 +1,4 @@
-"""Where a part of a parameter lies in the whole: the TP slice, and what somebody holds of it. Numbers only, no torch."""
+"""Where a part of a parameter lies in the whole: the TP slice, and what somebody holds of it. Numbers; no torch."""
 
 from __future__ import annotations
 

@@ -251,8 +251,11 @@ class Guard:
 
     def _question(self, step: int, loss: Verdict | None) -> Question | None:
         """What to ask, if anything: of a rise that stays at once, and again after longer and longer."""
-        slow = self.drift.onset(self.config.drift) if step > self.config.warmup else None
-        onset = loss.onset if loss is not None and loss.kind in STAYS else slow
+        onset = None
+        if loss is not None and loss.kind in STAYS:
+            onset = loss.onset
+        elif loss is not None and loss.kind in NORMAL and step > self.config.warmup:  # a spike may yet fall back
+            onset = self.drift.onset(self.config.drift)
         if step < self.ask:
             return None
         if onset is None:

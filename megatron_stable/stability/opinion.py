@@ -7,9 +7,9 @@ forward only, of batches from before the rise and of recent ones. With the losse
     gap(s) = loss(recent; s) - loss(old; s)        what a state s finds of it in the data, by the same weights
 
 all as means over batches, nats per token. If the data changed, any state sees it, and gap = rise; if the state changed,
-old batches have become as bad as recent ones, and gap = 0. So the data are to blame where gap >= 3/4 rise, and where the
-gap is less there is damage, whether or not the data have changed as well. Dropout, the schedule, and that the model has
-trained on these batches since change both losses of a gap alike, and drop out.
+old batches have become as bad as recent ones, and gap = 0. So the data are to blame where gap >= 3/4 rise, and where
+the gap is less there is damage, whether or not the data have changed as well. Dropout, the schedule, and that the model
+has trained on these batches since change both losses of a gap alike, and drop out.
 
 The state at hand is asked first, which costs a few forward passes. What speaks against the data is not believed from it
 alone: a model that learns a new kind of text fast forgets the old one as fast, and then finds both equally hard. A
@@ -31,8 +31,9 @@ from typing import Literal, NamedTuple
 
 BATCHES = 4  # of each kind
 APART = 4  # steps between old batches: neighbours of the onset may belong to the rise already
-PART = 0.75  # of the rise: in runs of benchmarks/second_opinion.py a healthy checkpoint's gap was 1.3 to 2.6 times a rise
-# that was the data's (the model had learnt some of them by then), 0.6 of one to which damage had been added, 0.1 of damage
+# of the rise: in runs of benchmarks/second_opinion.py a healthy checkpoint's gap was 1.3 to 2.6 times a rise that was the
+# data's (the model had learnt some of them by then), 0.6 of one to which damage had been added, 0.1 of damage alone
+PART = 0.75
 SURE = 2.0  # standard errors between a finding and what it is compared with
 REMEMBERED = 512  # steps whose losses are kept
 
@@ -141,7 +142,7 @@ def explains(question: Question, said: Answer) -> bool:
 
 
 def from_before(question: Question, healthy: Answer) -> Verdict | None:
-    """What a healthy checkpoint from before the rise decides; ``None``: it finds nothing in data that it cannot know."""
+    """What a healthy checkpoint from before the rise decides; ``None``: it finds no gap in data it cannot know."""
     if healthy.gap >= PART * question.rise:
         return "data"
     return "state" if healthy.behind < question.rise else None

@@ -177,4 +177,3 @@ def _lost_connection(error: BaseException) -> bool:
     text = str(error)
     marks = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket", "remote process exited")
     return isinstance(error, RuntimeError) and any(mark in text for mark in marks)
-

@@ -66,10 +66,10 @@ def train(config: Config, topology: Any, steps: int) -> list[Any]:
     from megatron_stable.optim.schedule import learning_rate
 
     engine = Engine(config, topology)
-    metrics = []
-    for step in range(1, steps + 1):
-        metrics.append(engine.train_step(step, batch_of(config, step), learning_rate(config, step)).metrics)
-    return metrics
+    return [
+        engine.train_step(step, batch_of(config, step), learning_rate(config, step)).metrics
+        for step in range(1, steps + 1)
+    ]
 
 
 def cpu_loss(config: Config) -> float:
@@ -153,9 +153,7 @@ def test_prints_model_flops_utilisation(topology: Any, compiled: bool) -> None:
     config = make_config("bf16", "302m", {"global_size": 8, "micro_size": 4}, recipe="qk_norm", compile=compiled)
     engine = Engine(config, topology)
     batch = batch_of(config, 1)
-    losses = []
-    for step in range(1, 4):
-        losses.append(engine.train_step(step, batch, 1e-4).metrics.loss)
+    losses = [engine.train_step(step, batch, 1e-4).metrics.loss for step in range(1, 4)]
     torch.cuda.synchronize()
     start = time.perf_counter()
     for step in range(4, 14):

@@ -194,3 +194,9 @@ def test_a_rise_that_took_long_is_told_and_left_to_the_user() -> None:
                 found.append(ours.hear(QUIET + n, opinion(question, "state")))
         assert any("second_opinion" in kinds(judgement) for judgement in found)
         assert any(judgement.trouble is not None for judgement in found) == asks
+
+
+def test_a_spike_however_large_may_fall_back_before_anybody_is_asked() -> None:
+    ours = guard(drift=0.05, patience=12)
+    found = [ours.judge(QUIET + n, 5.0 if n <= 10 else 3.0, 0.5) for n in range(1, 20)]
+    assert not any(judgement.question for judgement in found)

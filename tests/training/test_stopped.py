@@ -30,8 +30,7 @@ def test_a_signal_stops_in_order_and_the_run_goes_on_bit_for_bit(
     stopped = max(curve(folder / "run"))
     assert 5 <= stopped < STEPS
     assert (
-        output.splitlines()[-1]
-        == f"{number.name}: stopped after step {stopped}, saved; the same command resumes there"
+        output.splitlines()[-1] == f"{number.name}: stopped after step {stopped}, saved; the same command resumes there"
     )
     assert [path.name for path in (folder / "run/checkpoints").glob("step_*")] == [f"step_{stopped:08d}"]
     # the schedule is that of all steps, so the same command is what must go on; a few steps show it
