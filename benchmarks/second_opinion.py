@@ -44,8 +44,8 @@ SETTINGS = (
     f"model.sequence_length={SEQUENCE}", f"batch.global_size={BATCH}", f"batch.micro_size={BATCH}", "model.size=tiny",
     "precision.dtype=fp32", "schedule.kind=constant", "logging.tensorboard=false",
     # a guard for runs of a hundred steps
-    "guard.window=30", "guard.warmup=30", "guard.threshold=6", "guard.patience=8", "guard.drift=0.05",
-    "guard.rollback_steps=10", "guard.skip_steps=20", "guard.max_rollbacks=2", "checkpoint.every=10",
+    "guard.window=30", "guard.warmup=30", "guard.threshold=6", "guard.patience=8", "guard.drift=0.03",
+    "guard.rollback_steps=10", "guard.skip_steps=20", "guard.max_rollbacks=1", "checkpoint.every=10",
     "checkpoint.healthy_after=10", "checkpoint.keep=20",
 )  # fmt: skip
 
@@ -132,7 +132,7 @@ def runs(seeds: int, texts: dict[str, np.ndarray]) -> Iterator[Run]:
         for recipe in ("baseline", "qk_norm_cap"):
             for seed in range(1, seeds + 1):
                 own = (f"model.hidden={width}", f"model.recipe={recipe}", f"optimizer.learning_rate={rate}")
-                yield Run("state", f"{recipe} width {width}", seed, (*own, "schedule.warmup_steps=80", "run.steps=120"))
+                yield Run("state", f"{recipe} width {width}", seed, (*own, "schedule.warmup_steps=100", "run.steps=120"))
     good = ("model.hidden=64", "model.recipe=qk_norm", "schedule.warmup_steps=20", "run.steps=160")
     prose = texts["prose"]
     for number, (name, tokens) in enumerate(texts.items()):
