@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import numpy as np
 import torch
-from detector import events, ours, ours_norm, six_sigma, zclip
+from detector import events
 from instability import BATCH, SEQUENCE, batch, make_config, text
+from rules import ours, ours_norm, six_sigma, zclip
 from torch import Tensor
 
 from megatron_stable.engine.engine import Engine

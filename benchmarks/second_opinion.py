@@ -132,7 +132,9 @@ def runs(seeds: int, texts: dict[str, np.ndarray]) -> Iterator[Run]:
         for recipe in ("baseline", "qk_norm_cap"):
             for seed in range(1, seeds + 1):
                 own = (f"model.hidden={width}", f"model.recipe={recipe}", f"optimizer.learning_rate={rate}")
-                yield Run("state", f"{recipe} width {width}", seed, (*own, "schedule.warmup_steps=100", "run.steps=120"))
+                yield Run(
+                    "state", f"{recipe} width {width}", seed, (*own, "schedule.warmup_steps=100", "run.steps=120")
+                )
     good = ("model.hidden=64", "model.recipe=qk_norm", "schedule.warmup_steps=20", "run.steps=160")
     prose = texts["prose"]
     for number, (name, tokens) in enumerate(texts.items()):

@@ -38,7 +38,7 @@ SETTINGS = (
     # slower where it has not
     "precision.dtype=fp32",
     "batch.global_size=64",  # many short sequences, so that the loss is smooth enough to see it rise
-    "run.steps=160",
+    "run.steps=130",
     "optimizer.learning_rate=0.5",  # far too high: 0.004 does well
     "schedule.min_learning_rate=0.002",
     "schedule.warmup_steps=100",  # both learn for a while before it is too high for one of them
@@ -53,7 +53,7 @@ SETTINGS = (
     "guard.max_rollbacks=2",
     "checkpoint.every=10",
     "checkpoint.healthy_after=10",
-    "evaluation.every=40",
+    "evaluation.every=65",
     "evaluation.batches=2",
 )
 VALIDATION = 0.05  # of the documents
