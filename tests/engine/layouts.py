@@ -67,6 +67,7 @@ def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
     """On a rank: train with the engine; returns metrics per step and this rank's shards of the final parameters."""
     from megatron_stable.engine.engine import Engine
     from megatron_stable.optim.schedule import learning_rate
+    from megatron_stable.parallel.parameters import place
     from megatron_stable.parallel.topology import Topology
 
     config = Config.model_validate(values)
@@ -80,9 +81,11 @@ def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
             outcome = engine.train_step(step, micro_batches(tokens, config, topology), learning_rate(config, step))
             metrics.append(vars(outcome.metrics))
         (evaluation,) = engine.evaluate([micro_batches(global_batches(1, seed=9)[0], config, topology)])
+        parameters = {place(weight).name for weight in engine.module.parameters()}
         shards = [
             (state.shard.described(), state.owned, {key: tensor.clone() for key, tensor in state.tensors.items()})
             for state in engine.shards()
+            if state.shard.place.name in parameters  # not sigmaReparam's vectors
         ]
     return {"metrics": metrics, "evaluation": evaluation, "shards": shards}
 
