@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from megatron_stable.errors import ConfigError
-from megatron_stable.persisted import Positive
+from megatron_stable.persisted import LARGEST, Positive
 
 
 def _ordered(window: tuple[int, int]) -> tuple[int, int]:
@@ -94,6 +94,8 @@ class SkipWindows:
 
 def _checked(window: Sequence[int]) -> tuple[int, int]:
     whole = all(isinstance(edge, int) and not isinstance(edge, bool) for edge in window)
-    if len(window) != 2 or not whole or not 1 <= window[0] <= window[1]:
-        raise ConfigError(f"skip window {list(window)}: give [first, last] data steps with 1 <= first <= last")
+    if len(window) != 2 or not whole or not 1 <= window[0] <= window[1] < LARGEST:
+        raise ConfigError(
+            f"skip window {list(window)}: give [first, last] data steps with 1 <= first <= last < {LARGEST}"
+        )
     return window[0], window[1]

@@ -66,8 +66,10 @@ class RunDirectory:
         with self.explained():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            write_partial(self.config, dump_config(config).encode())
-            partial(self.config).unlink()
+            try:
+                write_partial(self.config, dump_config(config).encode())
+            finally:
+                partial(self.config).unlink(missing_ok=True)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -213,7 +213,9 @@ def test_what_cannot_be_done(ranks: Ranks, folder: Path) -> None:
         late.apply(late.without_data([(18, 18)], Changes()))
     with pytest.raises(ConfigError, match="skipped already"):
         early.without_data([(13, 13)], Changes())
-    assert early.without_data([(13, 10**20)], Changes()).onset == 13
+    assert early.without_data([(13, 10**12)], Changes()).onset == 13
+    with pytest.raises(ConfigError, match="1 <= first <= last < 281474976710656"):
+        early.without_data([(13, 10**20)], Changes())
 
 
 def test_what_starts_a_run_that_was_moved(ranks: Ranks, folder: Path) -> None:
