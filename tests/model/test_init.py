@@ -13,6 +13,7 @@ from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model.transformer import Transformer, layer_list, padded_vocabulary
 from megatron_stable.parallel import parameters as module
 from megatron_stable.parallel.parameters import draw_full, place
+from megatron_stable.parallel.shards import ZEROS
 from megatron_stable.parallel.topology import TensorParallel
 
 VOCAB = 300
@@ -179,4 +180,4 @@ def test_padded_vocabulary(vocab: int, tensor: int, rows: int) -> None:
 
 def test_a_size_that_tp_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="not divisible by 4"):
-        module.parameter((6, 8), module.ZEROS, TensorParallel(None, 0, 4), 0)
+        module.parameter((6, 8), ZEROS, TensorParallel(None, 0, 4), 0)
