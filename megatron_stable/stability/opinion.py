@@ -14,7 +14,7 @@ has trained on these batches since change both losses of a gap alike, and drop o
 The state at hand is asked first, which costs a few forward passes. What speaks against the data is not believed from it
 alone: a model that learns a new kind of text fast forgets the old one as fast, and then finds both equally hard. A
 healthy checkpoint from before the rise has forgotten nothing, so its gap decides. Only where it had not learnt the old
-batches yet (it is worse on them than they were recorded, by more than the rise), that it finds no gap says nothing.
+batches yet (it is worse on them than the state at hand), that it finds no gap says nothing.
 
     rise - gap(s) = mean over recent (recorded - loss now) - mean over old (recorded - loss now)
 
@@ -72,11 +72,13 @@ class Answer(NamedTuple):
         gap: Its loss on recent batches over that on old ones, nats per token.
         error: Standard error of ``rise - gap``.
         behind: Its loss on old batches over the recorded one.
+        chance: Standard error of ``gap`` by how hard batches happen to be; a gap within it is no change of the data.
     """
 
     gap: float
     error: float
     behind: float
+    chance: float = 0.0
 
 
 class Opinion(NamedTuple):
@@ -127,8 +129,8 @@ def answer(question: Question, losses: Sequence[float]) -> Answer:
     # what the batches have become worse by, each
     of_old = [now - then.loss for now, then in zip(old, question.old, strict=True)]
     of_recent = [now - then.loss for now, then in zip(recent, question.recent, strict=True)]
-    error = sqrt(_of_mean(of_old) + _of_mean(of_recent))
-    return Answer(gap=fmean(recent) - fmean(old), error=error, behind=fmean(of_old))
+    error, chance = (sqrt(_of_mean(a) + _of_mean(b)) for a, b in ((of_old, of_recent), (old, recent)))
+    return Answer(gap=fmean(recent) - fmean(old), error=error, behind=fmean(of_old), chance=chance)
 
 
 def _of_mean(values: Sequence[float]) -> float:
@@ -138,21 +140,27 @@ def _of_mean(values: Sequence[float]) -> float:
 
 def explains(question: Question, said: Answer) -> bool:
     """Whether a state finds the rise in the data, beyond doubt."""
-    return said.gap - PART * question.rise > SURE * said.error
+    return _harder(said) and said.gap - PART * question.rise > SURE * said.error
 
 
-def from_before(question: Question, healthy: Answer) -> Verdict | None:
-    """What a healthy checkpoint from before the rise decides; ``None``: it finds no gap in data it cannot know."""
-    if healthy.gap >= PART * question.rise:
+def from_before(question: Question, healthy: Answer, now: Answer | None = None) -> Verdict | None:
+    """What a healthy checkpoint from before the rise decides; ``None``: it finds no gap in data that it cannot know, as
+    it is worse on the old batches than the state at hand or, where that was not asked, by more than the rise."""
+    if healthy.gap >= PART * question.rise and _harder(healthy):
         return "data"
-    return "state" if healthy.behind < question.rise else None
+    damaged = question.rise - healthy.gap > SURE * healthy.error
+    return "state" if damaged and healthy.behind < (question.rise if now is None else now.behind) else None
+
+
+def _harder(said: Answer) -> bool:
+    return said.gap > SURE * said.chance
 
 
 def decide(question: Question, now: Answer, healthy: Answer | None = None, checkpoint: int | None = None) -> Opinion:
     """The opinion, by what the state at hand and, if it was asked, a healthy checkpoint said."""
     if explains(question, now):
         return Opinion("data", question, now)
-    if healthy is not None and (verdict := from_before(question, healthy)):
+    if healthy is not None and (verdict := from_before(question, healthy, now)):
         return Opinion(verdict, question, now, healthy, checkpoint)
     # a gap below 0 is not damage, which spares no batch, but forgetting
     sure = question.rise / 2 - abs(now.gap) > SURE * now.error

@@ -104,10 +104,10 @@ def test_of_a_single_recent_batch_the_spread_of_the_old_ones_is_the_error() -> N
 
 def test_a_checkpoint_from_before_alone() -> None:
     asked = question(0.5)
-    assert from_before(asked, Answer(gap=0.38, error=0.1, behind=0.4)) == "data"
-    assert from_before(asked, Answer(gap=0.37, error=0.1, behind=0.4)) == "state"
-    assert from_before(asked, Answer(gap=0.37, error=0.1, behind=0.6)) is None
-    assert from_before(asked, Answer(gap=0.38, error=0.1, behind=0.6)) == "data"
+    assert from_before(asked, Answer(gap=0.38, error=0.02, behind=0.4)) == "data"
+    assert from_before(asked, Answer(gap=0.37, error=0.02, behind=0.4)) == "state"
+    assert from_before(asked, Answer(gap=0.37, error=0.02, behind=0.6)) is None
+    assert from_before(asked, Answer(gap=0.38, error=0.02, behind=0.6)) == "data"
     infinite = asked._replace(recent=(Recorded(9, inf),))
     assert from_before(infinite, Answer(gap=0.3, error=0.1, behind=0.1)) == "state"
     assert from_before(infinite, answer(infinite, [inf] * 5)) is None, "it is broken itself"
@@ -150,3 +150,14 @@ def test_a_model_that_is_better_on_the_recent_data_has_forgotten_and_is_not_dama
     asked = question(0.5)
     assert decide(asked, answer(asked, losses(0.9, 0.5))).verdict == "undecided"
     assert decide(asked, answer(asked, losses(0.55, 0.5))).verdict == "state"
+
+
+def test_a_small_rise_that_may_be_chance_is_neither_the_datas_nor_the_states() -> None:
+    """Recent batches may happen to be hard: a gap within that is no change of the data."""
+    asked = question(0.05)
+    by_chance = Answer(gap=0.05, error=0.01, behind=0.0, chance=0.04)
+    assert decide(asked, by_chance).verdict == "undecided"
+    assert decide(asked, by_chance, by_chance, 40).verdict == "undecided"
+    assert decide(asked, by_chance._replace(chance=0.01)).verdict == "data"
+    harmed = Answer(gap=-0.05, error=0.02, behind=0.1, chance=0.04)
+    assert decide(asked, harmed, Answer(gap=0.0, error=0.01, behind=0.06, chance=0.04), 40).verdict == "state"
