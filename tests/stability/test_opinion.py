@@ -158,6 +158,6 @@ def test_a_small_rise_that_may_be_chance_is_neither_the_datas_nor_the_states() -
     by_chance = Answer(gap=0.05, error=0.01, behind=0.0, chance=0.04)
     assert decide(asked, by_chance).verdict == "undecided"
     assert decide(asked, by_chance, by_chance, 40).verdict == "undecided"
-    assert decide(asked, by_chance._replace(chance=0.01)).verdict == "data"
+    assert decide(asked, by_chance._replace(chance=0.01, error=0.005)).verdict == "data"
     harmed = Answer(gap=-0.05, error=0.02, behind=0.1, chance=0.04)
     assert decide(asked, harmed, Answer(gap=0.0, error=0.01, behind=0.06, chance=0.04), 40).verdict == "state"
