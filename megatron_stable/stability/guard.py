@@ -97,7 +97,7 @@ class GuardState(BaseModel):
         drops: Recent steps without an update.
         consecutive: Of these, in a row.
         overflows: In a row, of fp16.
-        asked: Second opinions on the rise in progress, and ``ask``: the step from which on one is wanted again.
+        asked: Second opinions on the rise in progress that were decided, and ``ask``: the step from which on one is wanted again.
         data_blamed: Of these, how many in a row blamed the data.
     """
 
@@ -226,6 +226,9 @@ class Guard:
             healthy_gap=opinion.healthy and opinion.healthy.gap,
             checkpoint=opinion.checkpoint,
         )
+        if opinion.verdict == "undecided":  # a rise that goes on soon decides it
+            self.ask = step + max(self.config.patience // 2, 1)
+            return Judgement(bad=True, events=(asked,))
         self.ask = step + (self.config.patience << self.asked)
         self.asked += 1
         if opinion.verdict == "data":

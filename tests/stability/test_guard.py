@@ -133,7 +133,7 @@ def test_a_rise_of_the_datas_is_a_shift_once_and_the_usual_level_after_three_opi
 
 def test_an_undecided_opinion_is_asked_for_again() -> None:
     found = rise(guard(), "undecided")
-    assert [n for n, judgement in found if judgement.question is not None] == [5, 10], "and then after twice as many"
+    assert [n for n, judgement in found if judgement.question is not None] == [5, 7, 9, 11, 13, 15], "and soon"
     assert not any(judgement.trouble for _, judgement in found) and all(judgement.bad for _, judgement in found)
 
 
