@@ -97,7 +97,8 @@ class GuardState(BaseModel):
         drops: Recent steps without an update.
         consecutive: Of these, in a row.
         overflows: In a row, of fp16.
-        asked: Second opinions on the rise in progress that were decided, and ``ask``: the step from which on one is wanted again.
+        asked: Second opinions on the rise in progress that were decided.
+        ask: The step from which on another one is wanted.
         data_blamed: Of these, how many in a row blamed the data.
     """
 
@@ -254,17 +255,17 @@ class Guard:
 
     def _question(self, step: int, loss: Verdict | None) -> Question | None:
         """What to ask, if anything: of a rise that stays at once, and again after longer and longer."""
-        onset = None
+        onset, least = None, 0.0
         if loss is not None and loss.kind in STAYS:
             onset = loss.onset
         elif loss is not None and loss.kind in NORMAL and step > self.config.warmup:  # a spike may yet fall back
-            onset = self.drift.onset(self.config.drift)
+            onset, least = self.drift.onset(self.config.drift), self.config.drift * (self.drift.lowest or 0.0)
         if step < self.ask:
             return None
         if onset is None:
             self.asked = self.data_blamed = 0
             return None
-        return opinions.pose(self.memory, onset)
+        return opinions.pose(self.memory, onset, least)
 
     def _not_finite(self, loss: float, grad_norm: float, overflow: bool) -> str | None:
         """Why the update must not be made; of an overflow, why it was not."""

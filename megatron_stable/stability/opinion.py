@@ -48,11 +48,13 @@ class Recorded(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is to be explained: a rise that began at step ``onset``, from ``old`` batches to ``recent`` ones."""
+    """What is to be explained: a rise that began at step ``onset``, from ``old`` batches to ``recent`` ones. Damage of
+    less than ``least``, nats per token, is not worth a verdict."""
 
     onset: int
     old: tuple[Recorded, ...]
     recent: tuple[Recorded, ...]
+    least: float = 0.0
 
     @property
     def rise(self) -> float:
@@ -99,19 +101,20 @@ class Opinion(NamedTuple):
     checkpoint: int | None = None
 
 
-def pose(memory: Iterable[Recorded], onset: int) -> Question | None:
+def pose(memory: Iterable[Recorded], onset: int, least: float = 0.0) -> Question | None:
     """The question to ask about a rise that began at ``onset``; ``None`` where too little is remembered.
 
     Args:
         memory: Steps in order, the latest last, with finite losses.
         onset: The first step of the rise, or of a slow one the step of the lowest level.
+        least: Damage, nats per token, that is worth a verdict.
     """
     known = list(memory)
     since = next((i for i, batch in enumerate(known) if batch.step >= onset), len(known))
     if since == 0:  # it began before what is remembered: take the oldest
         since = APART * BATCHES
     old, recent = usual(known[:since]), known[since:][-BATCHES:]
-    question = Question(onset, old, tuple(recent))
+    question = Question(onset, old, tuple(recent), least)
     return question if len(old) == len(recent) == BATCHES and question.rise > 0 else None
 
 
@@ -160,6 +163,8 @@ def decide(question: Question, now: Answer, healthy: Answer | None = None, check
     """The opinion, by what the state at hand and, if it was asked, a healthy checkpoint said."""
     if explains(question, now):
         return Opinion("data", question, now)
+    if question.rise - now.gap < question.least:
+        return Opinion("undecided", question, now, healthy, checkpoint)
     if healthy is not None and (verdict := from_before(question, healthy, now)):
         return Opinion(verdict, question, now, healthy, checkpoint)
     # a gap below 0 is not damage, which spares no batch, but forgetting

@@ -161,3 +161,11 @@ def test_a_small_rise_that_may_be_chance_is_neither_the_datas_nor_the_states() -
     assert decide(asked, by_chance._replace(chance=0.01, error=0.005)).verdict == "data"
     harmed = Answer(gap=-0.05, error=0.02, behind=0.1, chance=0.04)
     assert decide(asked, harmed, Answer(gap=0.0, error=0.01, behind=0.06, chance=0.04), 40).verdict == "state"
+
+
+def test_damage_that_is_too_small_is_not_worth_a_verdict() -> None:
+    asked, harmed = question(0.05), Answer(gap=-0.05, error=0.01, behind=0.1, chance=0.01)
+    judge = Answer(gap=0.0, error=0.01, behind=0.06, chance=0.01)
+    assert decide(asked, harmed, judge, 40).verdict == "state"
+    assert decide(asked._replace(least=0.11), harmed, judge, 40).verdict == "undecided"
+    assert decide(asked._replace(least=0.09), harmed, judge, 40).verdict == "state"
