@@ -163,10 +163,9 @@ def decide(question: Question, now: Answer, healthy: Answer | None = None, check
     """The opinion, by what the state at hand and, if it was asked, a healthy checkpoint said."""
     if explains(question, now):
         return Opinion("data", question, now)
-    if question.rise - now.gap < question.least:
-        return Opinion("undecided", question, now, healthy, checkpoint)
+    worth = question.rise - now.gap >= question.least
     if healthy is not None and (verdict := from_before(question, healthy, now)):
-        return Opinion(verdict, question, now, healthy, checkpoint)
+        return Opinion(verdict if worth or verdict == "data" else "undecided", question, now, healthy, checkpoint)
     # a gap below 0 is not damage, which spares no batch, but forgetting
     sure = question.rise / 2 - abs(now.gap) > SURE * now.error
-    return Opinion("state" if sure else "undecided", question, now)
+    return Opinion("state" if sure and worth else "undecided", question, now)

@@ -157,6 +157,7 @@ def test_a_poisoned_stretch_of_data(ranks: Ranks, tmp_path: Path) -> None:
     found = events(values, "drop")
     assert {event["rule"] for event in found if event["data_step"] >= TROUBLE[0]} == {"spike"}
     assert {event["data_step"] for event in found if event["rule"] == "spike"} <= set(range(*TROUBLE)) | {TROUBLE[1]}
-    assert {event["verdict"] for event in events(values, "second_opinion")} == {"data"}
+    verdicts = {event["verdict"] for event in events(values, "second_opinion")}
+    assert "data" in verdicts and "state" not in verdicts
     (shift,) = events(values, "shift")
     assert TROUBLE[0] <= shift["onset"] <= TROUBLE[0] + 2

@@ -105,7 +105,8 @@ def test_a_state_that_fails_is_rolled_back(ranks: Ranks, tmp_path: Path, name: s
 def test_data_that_change_are_a_shift(ranks: Ranks, tmp_path: Path, name: str) -> None:
     values, world = prepared(tmp_path, name, changed=True)
     opinions = trained(ranks, values, world)
-    assert {opinion.verdict for opinion in opinions} == {"data"}
+    verdicts = {opinion.verdict for opinion in opinions}
+    assert "data" in verdicts and "state" not in verdicts
     assert repairs(values) == []
     (shift,) = events(values, "shift")
     assert CHANGE <= shift["onset"] <= CHANGE + 2 and shift["rise"] > 0.5
