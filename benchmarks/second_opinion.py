@@ -206,7 +206,7 @@ def table(part: str, seen: list[Seen]) -> None:
     for name in dict.fromkeys(each.run.name for each in seen):
         group = [each for each in seen if each.run.name == name]
         back = [each for each in group if each.steps("rollback") or each.steps("gave_up")]
-        first = [min(each.steps("rollback") + each.steps("gave_up")) - each.onset for each in back]
+        first = [(each.steps("rollback") or each.steps("gave_up"))[0] - each.onset for each in back]
         asked = [line for each in group for line in each.ledger if line["event"] == "second_opinion"]
         said = ", ".join(f"{sum(a['verdict'] == v for a in asked)} {v}" for v in ("state", "data", "undecided"))
         late = f"{median(first):.0f} ({max(first)})" if first else "–"
