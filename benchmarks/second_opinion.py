@@ -35,11 +35,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_stable.data import Batches, Tokenizer, open_dataset, preprocess, train_tokenizer
+from megatron_stable.data import Batches, Course, Tokenizer, open_dataset, preprocess, train_tokenizer
 from megatron_stable.data.standard_library import write_standard_library
 
 VOCAB, SEQUENCE, BATCH, CHANGE, BLEND, BAD = 512, 64, 64, 90, 40, 12
-SIZES = {64: 0.5, 96: 0.5}  # width: a learning rate at which `baseline` diverges
+SIZES = {64: 0.5, 96: 0.7}  # width: a learning rate at which `baseline` diverges
 SETTINGS = (
     f"model.sequence_length={SEQUENCE}", f"batch.global_size={BATCH}", f"batch.micro_size={BATCH}", "model.size=tiny",
     "precision.dtype=fp32", "schedule.kind=constant", "logging.tensorboard=false",
@@ -156,7 +156,7 @@ def write_data(source: Path, prefix: Path, run: Run) -> None:
     if run.spoil is None:
         return
     dataset, draw = open_dataset(str(prefix), SEQUENCE, run.seed), np.random.default_rng(run.seed)
-    batches, tokens = Batches(dataset, BATCH, BATCH), np.memmap(f"{prefix}.bin", np.uint16, "r+")
+    batches, tokens = Batches(dataset, Course.begin(BATCH), BATCH), np.memmap(f"{prefix}.bin", np.uint16, "r+")
     for step in range(1, 400):
         for k in batches.samples(step):
             start = dataset.locate(k).start
@@ -201,8 +201,8 @@ def train(run: Run, root: Path) -> Seen:
 
 def table(part: str, seen: list[Seen]) -> None:
     """What the runs of a part came to, by name."""
-    print(f"\n| {part} | runs | rolled back | steps from onset, median (most) | opinions | rise, nats | gap, nats |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"\n| {part} | runs | rolled back | steps from onset, median (most)", end="")
+    print(" | opinions | rise, nats | gap, nats | healthy gap / rise (least, most) |\n|" + 8 * "---|")
     for name in dict.fromkeys(each.run.name for each in seen):
         group = [each for each in seen if each.run.name == name]
         back = [each for each in group if each.steps("rollback") or each.steps("gave_up")]
@@ -211,7 +211,9 @@ def table(part: str, seen: list[Seen]) -> None:
         said = ", ".join(f"{sum(a['verdict'] == v for a in asked)} {v}" for v in ("state", "data", "undecided"))
         late = f"{median(first):.0f} ({max(first)})" if first else "–"
         rise, gap = (f"{median([a[key] for a in asked]):.2f}" if asked else "–" for key in ("rise", "gap"))
-        print(f"| {name} | {len(group)} | {len(back)} | {late} | {said} | {rise} | {gap} |", flush=True)
+        healthy = [a["healthy_gap"] / a["rise"] for a in asked if a["healthy_gap"] is not None]
+        part_of = f"{median(healthy):.2f} ({min(healthy):.2f}, {max(healthy):.2f})" if healthy else "–"
+        print(f"| {name} | {len(group)} | {len(back)} | {late} | {said} | {rise} | {gap} | {part_of} |", flush=True)
 
 
 def main() -> None:
