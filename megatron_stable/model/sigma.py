@@ -4,14 +4,18 @@ sigma(W) is the spectral norm of the whole matrix, whatever TP is: u^T W v with 
 once per optimizer step, for the weights change no faster than that. gamma is learned and starts at sigma(W), so that
 the layer starts as the plain one. The gradient goes through sigma with u and v held fixed, d sigma / d W = u v^T.
 
+The factor is applied to the layer's input, (gamma / sigma x) W^T: a micro batch then makes no second weight, and in
+half precision gamma can be fp32 (:func:`follow_masters`) all the same.
+
 Recomputation, evaluation and further micro batches of a step see the same u and v. They are state, which checkpoints
 hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -19,31 +23,47 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.parallel.parameters import draw_full, parameter, place
-from megatron_stable.parallel.shards import ONES, Place
+from megatron_stable.parallel.drawing import draw
+from megatron_stable.parallel.parameters import parameter, place
+from megatron_stable.parallel.shards import ONES, Init, Place
 from megatron_stable.parallel.topology import TensorParallel
 
+KRYLOV = 32  # dimensions of the space in which the first singular vector is sought
 
-class _Reparametrized(torch.autograd.Function):
-    """gamma / sigma x W, where sigma = u^T W v with constant u and v; all vectors local, sums over TP in backward."""
+
+class _Scaled(torch.autograd.Function):
+    """x times gamma / sigma, where sigma = u^T W v with constant u and v.
+
+    With D = sum of (scaled x) x (its gradient): d gamma = D / gamma, and d W = -D / sigma x u v^T beside what the
+    linear layer that takes x gives it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, gamma: Tensor, u: Tensor, v: Tensor, sigma: Tensor, tp: TensorParallel
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        parameter: Tensor,
+        gamma: Tensor,
+        u: Tensor,
+        v: Tensor,
+        sigma: Tensor,
+        tp: TensorParallel | None,
     ) -> Tensor:
-        ctx.save_for_backward(weight, gamma, u, v, sigma)
-        ctx.tp = tp
-        return (weight.to(u.dtype) * (gamma.to(u.dtype) / sigma)).to(weight.dtype)
+        scaled = (x.to(u.dtype) * (gamma / sigma)).to(x.dtype)
+        ctx.save_for_backward(scaled, gamma, u, v, sigma)
+        ctx.types, ctx.tp = (weight.dtype, parameter.dtype), tp
+        return scaled
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        weight, gamma, u, v, sigma = ctx.saved_tensors
-        dot = (grad.to(u.dtype) * weight.to(u.dtype)).sum()  # d loss / d (gamma / sigma)
-        if ctx.tp.active:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None, None]:
+        scaled, gamma, u, v, sigma = ctx.saved_tensors
+        dot = (grad.to(u.dtype) * scaled.to(u.dtype)).sum()
+        if ctx.tp is not None:
             dist.all_reduce(dot, group=ctx.tp.group)
-        scale = gamma.to(u.dtype) / sigma
-        d_weight = grad.to(u.dtype) * scale - (dot * scale / sigma) * (u.unsqueeze(-1) * v)
-        return d_weight.to(weight.dtype), (dot / sigma).expand_as(gamma).to(gamma.dtype), None, None, None, None
+        d_x = (grad.to(u.dtype) * (gamma / sigma)).to(grad.dtype)
+        d_weight = (u * (-dot / sigma)).unsqueeze(-1) * v
+        return d_x, d_weight.to(ctx.types[0]), (dot / gamma).to(ctx.types[1]), None, None, None, None, None
 
 
 class SigmaReparam(nn.Module):
@@ -53,11 +73,13 @@ class SigmaReparam(nn.Module):
         u: ``[..., out]``, or this rank's part; fp32 whatever the model's dtype.
         v: ``[in]``, or this rank's part.
         sigma: Of the weight and vectors that :func:`power_iteration` or :func:`measure` last saw.
+        master: gamma in fp32, where the parameter is but its copy in half precision.
     """
 
     u: Tensor
     v: Tensor
     sigma: Tensor
+    master: Tensor | None
 
     def __init__(self, weight: nn.Parameter, tp: TensorParallel) -> None:
         super().__init__()
@@ -73,10 +95,15 @@ class SigmaReparam(nn.Module):
         self.register_buffer("u", torch.zeros(weight.shape[:-1]))
         self.register_buffer("v", torch.zeros(weight.shape[-1:]))
         self.register_buffer("sigma", torch.ones(()))
+        self.register_buffer("master", None)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """``[..., out, in]`` to the same."""
-        return _Reparametrized.apply(weight, self.gamma, self.u, self.v, self.sigma, self.tp)
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The input of the layer, times gamma / sigma."""
+        gamma = self.gamma.detach().to(self.u.dtype) if self.master is None else self.master
+        # each TP rank sees some of the features, or of the positions
+        partial = self.columns_sharded or self.tp.sequence
+        tp = self.tp if partial and self.tp.active else None
+        return _Scaled.apply(x, weight, self.gamma, gamma, self.u, self.v, self.sigma, tp)
 
     def places(self) -> dict[str, Place]:
         """Of u and v in the whole model, with their global names."""
@@ -103,18 +130,34 @@ def reparametrized(linear: Any, config: ModelConfig) -> Any:
 
 @torch.no_grad()
 def start(module: nn.Module, seed: int) -> None:
-    """Set u, v, sigma and gamma of weights that were just drawn, from the full matrices; no communication."""
+    """Set u, v, sigma and gamma of weights that were just drawn. Collective over TP."""
     for linear in _layers(module):
-        known, sigma = place(linear.weight), linear.reparametrize
-        full = linear.weight if known.slices == 1 else draw_full(known, seed)
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)  # svd_lowrank starts from a random subspace
-            u, s, v = torch.svd_lowrank(full.flatten(0, -2), q=min(32, full[..., 0].numel(), full.shape[-1]), niter=8)
-        for name, vector in (("u", u[:, 0]), ("v", v[:, 0])):
-            where = sigma.places()[name]
-            getattr(sigma, name).copy_(where.slice(vector.view(where.full_shape)))
-        sigma.sigma.copy_(s[0])
-        sigma.gamma.fill_(s[0])
+        linear.reparametrize.v.copy_(_leading(linear, seed))
+    power_iteration(module)
+    for linear in _layers(module):
+        linear.reparametrize.gamma.fill_(linear.reparametrize.sigma)
+
+
+def _leading(linear: Any, seed: int) -> Tensor:
+    """The right singular vector of the largest singular value, or this rank's part of it.
+
+    Lanczos on W^T W, from a drawn vector: the best approximation in the span of v, W^T W v, (W^T W)^2 v, ... The
+    largest singular values of a random matrix lie so close together that power iteration would take hundreds of steps.
+    """
+    weight, own, tp = _matrix(linear), linear.reparametrize, linear.tp
+    full, where = place(linear.weight).full_shape, own.places()["v"]
+    x = draw(replace(where, init=Init(std=1.0)), seed).to(weight)
+    basis, images = weight.new_zeros(0, len(x)), weight.new_zeros(0, len(weight))
+    for _ in range(min(KRYLOV, prod(full[:-1]), full[-1])):
+        for _ in range(2):  # once is not enough for orthogonality in fp32
+            x = x - _sum([basis @ x], [own.columns_sharded], tp)[0] @ basis
+        x = x / _lengths([x], [own.columns_sharded], tp)[0].clamp(min=torch.finfo(x.dtype).tiny)
+        (y,) = _sum([weight @ x], [own.columns_sharded], tp)
+        basis, images = torch.vstack((basis, x)), torch.vstack((images, y))
+        (x,) = _sum([weight.T @ y], [own.rows_sharded], tp)
+    (gram,) = _sum([images @ images.T], [own.rows_sharded], tp)
+    best = torch.linalg.eigh(gram.double().cpu()).eigenvectors[:, -1].to(x)
+    return best * best[0].sign() @ basis  # its sign, too, is the same on every layout
 
 
 @torch.no_grad()
@@ -147,6 +190,23 @@ def measure(module: nn.Module) -> None:
         sharded = [s.rows_sharded or s.columns_sharded for s in sigmas]
         for sigma, value in zip(sigmas, _sum(found, sharded, layers[0].tp), strict=True):
             sigma.sigma.copy_(value)
+
+
+@torch.no_grad()
+def follow_masters(module: nn.Module, held: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+    """Multiply with the gammas that the optimizer holds, in fp32. Once per optimizer step; one small reduction.
+
+    Args:
+        held: Of each gamma that this rank's optimizer holds its value, by name.
+        group: The replicas, of which one holds each.
+    """
+    sigmas = [layer.reparametrize for layer in _layers(module)]
+    if sigmas:
+        zero = sigmas[0].gamma.new_zeros(1, dtype=torch.float32)
+        masters = torch.stack([held.get(place(own.gamma).name, zero) for own in sigmas])
+        dist.all_reduce(masters, group=group)
+        for own, master in zip(sigmas, masters, strict=True):
+            own.master = master
 
 
 def vectors(module: nn.Module) -> Iterator[tuple[Place, Tensor]]:

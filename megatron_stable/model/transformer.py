@@ -77,14 +77,17 @@ def layer_list(
     device: str = "cpu",
     draw: bool = True,
     multipliers: ModelMultipliers | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Layer]:
     """The layers of the model, in order; ``config.vocab_size`` must be known.
 
     Args:
         seed: Of initialisation.
-        device: "cpu" or "cuda": where it will run, which decides the attention backend.
-        draw: Whether to draw the parameters, which takes time; without it they are to be filled from a checkpoint.
+        device: "cpu" or "cuda": where it will run, which decides the attention backend. Each layer goes there as soon
+            as it is built, so that the host holds one at a time.
+        draw: Whether to draw the parameters; without it they are NaN, and to be filled from a checkpoint.
         multipliers: Of the parametrization; ``None``: the standard ones.
+        dtype: Of the parameters; they are drawn in fp32.
 
     Raises:
         ConfigError: When a block is built: ``config.attention`` does not run on ``device``.
@@ -100,6 +103,11 @@ def layer_list(
             name_parameters(module, name)
             if draw:
                 initialize(module, seed)
+            for weight in module.parameters():
+                weight.data = weight.data.to(dtype)
+            if device != "cpu":
+                module.to(device)
+            if draw:
                 sigma.start(module, seed)
             return module
 

@@ -1,31 +1,29 @@
-"""Parameters that know their place in the whole model.
-
-Each parameter carries its full shape, the dimension that TP shards, and how it is drawn. Its values come from
-a random stream of its own, seeded by (run seed, global name) and drawn at full size before slicing, so the
-function that a seed names does not depend on the layout.
-"""
+"""Parameters that know their place in the whole model: full shape, the dimension that TP shards, how they are drawn."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
+from math import nan
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from megatron_stable.parallel.drawing import draw_into
 from megatron_stable.parallel.shards import Init, Place
 from megatron_stable.parallel.topology import TensorParallel
 
-CHUNK = 2**24  # elements drawn at a time, which bounds the memory that drawing at full size takes
-TRUNCATED_STD = 0.8796256610342398  # of a standard normal cut at +-2
-
 
 def parameter(
-    shape: tuple[int, ...], init: Init, tp: TensorParallel | None = None, dim: int | None = None
+    shape: tuple[int, ...],
+    init: Init,
+    tp: TensorParallel | None = None,
+    dim: int | None = None,
+    partial: bool = False,
 ) -> nn.Parameter:
-    """An empty parameter of full ``shape``, of which dimension ``dim`` is sharded over ``tp``.
+    """A parameter of full ``shape``, of which dimension ``dim`` is sharded over ``tp``; NaN until drawn or loaded.
+
+    ``partial``: it is replicated, and each TP rank computes a part of its gradient (of its positions, of its heads).
+    Whoever trains it sums these parts over TP, once per step.
 
     Raises:
         ValueError: ``dim`` is not divisible by the TP size.
@@ -37,11 +35,18 @@ def parameter(
             raise ValueError(f"dimension {dim} of {shape} is not divisible by {size} (TP)")
         low, high = (shape[dim] // size * edge for edge in (rank, rank + 1))
     known = Place(shape, dim, low, high, init)
-    weight = nn.Parameter(torch.empty(known.shape))
+    weight = nn.Parameter(torch.full(known.shape, nan))
     weight.place = known  # type: ignore[attr-defined]
     # the mark by which DeepSpeed counts every shard in the gradient norm, replicated parameters only once
     weight.tensor_model_parallel = weight.model_parallel = dim is not None  # type: ignore[attr-defined]
+    weight.partial = partial  # type: ignore[attr-defined]
     return weight
+
+
+def is_partial(weight: nn.Parameter) -> bool:
+    """Whether the gradient that autograd gives this TP rank is a part, to be summed over TP."""
+    found: bool = weight.partial  # type: ignore[attr-defined]
+    return found
 
 
 def place(weight: nn.Parameter) -> Place:
@@ -58,46 +63,7 @@ def name_parameters(module: nn.Module, prefix: str) -> None:
             weight.place = replace(known, name=f"{prefix}.{name}")  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
-    """Draw every parameter of ``module`` (see :func:`name_parameters`)."""
+    """Draw this rank's slice of every parameter of ``module`` (see :func:`name_parameters`)."""
     for weight in module.parameters():
-        _draw(weight, place(weight), seed)
-
-
-def draw_full(known: Place, seed: int) -> Tensor:
-    """The full-size fp32 tensor that ``seed`` names at this place, on the CPU."""
-    return torch.cat([rows for _, rows in _stream(known, seed)])
-
-
-def _draw(weight: nn.Parameter, known: Place, seed: int) -> None:
-    if known.dim is None or known.dim > 0:
-        for start, rows in _stream(known, seed):
-            weight[start : start + len(rows)] = known.slice(rows)
-        return
-    first = known.low
-    for start, rows in _stream(known, seed):
-        low, high = max(start, first), min(start + len(rows), first + len(weight))
-        if low < high:
-            weight[low - first : high - first] = rows[low - start : high - start]
-
-
-def _stream(known: Place, seed: int) -> Iterator[tuple[int, Tensor]]:
-    """Rows of dimension 0 in chunks of bounded size, as (first row, rows)."""
-    shape, init = known.full_shape, known.init
-    digest = hashlib.blake2b(f"{seed}:{known.name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    step = max(1, CHUNK // max(1, prod(shape[1:])))
-    factors = torch.cat([torch.full((count,), factor) for count, factor in init.pattern or ((1, 1.0),)])
-    for start in range(0, shape[0], step):
-        rows = torch.full((min(step, shape[0] - start), *shape[1:]), init.mean)
-        if init.truncated:
-            std = init.std / TRUNCATED_STD
-            nn.init.trunc_normal_(rows, init.mean, std, init.mean - 2 * std, init.mean + 2 * std, generator=generator)
-        elif init.std:
-            rows.normal_(init.mean, init.std, generator=generator)
-        if init.rows is not None and start + len(rows) > init.rows:
-            rows[max(0, init.rows - start) :] = 0
-        if init.pattern:
-            rows *= factors[torch.arange(start, start + len(rows)) % len(factors)].view(-1, *(1 for _ in shape[1:]))
-        yield start, rows
+        draw_into(weight.detach().view(-1), place(weight), seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -70,6 +71,18 @@ class Place:
     def slices(self) -> int:
         """How many slices of this size make the whole."""
         return 1 if self.dim is None else self.full_shape[self.dim] // (self.high - self.low)
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Elements ``[start, stop)`` of the flattened slice as (index in the flattened whole, elements), run by run."""
+        dim = self.dim or 0
+        inner = prod(self.full_shape[dim + 1 :])
+        low, high = self.box[dim]
+        run, stride = (high - low) * inner, self.full_shape[dim] * inner
+        while start < stop:
+            outer, inside = divmod(start, run)
+            numel = min(run - inside, stop - start)
+            yield outer * stride + low * inner + inside, numel
+            start += numel
 
     def slice(self, full: Tensor) -> Tensor:
         """This slice of a full-size tensor (a view)."""
