@@ -8,13 +8,13 @@ from typing import NamedTuple
 from megatron_stable.checkpoint import store
 from megatron_stable.config.load import load_config, parse_config
 from megatron_stable.config.schema import Config
-from megatron_stable.data import SkipWindows
+from megatron_stable.data import Course
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.records.directory import RunDirectory, require_known_format
-from megatron_stable.records.metrics import Record, read_metrics
+from megatron_stable.records.metrics import Record, batch_of, read_metrics
 from megatron_stable.stability.events import Resume
 
-DECIDING = ("run.seed", "batch.global_size", "data.train")  # besides the sequence length, which cannot change in a run
+DECIDING = ("run.seed", "data.train")  # besides the sequence length, which cannot change in a run
 
 
 class Position(NamedTuple):
@@ -23,19 +23,23 @@ class Position(NamedTuple):
     Attributes:
         step: The optimizer step; ``None``: none trained on this data step.
         data_step: Its place in the data order.
+        samples: Of that order, in its batch: [first, end) of each piece.
         record: What ``metrics.jsonl`` has about it.
         notes: What the user should know about it.
+        data_steps: That hold its samples, as the run counts them today, first and last: what to name to `skip`.
     """
 
     step: int | None
     data_step: int
+    samples: tuple[tuple[int, int], ...]
     record: Record | None
     notes: tuple[str, ...]
+    data_steps: tuple[int, int]
 
 
 def find_step(run: str | Path, step: int | None = None, data_step: int | None = None) -> Position:
     """A step of a run by its number or by its data step, from ``metrics.jsonl``; where that has no line about it, from
-    the skip windows in the manifest of the newest checkpoint.
+    the manifest of the newest checkpoint.
 
     Raises:
         ConfigError: There is no such step, or both or neither is given.
@@ -44,37 +48,47 @@ def find_step(run: str | Path, step: int | None = None, data_step: int | None = 
         raise ConfigError("name a step of the run with --step, or a place in its data with --data-step, not both")
     lines = list(read_metrics(RunDirectory(run).metrics))
     stored = [entry for entry in store.entries(Path(run) / "checkpoints") if entry.usable and entry.manifest]
-    windows = SkipWindows(stored[-1].manifest.state.skip_windows) if stored and stored[-1].manifest else None
-    known = {line["step"]: line for line in lines}
+    course = stored[-1].manifest.state.course if stored and stored[-1].manifest else None
+    known = {line["step"]: line for line in lines if batch_of(line) is not None}
     last = max([*known, *(entry.step for entry in stored)], default=0)
     if data_step is not None:
-        return _by_data_step(data_step, lines, windows or SkipWindows(), last)
+        return _by_data_step(run, data_step, lines, course, last)
     assert step is not None
     if not 1 <= step <= last:
         have = f"it has trained steps 1 to {last}" if last else "it has recorded no step yet"
         raise ConfigError(f"{run} has no step {step}: {have}; --data-step names any place in its data")
     record = known.get(step)
-    if record is not None and isinstance(record.get("data_step"), int):
-        places = {line.get("data_step") for line in lines if line.get("step") == step} - {record["data_step"]}
-        others = sorted(place for place in places if isinstance(place, int))
+    if record is not None:
+        places = {line["data_step"] for line in lines if line["step"] == step and batch_of(line)}
+        others = sorted(places - {record["data_step"]})
         notes = [f"before a rollback, step {step} was data step {other}: see --data-step {other}" for other in others]
-        return Position(step, record["data_step"], record, tuple(notes))
-    if windows is None:
-        raise ConfigError(f"{run} says nowhere which data step {step} was; name it with --data-step")
-    return Position(step, windows.data_step(step), record, ("by the skip windows of the newest checkpoint",))
+        batch, place = batch_of(record) or (), record["data_step"]
+        today = course.data_steps(batch[0][0], batch[-1][1]) if course is not None else (place, place)
+        return Position(step, place, batch, record, tuple(notes), today)
+    if course is None:
+        raise ConfigError(f"{run} says nowhere which samples step {step} trained on; name a place with --data-step")
+    batch = tuple((piece.start, piece.stop) for piece in course.samples(step))
+    today, notes = course.data_steps(batch[0][0], batch[-1][1]), ["by the skip windows of the newest checkpoint"]
+    return Position(step, today[0], batch, None, tuple(notes), today)
 
 
-def _by_data_step(data_step: int, lines: list[Record], windows: SkipWindows, last: int) -> Position:
+def _by_data_step(run: str | Path, data_step: int, lines: list[Record], course: Course | None, last: int) -> Position:
     if data_step < 1:
         raise ConfigError(f"data steps count from 1, got {data_step}")
-    record = next((line for line in reversed(lines) if line.get("data_step") == data_step), None)
-    step = record["step"] if record is not None else windows.step(data_step)
-    notes = []
-    if data_step in windows:
+    recorded = (line for line in reversed(lines) if line.get("data_step") == data_step and batch_of(line))
+    record = next(recorded, None)
+    if course is None:
+        course = Course.begin(configuration(run).batch.global_size)
+    batch = (record and batch_of(record)) or (course.stretch(data_step, data_step),)
+    windows, notes = course.windows, []
+    step = record["step"] if record is not None else course.step(windows.sample(windows.kept(batch[0][0])))
+    if all(windows.kept(first) == windows.kept(end) for first, end in batch):
         notes.append(f"data step {data_step} is in a skip window: the run as it is now does not train on it")
+        step = record["step"] if record is not None else None
     elif step is not None and step > last:
         notes.append(f"the run has not come to data step {data_step} yet")
-    return Position(step if step is not None and step <= last else None, data_step, record, tuple(notes))
+    today = course.data_steps(batch[0][0], batch[-1][1])
+    return Position(step if step is not None and step <= last else None, data_step, batch, record, tuple(notes), today)
 
 
 def configuration(run: str | Path) -> Config:

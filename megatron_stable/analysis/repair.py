@@ -12,7 +12,8 @@ from megatron_stable.analysis.series import Series, read_series
 from megatron_stable.checkpoint import store
 from megatron_stable.config.load import load_config
 from megatron_stable.config.schema import GuardConfig
-from megatron_stable.data.skip import SkipWindows
+from megatron_stable.data.course import Course
+from megatron_stable.data.skip import SkipWindows, merged
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.files import explain_os_errors
 from megatron_stable.records.directory import RunDirectory, require_known_format
@@ -48,12 +49,14 @@ class Seen(NamedTuple):
 
     Attributes:
         spike: In steps.
-        data_steps: Its first and last data step, as they were trained on.
+        data_steps: Its first and last data step, as they were counted then.
+        samples: [first, end), as they were trained on.
         settled: Why nothing is left to be done about it; ``None``: it can be repaired.
     """
 
     spike: Spike
     data_steps: tuple[int, int]
+    samples: tuple[int, int]
     settled: str | None
 
 
@@ -75,15 +78,15 @@ class StoppedRun:
         self._look()
 
     def _look(self) -> None:
-        """See where the run stands: its interventions and checkpoints, and the windows in force."""
+        """See where the run stands: its interventions and checkpoints, and the course that it would take."""
         entries = [entry for entry in store.entries(self.directory.checkpoints) if entry.usable]
         manifests = [entry.manifest for entry in entries if entry.manifest is not None]
         own = read_interventions(self.directory.path)
         self.candidates = store.candidates(entries)
-        trained = SkipWindows(manifests[-1].state.skip_windows if manifests else ())
         self.done = own or Interventions(manifests[-1].state.interventions if manifests else ())
-        ahead = SkipWindows([*self.config.data.skip, *self.done.skip.windows])
-        self.skip = trained.continued(self.candidates[-1].data_step if self.candidates else 0, ahead)
+        size = self.config.batch.global_size
+        trained = manifests[-1].state.course if manifests else Course.begin(size)
+        self.course = trained.resumed(self.stands_at, size, self.config.data.skip, self.done.skip)
 
     @property
     def stands_at(self) -> int:
@@ -110,15 +113,17 @@ class StoppedRun:
 
     def _seen(self, spike: Spike, recorded: Series) -> Seen:
         last = spike.onset + max(spike.duration, 1) - 1
-        first_data, last_data = (recorded.data_step(step) or self.skip.data_step(step) for step in (spike.onset, last))
+        data_steps = [recorded.data_step(step) or self.course.data_step(step) for step in (spike.onset, last)]
+        now = self.course.samples(spike.onset)[0].start, self.course.position(last)
+        samples = (recorded.batch(spike.onset) or now)[0], (recorded.batch(last) or now)[1]
         settled = None
-        if first_data in self.skip:
+        if samples[0] in self.course.windows:
             settled = "its data is skipped already"
-        elif self.skip.data_step(spike.onset) != first_data:
+        elif samples[0] != now[0]:
             settled = "the run takes other data there by now"
         elif any(event.onset in range(spike.onset - NEAR, last + 1) for event in self._shifts()):
             settled = "the data changed there, by the guard's second opinion"
-        return Seen(spike, (first_data, last_data), settled)
+        return Seen(spike, (data_steps[0], data_steps[1]), samples, settled)
 
     def _shifts(self) -> list[Shift]:
         return [event for event in self.directory.ledger.read() if isinstance(event, Shift)]
@@ -137,9 +142,10 @@ class StoppedRun:
         widen = rung(self.guard.widen, number)
         chosen, why = self._choose(spike.onset, round(self.guard.rollback_steps * widen), checkpoint)
         length = round(self.guard.skip_steps * widen)
-        skipped = window(chosen.data_step, *seen.data_steps, length)
+        data_steps = self.course.data_steps(*seen.samples)
+        skipped = window(chosen.data_step, *data_steps, length)
         what = f"{spike.kind} of the loss from {spike.level:.4g} at step {spike.onset}, {spike.duration} steps long"
-        why += f"; window: {length} data steps about data step {seen.data_steps[0]}"
+        why += f"; window: {length} data steps about data step {data_steps[0]}"
         why += f", and on to the last of it, {skipped[1]}" if skipped[1] - skipped[0] >= length else ""
         return self._repair(what, spike.kind, spike.onset, chosen, why, [skipped], number, changes)
 
@@ -152,13 +158,12 @@ class StoppedRun:
             ConfigError: These are no windows, or all skipped already, or the checkpoint is from after them.
             DataError: There is no checkpoint from before them.
         """
-        wanted = SkipWindows(windows)
-        named = ", ".join(f"{first}-{last}" for first, last in wanted.windows)
-        if SkipWindows([*self.skip.windows, *wanted.windows]) == self.skip:
+        wanted, skip = merged(windows), self.course.windows
+        named = ", ".join(f"{first}-{last}" for first, last in wanted)
+        samples = [self.course.stretch(*window) for window in wanted]
+        if SkipWindows([*skip.stretches, *samples]) == skip:
             raise ConfigError(f"data steps {named} are skipped already")
-        first = wanted.windows[0][0]
-        kept = next((last + 1 for start, last in self.skip.windows if start <= first <= last), first)
-        onset = self.skip.step(kept)  # the first step that they change
+        onset = self.course.step(skip.sample(skip.kept(samples[0][0])))  # the first step that they change
         assert onset is not None
         if checkpoint is None and self.candidates and self.stands_at < onset:
             chosen, why = self.candidates[-1], "the newest one, as the data lies ahead of it"
@@ -166,7 +171,7 @@ class StoppedRun:
             chosen, why = self._choose(onset, 0, checkpoint)
         number = self._attempt(onset)
         what = f"the user names data steps {named}"
-        return self._repair(what, "named by the user", onset, chosen, why, list(wanted.windows), number, changes)
+        return self._repair(what, "named by the user", onset, chosen, why, list(wanted), number, changes)
 
     def apply(self, repair: Intervention) -> list[int]:
         """Write a repair into the run, so that it goes on accordingly when it is started again.
@@ -251,6 +256,7 @@ class StoppedRun:
             onset=onset,
             rollback_to=chosen.step,
             windows=tuple(windows),
+            samples=tuple(self.course.stretch(*window) for window in windows),
             reset_loss_scale=changes.reset_loss_scale and self.config.precision.dtype == "fp16",
             reason=reason,
             **factors,

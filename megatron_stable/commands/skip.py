@@ -13,7 +13,7 @@ from megatron_stable.analysis.lead import settings_for
 from megatron_stable.analysis.repair import Changes, Seen, StoppedRun
 from megatron_stable.analysis.series import Series, read_series
 from megatron_stable.config.schema import GuardConfig
-from megatron_stable.data.skip import SkipWindows
+from megatron_stable.data.skip import merged
 from megatron_stable.errors import ConfigError
 from megatron_stable.numbers import finite
 from megatron_stable.stability.detector import Spike, find_spikes
@@ -63,7 +63,8 @@ def skip(
     Lists the spikes and proposes a checkpoint to roll back to, data to skip and other changes, with reasons. --apply
     writes the proposal into the run; the same `pretrain` command then resumes from that checkpoint and skips the data.
 
-    A data step is a position in the order of the data: the step plus what has been skipped before it.
+    A data step is a position in the order of the data: the step plus what has been skipped before it, in batches of
+    the size that they have there; docs/data.md.
 
     Without RUN, for a run of another trainer such as Megatron-LM or OLMo-core, it prints what to tell that trainer.
 
@@ -195,7 +196,7 @@ def _advise(
         rollback_to = max(one.onset - usual.rollback_steps, 0)
         windows = [window(rollback_to, one.onset, one.onset + one.duration - 1, usual.skip_steps)]
     else:
-        windows = list(SkipWindows(windows).windows)
+        windows = list(merged(windows))
         rollback_to = windows[0][0] - 1
     lines += [
         "",

@@ -1,6 +1,7 @@
 """Text to tokens to batches: tokenizer, .bin/.idx datasets, sample order, skip windows, loader. Needs no torch."""
 
-from megatron_stable.data.check import check_tokenizer, check_vocabulary
+from megatron_stable.data.check import check_share, check_tokenizer, check_vocabulary, remember, unchecked
+from megatron_stable.data.course import Course, Era
 from megatron_stable.data.dataset import Blend, Location, Samples, TokenDataset, open_dataset
 from megatron_stable.data.documents import DocumentReader, RawDocument, UndecodableError
 from megatron_stable.data.indexed import IndexedDataset, IndexedWriter, token_dtype
@@ -13,7 +14,9 @@ from megatron_stable.data.tokenizer import Tokenizer, TokenizerSummary, train_to
 __all__ = [
     "Batches",
     "Blend",
+    "Course",
     "DocumentReader",
+    "Era",
     "IndexedDataset",
     "IndexedWriter",
     "Location",
@@ -26,11 +29,14 @@ __all__ = [
     "Tokenizer",
     "TokenizerSummary",
     "UndecodableError",
+    "check_share",
     "check_tokenizer",
     "check_vocabulary",
     "open_dataset",
     "permute",
     "preprocess",
+    "remember",
     "token_dtype",
     "train_tokenizer",
+    "unchecked",
 ]

@@ -2,29 +2,86 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import Any
+
 import numpy as np
 
 from megatron_stable.data.dataset import Samples
-from megatron_stable.data.indexed import IndexedDataset
+from megatron_stable.data.indexed import IndexedDataset, dataset_paths
 from megatron_stable.data.tokenizer import Tokenizer
 from megatron_stable.errors import DataError
+from megatron_stable.files import replace_file
 
-BLOCK = 1 << 20
+BLOCK = 1 << 12  # tokens that are read at a time
+MOST = 1 << 24  # tokens that are read in all, of all datasets, by all ranks
+CHECKED = "checked"  # in .meta.json
 
 
-def check_vocabulary(dataset: Samples, vocab_size: int, max_tokens: int = 1 << 28) -> None:
+def check_vocabulary(dataset: Samples, vocab_size: int) -> None:
+    """Check that token ids are in 0 .. vocab_size - 1, as `check_share` does, unless that was done before."""
+    parts = [part.indexed for part in dataset.parts]
+    new = [parts[i] for i in unchecked(parts, vocab_size)]
+    check_share(new, vocab_size)
+    for each in new:
+        remember(each, vocab_size)
+
+
+def unchecked(datasets: Sequence[IndexedDataset], vocab_size: int) -> list[int]:
+    """Which of these, by number, have not been found to have ids below `vocab_size` before; each but once."""
+    first = {dataset.prefix: i for i, dataset in reversed([*enumerate(datasets)])}
+    return sorted(i for i in first.values() if not _is_checked(datasets[i], vocab_size))
+
+
+def check_share(
+    datasets: Sequence[IndexedDataset], vocab_size: int, share: int = 0, shares: int = 1, most: int = MOST
+) -> None:
     """Check that token ids are in 0 .. vocab_size - 1; raises DataError with the id and where it is.
 
-    Datasets of up to `max_tokens` tokens (default 2^28) are read whole, of larger ones evenly spaced blocks of a
-    million tokens, `max_tokens` in all; the loader checks the rest when it gets there.
+    In all, `most` tokens are read (default 2^24), as many of each dataset, of which this is every `shares`-th block. A
+    dataset that is no larger is read whole; of others n blocks of 4096 tokens, one drawn from each n-th, so that ids
+    outside that lie in a part f of the blocks are missed with a probability of at most (1 - f)^n; then the loader,
+    which checks every batch, finds them later.
     """
-    for part in dataset.parts:
-        tokens = part.indexed.tokens
-        blocks, limit = -(-tokens // BLOCK), max(1, max_tokens // BLOCK)
-        for i in range(min(blocks, limit)):
-            start = BLOCK * (i if blocks <= limit else i * (blocks - 1) // max(1, limit - 1))
-            found = part.indexed.read(start, min(BLOCK, tokens - start))
-            check_ids(found, vocab_size, part.indexed, start)
+    for dataset in datasets:
+        limit = max(1, most // (BLOCK * len(datasets)))
+        for start in list(_drawn(dataset.tokens, limit))[share::shares]:
+            found = dataset.read(start, min(BLOCK, dataset.tokens - start))
+            check_ids(found, vocab_size, dataset, start)
+
+
+def remember(dataset: IndexedDataset, vocab_size: int) -> None:
+    """Note beside a dataset that it was checked; where that cannot be written, nothing is noted."""
+    try:
+        note = {CHECKED: {"vocab_size": vocab_size, **_stamp(dataset)}}
+        text = json.dumps({**(dataset.metadata or {}), **note}, indent=2)
+        replace_file(dataset_paths(dataset.prefix)[2].resolve(), f"{text}\n".encode())
+    except (OSError, DataError):
+        pass
+
+
+def _is_checked(dataset: IndexedDataset, vocab_size: int) -> bool:
+    try:
+        note = dict((dataset.metadata or {}).get(CHECKED, {}))
+        return int(note.pop("vocab_size")) <= vocab_size and note == _stamp(dataset)
+    except (OSError, DataError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _stamp(dataset: IndexedDataset) -> dict[str, Any]:
+    """What changes when a dataset's tokens do."""
+    status = dataset_paths(dataset.prefix)[0].stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _drawn(tokens: int, limit: int) -> Iterator[int]:
+    """Where the blocks to be read begin: all, or one at random of each of `limit` parts."""
+    blocks, random = -(-tokens // BLOCK), Random(0)
+    count = min(blocks, limit)
+    for i in range(count):
+        yield BLOCK * random.randrange(i * blocks // count, (i + 1) * blocks // count)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, source: IndexedDataset, start: int) -> None:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
-from megatron_stable.data.skip import SkipWindows, Window
+from megatron_stable.data.skip import SkipWindows, Stretch, Window
 
 By: TypeAlias = Literal["guard", "user"]
 Factor: TypeAlias = Annotated[float, Field(gt=0, le=1)]
@@ -37,7 +38,10 @@ class Decision(BaseModel):
     onset: Annotated[int, Field(ge=1)] | None = None
     """The step in which the trouble began, if that is known."""
     windows: tuple[Window, ...] = ()
-    """Data steps to skip: `[first, last]`, inclusive, counted from 1."""
+    """Data steps to skip: `[first, last]`, inclusive, counted from 1, as they were counted then."""
+    samples: tuple[Stretch, ...] = ()
+    """The same in samples of the data order, counted from 0: `[first, end]`, the second no longer skipped. This holds,
+    whatever becomes of the batch size."""
     learning_rate_factor: Factor = 1.0
     """Of the learning rate from here on, beside those of earlier decisions."""
     clip_factor: Factor = 1.0
@@ -58,6 +62,12 @@ class Intervention(Decision):
     rollback_to: Annotated[int, Field(ge=0)]
     """The step of the checkpoint that the run goes on from."""
 
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        if len(self.windows) != len(self.samples):
+            raise ValueError(f"{len(self.windows)} windows of data steps, but {len(self.samples)} of samples")
+        return self
+
 
 @dataclass(frozen=True)
 class Interventions:
@@ -75,8 +85,8 @@ class Interventions:
 
     @property
     def skip(self) -> SkipWindows:
-        """All windows."""
-        return SkipWindows(window for item in self.items for window in item.windows)
+        """All samples that are skipped."""
+        return SkipWindows(stretch for item in self.items for stretch in item.samples)
 
     @property
     def learning_rate_factor(self) -> float:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 from megatron_stable.config.schema import GuardConfig
+from megatron_stable.data.course import Course
 from megatron_stable.stability.interventions import Intervention, Interventions
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ class Trouble(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A checkpoint that a run can go back to: its step, its position in the data, its health (None: not judged)."""
+    """A checkpoint that a run can go back to: its step, the data steps that lie behind it, its health (None: not
+    judged)."""
 
     step: int
     data_step: int
@@ -92,7 +94,7 @@ def attempt(done: Interventions, onset: int, near: int) -> int:
 def plan(
     trouble: Trouble,
     candidates: Sequence[Candidate],
-    data_steps: tuple[int, int],
+    course: Course,
     done: Interventions,
     settings: GuardConfig,
     fp16: bool = False,
@@ -102,7 +104,7 @@ def plan(
     Args:
         trouble: What happened.
         candidates: The run's checkpoints.
-        data_steps: Of ``trouble.onset`` and ``trouble.step``.
+        course: The run's, up to ``trouble.step``.
         done: Earlier repairs.
         settings: The ladder: each further attempt at one place takes the next rung, the last one again and again.
         fp16: Whether there is a loss scale to reset.
@@ -115,10 +117,13 @@ def plan(
     if chosen is None:
         return None
     checkpoint, why = chosen
+    onset, found = course.data_step(trouble.onset), course.data_steps(0, course.position(trouble.step))[1]
+    skipped = window(checkpoint.data_step, onset, found, round(settings.skip_steps * widen))
     return _repair(
         trouble,
         rollback_to=checkpoint.step,
-        windows=(window(checkpoint.data_step, *data_steps, round(settings.skip_steps * widen)),),
+        windows=(skipped,),
+        samples=(course.stretch(*skipped),),
         learning_rate_factor=rung(settings.learning_rate_factors, number),
         clip_factor=rung(settings.clip_factors, number),
         reset_loss_scale=fp16,

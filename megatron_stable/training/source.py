@@ -11,15 +11,17 @@ from torch import Tensor
 from megatron_stable.config.schema import Config
 from megatron_stable.data import (
     Batches,
+    Course,
     Samples,
-    SkipWindows,
     Tokenizer,
+    check_share,
     check_tokenizer,
-    check_vocabulary,
     open_dataset,
+    remember,
+    unchecked,
 )
 from megatron_stable.errors import ConfigError
-from megatron_stable.parallel.agreement import together
+from megatron_stable.parallel.agreement import decided, together
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.stability.interventions import Interventions
 
@@ -33,7 +35,7 @@ class Source:
         tokenizer: The data must have been made with it; ``None``: of unknown origin.
 
     Attributes:
-        skip: Windows of data steps that are not trained on.
+        course: Which samples each step trains on.
 
     Raises:
         MegatronStableError: On all ranks alike: the data cannot be used.
@@ -51,26 +53,33 @@ class Source:
                 )
             self._train = self._open(data.train)
             validation = self._open(data.validation) if data.validation else None
-            for each in filter(None, (self._train, validation) if topology.rank == 0 else ()):
-                if tokenizer:
+            opened = [each for each in (self._train, validation) if each is not None]
+            if tokenizer and topology.rank == 0:
+                for each in opened:
                     check_tokenizer(each, tokenizer)
-                check_vocabulary(each, vocab_size)
-        self._validation = self._batches(validation, SkipWindows()) if validation is not None else None
-        self.follow(SkipWindows(), 0, Interventions())
+        self._check(opened, vocab_size)
+        self.course = Course.begin(config.batch.global_size)
+        self._validation = self._batches(validation, self.course) if validation is not None else None
 
-    def follow(self, trained: SkipWindows, position: int, interventions: Interventions) -> None:
-        """Skip what was skipped up to data step ``position``, and what configuration and interventions say after it."""
-        ahead = SkipWindows([*self.config.data.skip, *interventions.skip.windows])
-        self.skip = trained.continued(position, ahead)
-        self._batches_of_run = self._batches(self._train, self.skip)
+    def _check(self, opened: list[Samples], vocab_size: int) -> None:
+        """See that token ids are of the vocabulary, where nobody has yet: each rank reads its share. Collective."""
+        parts = [part.indexed for each in opened for part in each.parts]
+        new = decided(lambda: unchecked(parts, vocab_size))
+        with together():
+            check_share([parts[i] for i in new], vocab_size, self.topology.rank, self.topology.world)
+        if self.topology.rank == 0:
+            for i in new:
+                remember(parts[i], vocab_size)
 
-    def data_step(self, step: int) -> int:
-        """The position of a step in the data order; 0 before the first step."""
-        return self.skip.data_step(step) if step else 0
+    def follow(self, course: Course, step: int, interventions: Interventions) -> None:
+        """Go on behind a step of a course, in batches of today's size, skipping what configuration and interventions
+        say. What windows of the configuration meant once they mean for good."""
+        size, known = self.config.batch.global_size, self.course.configured
+        self.course = course.resumed(step, size, self.config.data.skip, interventions.skip, known)
 
     def step(self, step: int) -> Iterator[Tensor]:
         """This replica's micro batches ``[micro, s + 1]`` of a training step."""
-        return self._micro_batches(self._batches_of_run, step)
+        return self._micro_batches(self._batches(self._train, self.course), step)
 
     @property
     def validates(self) -> bool:
@@ -91,16 +100,15 @@ class Source:
         return tuple(sorted(named, key=lambda prefix: -grown[prefix]))
 
     def _shares(self, steps: Iterable[int]) -> dict[str, float]:
-        samples = (k for step in steps for k in self._batches_of_run.samples(step))
+        samples = (k for step in steps for piece in self.course.samples(step) for k in piece)
         found = Counter(str(self._train.locate(k).dataset.indexed.prefix) for k in samples)
         return {prefix: count / found.total() for prefix, count in found.items()}
 
     def _open(self, prefixes: str | dict[str, float]) -> Samples:
         return open_dataset(prefixes, self.config.model.sequence_length, self.config.run.seed)
 
-    def _batches(self, dataset: Samples, skip: SkipWindows) -> Batches:
-        batch = self.config.batch
-        return Batches(dataset, batch.global_size, batch.micro_size, skip, self.config.model.vocab_size)
+    def _batches(self, dataset: Samples, course: Course) -> Batches:
+        return Batches(dataset, course, self.config.batch.micro_size, self.config.model.vocab_size)
 
     def _micro_batches(self, batches: Batches, step: int) -> Iterator[Tensor]:
         topology = self.topology
