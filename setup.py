@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11,<2.14",
-        "deepspeed>=0.19.3",
+        "deepspeed>=0.19.8,<0.20",
         "pydantic>=2",
         "typer>=0.29",
         "rich",
@@ -30,6 +30,7 @@ setup(
         "pyarrow",
         "zstandard",
         "psutil",
+        "xxhash>=3",
     ],
     extras_require={
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "codespell", "types-PyYAML"],

@@ -5,7 +5,7 @@
 
 Asynchronous saves overlap with training steps, so the steps are run while they write, and what they take longer is
 counted as stall too. The bytes that ``torch.save`` writes are the same tensors; it computes no checksum and does not
-fsync, so it is also timed with an fsync. Nothing is asserted.
+fsync, so it is also timed with an fsync, in turn with ours, as the speed of a disk drifts. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_stable.checkpoint.health import Retention
 from megatron_stable.checkpoint.saver import Saver
 from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.config.schema import Config
+from megatron_stable.data import Course
 from megatron_stable.engine.engine import Engine
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import join_world
@@ -68,10 +69,11 @@ def measure(args: argparse.Namespace, config: Config, engine: Engine, tokens: to
         return (time.perf_counter() - began) / args.steps
 
     steps()
-    shards, state = engine.shards(), RunState(**engine.state(), data_step=0)
+    shards, state = engine.shards(), RunState(**engine.state(), course=Course.begin(1))
     size = sum(t.numel() * t.element_size() for shard in shards for t in shard.tensors.values())
     saver = Saver(root / "checkpoints", Retention(1), report=lambda text: None)
-    plain, during, stalls, synchronous = [], [], [], []
+    tensors = {f"{i}:{kind}": t.cpu().clone() for i, s in enumerate(shards) for kind, t in s.tensors.items()}
+    plain, during, stalls, synchronous, saves, synced = [], [], [], [], [], []
     for turn in range(args.saves + 1):
         idle = steps()
         began = time.perf_counter()
@@ -83,20 +85,19 @@ def measure(args: argparse.Namespace, config: Config, engine: Engine, tokens: to
         saver.save(2 * turn + 1, shards, Layout(), config, state)
         saver.wait()
         whole = time.perf_counter() - began
+        began = time.perf_counter()
+        torch.save(tensors, root / "plain.pt")
+        saved = time.perf_counter() - began
+        with (root / "plain.pt").open("rb+") as file:
+            os.fsync(file.fileno())
+        durable = time.perf_counter() - began
         if turn:  # the first warms up
             plain.append(idle)
             during.append(busy)
             stalls.append(stall)
             synchronous.append(whole)
-    tensors = {f"{i}:{kind}": t.cpu().clone() for i, s in enumerate(shards) for kind, t in s.tensors.items()}
-    saves, synced = [], []
-    for _ in range(args.saves):
-        began = time.perf_counter()
-        torch.save(tensors, root / "plain.pt")
-        saves.append(time.perf_counter() - began)
-        with (root / "plain.pt").open("rb+") as file:
-            os.fsync(file.fileno())
-        synced.append(time.perf_counter() - began)
+            saves.append(saved)
+            synced.append(durable)
     median = statistics.median
     stall, slower = median(stalls), (median(during) - median(plain)) * args.steps
     ours, theirs, durable = median(synchronous), median(saves), median(synced)

@@ -35,7 +35,7 @@ def newest_whole(run: str | Path, step: int | None = None) -> Whole:
         if wrong is None and entry.manifest is not None:
             if problem:  # to take an older one unasked would pass it off as what the run has come to
                 raise DataError(
-                    f"the newest checkpoint of {run} is damaged: {problem}; name the newest that is whole: "
+                    f"the newest checkpoint of {run} cannot be used: {problem}; name the newest that is whole: "
                     f"step {entry.step}"
                 )
             return Whole(entry.directory, entry.step, entry.manifest)
@@ -52,7 +52,7 @@ def summary(entry: store.Entry, problem: str | None, verified: bool) -> dict[str
     manifest = entry.manifest
     size = None
     if manifest is not None:
-        size = sum(file.bytes for file in manifest.files.values()) + (entry.directory / MANIFEST).stat().st_size
+        size = manifest.bytes + (entry.directory / MANIFEST).stat().st_size
     return {
         "step": entry.step,
         "directory": str(entry.directory),

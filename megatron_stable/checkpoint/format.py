@@ -3,88 +3,132 @@
 ::
 
     checkpoints/step_00000100/
-        manifest.json             format version, step, layout, configuration, run state, files with sizes and checksums
+        manifest.json             version, step, layout, configuration, run state; checksums of itself and the index
+        index.json                the files with their sizes and checksums, and where each parameter's elements are
         rank_00000.safetensors    what rank 0 owned: "NAME:weight", "NAME:exp_avg", "NAME:exp_avg_sq", all 1-d fp32
         rank_00001.safetensors    …
         health.json               only where a verdict was passed on it
         damaged.json              only where a resume found its checksums wrong: why
     checkpoints/latest            the name of the newest complete checkpoint, for people and scripts
 
-Each rank file says in its header, under ``index``, which shard each tensor is: the parameter's full shape, the
-sharded dimension with the bounds of the slice, and the first element within the flattened slice. So any layout
-can read what it needs. Tensors are safetensors, all else is JSON; nothing that is read here can run code.
+The manifest is all that a look takes, and does not grow with the ranks. The index says of each parameter how tensor
+parallelism sliced it, and of each slice which rank's file holds which elements of it, flattened. So a rank of any
+layout reads the index, and of the files the parts that it needs. Each checksum is vouched for by another: of a tensor's
+chunks in the header of its file, of the header in the index, of the index in the manifest. Tensors are safetensors, all
+else is JSON; nothing that is read here can run code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, model_validator
 
+from megatron_stable.checkpoint.disk import Damaged, parsed, read_bytes
 from megatron_stable.checkpoint.state import Layout, RunState
+from megatron_stable.checkpoint.tensors import FileEntry
 from megatron_stable.config.load import parse_config
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.files import replace_file
 from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.persisted import (
     Count,
+    FormatError,
     Persisted,
     package_version,
-    read_json,
     refuse_unknown_format,
-    require_plain,
     validated,
 )
 
-VERSION = 1
-MANIFEST, LATEST = "manifest.json", "latest"
+VERSION = 2
+MANIFEST, INDEX, LATEST = "manifest.json", "index.json", "latest"
 # so that no path leaves the directory
 FileName = Annotated[str, StringConstraints(pattern=r"^rank_[0-9]{5,9}\.safetensors$")]
+Shape = Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
 
 
 class StoredShard(Persisted):
-    """A :class:`Shard` as the index of a rank file has it, under its parameter's name."""
+    """What a rank's file holds of a parameter: a :class:`Shard`, and of which kinds: "weight" and moments."""
 
-    shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=8)]
+    shape: Shape
     dim: Count | None
     low: Count
     high: Count
     start: Count
     numel: Count
-
-    @model_validator(mode="after")
-    def _within_the_whole(self) -> StoredShard:
-        if self.dim is None:
-            absurd = self.low or self.high
-        else:
-            absurd = self.dim >= len(self.shape) or not self.low < self.high <= self.shape[self.dim]
-        if absurd:
-            raise ValueError(f"absurd slice [{self.low}, {self.high}) along {self.dim} of {list(self.shape)}")
-        if self.start + self.numel > self.shard("").place.numel:
-            raise ValueError(f"absurd shard: {self.numel} elements from {self.start} on")
-        return self
+    kinds: tuple[str, ...]
 
     @classmethod
-    def of(cls, shard: Shard) -> StoredShard:
+    def of(cls, shard: Shard, kinds: tuple[str, ...]) -> StoredShard:
         """A shard, to be stored."""
         place = shard.place
-        return cls(
-            shape=place.full_shape, dim=place.dim, low=place.low, high=place.high, start=shard.start, numel=shard.numel
-        )
-
-    def shard(self, name: str) -> Shard:
-        """The shard that this is, of the parameter ``name``."""
-        return Shard(Place(self.shape, self.dim, self.low, self.high, name=name), self.start, self.numel)
+        where = {"shape": place.full_shape, "dim": place.dim, "low": place.low, "high": place.high}
+        return cls(**where, start=shard.start, numel=shard.numel, kinds=kinds)
 
 
-class FileEntry(Persisted):
-    """A file of a checkpoint: its size, and its checksum as ``sha256sum`` prints it."""
+class StoredSlice(Persisted):
+    """A slice of a parameter, [low, high) along the sharded dimension, and where its elements are.
 
-    bytes: Count
-    sha256: str
+    Attributes:
+        ranks: Of the files that hold them, in order.
+        cuts: The file of ``ranks[i]`` holds elements ``[cuts[i], cuts[i + 1])`` of the flattened slice.
+    """
+
+    low: Count
+    high: Count
+    ranks: tuple[Count, ...]
+    cuts: tuple[Count, ...]
+
+
+class StoredParameter(Persisted):
+    """A parameter, as the index has it: complete, each element once.
+
+    Attributes:
+        shape: Of the whole.
+        dim: The dimension that tensor parallelism sliced, ``None``: none.
+        kinds: "weight", and the moments that are stored.
+        slices: In order, one without ``dim``.
+    """
+
+    shape: Shape
+    dim: Count | None
+    kinds: tuple[str, ...]
+    slices: tuple[StoredSlice, ...]
+
+    @model_validator(mode="after")
+    def _each_element_once(self) -> StoredParameter:
+        bounds = [0, *(each.high for each in self.slices)]
+        if self.dim is None:
+            tiled = bounds == [0, 0]
+        else:
+            ascending = all(low < high for low, high in pairwise(bounds))
+            tiled = ascending and self.dim < len(self.shape) and bounds[-1] == self.shape[self.dim]
+        if not tiled or [each.low for each in self.slices] != bounds[:-1]:
+            raise ValueError(f"slices at {bounds[:9]} do not make up {list(self.shape)} along {self.dim}")
+        for each in self.slices:
+            cuts, numel = each.cuts, self.place(each).numel
+            ascending = all(a < b for a, b in pairwise(cuts))
+            if len(cuts) != len(each.ranks) + 1 or not ascending or (cuts[0], cuts[-1]) != (0, numel):
+                raise ValueError(f"of a slice's {numel} elements the files hold others: {cuts[:9]}")
+        return self
+
+    def place(self, part: StoredSlice, name: str = "") -> Place:
+        """Where a slice lies in the whole."""
+        return Place(self.shape, self.dim, part.low, part.high, name=name)
+
+
+class Index(Persisted):
+    """Where everything is: the files, and the parameters by name."""
+
+    files: dict[FileName, FileEntry]
+    parameters: dict[str, StoredParameter]
 
 
 class Manifest(Persisted):
@@ -97,7 +141,8 @@ class Manifest(Persisted):
         layout: The ranks that wrote it.
         config: The resolved configuration of the run that wrote it.
         state: All else that a resume needs.
-        files: By name.
+        bytes: Of the index and the ranks' files.
+        index: The index's checksum, as ``sha256sum`` prints it.
     """
 
     version: Count = VERSION
@@ -106,7 +151,8 @@ class Manifest(Persisted):
     layout: Layout
     config: dict[str, Any]
     state: RunState
-    files: dict[FileName, FileEntry]
+    bytes: Count = 0
+    index: str = ""
 
     def dumps(self) -> str:
         """JSON, with a checksum of itself."""
@@ -114,15 +160,43 @@ class Manifest(Persisted):
         return json.dumps({**body, "sha256": digest(body)}, indent=1)
 
 
-def index_of(shards: dict[str, Shard]) -> str:
-    """What the header of a rank file says under ``index``: which shard it holds of which parameter."""
-    return json.dumps({name: StoredShard.of(shard).model_dump() for name, shard in shards.items()})
+def parameters_of(held: Mapping[int, Mapping[str, StoredShard]]) -> dict[str, StoredParameter]:
+    """The parameters of a checkpoint, by what each rank's file holds of them.
+
+    Raises:
+        DataError: An element is in none of the files, or in two.
+    """
+    found: dict[str, dict[tuple[int, int], list[tuple[int, int, int]]]] = defaultdict(lambda: defaultdict(list))
+    looks: dict[str, StoredShard] = {}
+    for rank, shards in held.items():
+        for name, shard in shards.items():
+            looks[name] = shard
+            found[name][shard.low, shard.high].append((shard.start, shard.numel, rank))
+    parameters = {}
+    for name, slices in sorted(found.items()):
+        stored = []
+        for (low, high), pieces in sorted(slices.items()):
+            pieces.sort()
+            cuts = [0]
+            for start, numel, rank in pieces:
+                if start != cuts[-1]:
+                    raise DataError(f"{name}: rank {rank} holds elements from {start} on, instead of {cuts[-1]}")
+                cuts.append(start + numel)
+            stored.append(StoredSlice(low=low, high=high, ranks=tuple(rank for *_, rank in pieces), cuts=tuple(cuts)))
+        look = looks[name]
+        body = {"shape": look.shape, "dim": look.dim, "kinds": look.kinds, "slices": tuple(stored)}
+        parameters[name] = validated(StoredParameter, body, name)
+    return parameters
 
 
-def read_index(text: str, path: Path) -> dict[str, Shard]:
-    """What :func:`index_of` wrote. DataError: it is none; ValueError or RecursionError: it is no JSON."""
-    stored = validated(dict[str, StoredShard], json.loads(text), path)
-    return {name: shard.shard(name) for name, shard in stored.items()}
+def write_contents(directory: Path, index: Index, manifest: Manifest) -> Manifest:
+    """Write index and manifest into a directory that holds the ranks' files; returns the manifest, complete."""
+    data = index.model_dump_json().encode()
+    replace_file(directory / INDEX, data)
+    size = len(data) + sum(file.bytes for file in index.files.values())
+    complete = manifest.model_copy(update={"bytes": size, "index": hashlib.sha256(data).hexdigest()})
+    replace_file(directory / MANIFEST, complete.dumps().encode())
+    return complete
 
 
 def directory_name(step: int) -> str:
@@ -139,15 +213,35 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and check a manifest: the version, its own checksum, every field.
 
     Raises:
-        FormatError: A newer version wrote it.
+        FormatError: Another version wrote it.
+        Unreadable: It cannot be read.
         DataError: Something is wrong with it; the message names the file and what.
     """
     path = directory / MANIFEST
-    body = read_json(path)
+    body = parsed(read_bytes(path), path)
     refuse_unknown_format(directory, body, VERSION)
     if body.pop("sha256", None) != digest(body):
-        raise DataError(f"{path}: its checksum does not match its content: the file is damaged")
+        raise Damaged(f"{path}: its checksum does not match its content: the file is damaged")
+    if body["version"] != VERSION:
+        raise FormatError(
+            f"{directory} was written in format {body['version']}, before the first release; it is {VERSION} now"
+        )
     return validated(Manifest, body, path)
+
+
+def read_index(directory: Path, manifest: Manifest) -> Index:
+    """Read and check an index.
+
+    Raises:
+        Unreadable: It cannot be read.
+        Damaged: It is not the one that the manifest means.
+        DataError: Something is wrong with it; the message names the file and what.
+    """
+    path = directory / INDEX
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != manifest.index:
+        raise Damaged(f"{path}: its checksum does not match the manifest: the file is damaged")
+    return validated(Index, parsed(data, path), path)
 
 
 def stored_config(directory: Path, manifest: Manifest) -> Config:
@@ -160,35 +254,6 @@ def stored_config(directory: Path, manifest: Manifest) -> Config:
         return parse_config(manifest.config)
     except ConfigError as error:
         raise DataError(f"{directory / MANIFEST}: {error}") from None
-
-
-def verify_file(directory: Path, name: str, entry: FileEntry, checksum: bool = True) -> str | None:
-    """What is wrong with a file of a checkpoint, in words; ``None`` if nothing is."""
-    path = directory / name
-    try:
-        require_plain(path)
-        size = path.stat().st_size
-        if size != entry.bytes:
-            return f"{path}: {size} bytes instead of {entry.bytes}"
-        if checksum and sha256(path) != entry.sha256:
-            return f"{path}: its checksum does not match the manifest: the file is damaged"
-    except (DataError, OSError) as error:
-        return str(error)
-    return None
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, as ``sha256sum`` prints it."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            found.update(chunk)
-    return found.hexdigest()
-
-
-def file_entry(path: Path) -> FileEntry:
-    """Of a file that is complete."""
-    return FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def digest(body: dict[str, Any]) -> str:

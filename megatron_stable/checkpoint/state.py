@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_stable.data.skip import Window
+from megatron_stable.data.course import Course
 from megatron_stable.engine.loss_scaler import LossScalerState
 from megatron_stable.optim.clipping_state import ClippingState
 from megatron_stable.persisted import Count, Persisted, Positive
@@ -36,8 +36,7 @@ class RunState(Persisted):
         optimizer_steps: Updates that were applied, on which Adam's bias correction depends.
         optimizer: Statistics of the clipping rule, if it keeps any.
         loss_scaler: Of fp16.
-        skip_windows: Data steps that were and will be left out, [first, last], as they were known then.
-        data_step: Position in the data order.
+        course: Where the run is in its data, in samples, and what was and will be left out, as it was known then.
         bad_steps: The latest steps with a bad verdict.
         interventions: The repairs in force, oldest first.
         guard: What the guard has come to know.
@@ -46,8 +45,7 @@ class RunState(Persisted):
     optimizer_steps: Count
     optimizer: ClippingState | None = None
     loss_scaler: LossScalerState | None = None
-    skip_windows: tuple[Window, ...] = ()
-    data_step: Count
+    course: Course
     bad_steps: tuple[Count, ...] = ()
     interventions: tuple[Intervention, ...] = ()
     guard: GuardState = GuardState()

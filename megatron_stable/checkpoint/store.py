@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_stable.checkpoint.format import LATEST, Manifest, directory_name, read_manifest, verify_file
+from megatron_stable.checkpoint.disk import Unreadable
+from megatron_stable.checkpoint.format import LATEST, Manifest, directory_name, read_index, read_manifest
 from megatron_stable.checkpoint.health import Retention, doomed, judge, mark, verdict
+from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.errors import DataError
 from megatron_stable.files import replace_file
 from megatron_stable.persisted import FormatError, Persisted, read_as
@@ -24,7 +26,7 @@ DAMAGED = "damaged.json"
 
 
 class Damage(Persisted):
-    """Why a checkpoint cannot be used."""
+    """Why a checkpoint cannot be used: which checksum did not match."""
 
     problem: str
 
@@ -34,13 +36,15 @@ class Entry:
     """A checkpoint directory: its manifest, or why it cannot be used.
 
     Attributes:
+        unreadable: The problem is that it cannot be read; it may be whole.
         abandoned: The run went back to an earlier one since; see :mod:`megatron_stable.stability.interventions`.
     """
 
     directory: Path
     step: int
     manifest: Manifest | None
-    problem: str | None
+    problem: str | None = None
+    unreadable: bool = False
     abandoned: bool = False
 
     @property
@@ -49,30 +53,95 @@ class Entry:
         return self.manifest is not None and not self.abandoned
 
 
-def entries(root: Path) -> list[Entry]:
-    """All checkpoints below ``root`` (a run's ``checkpoints``), oldest first; only manifests are read.
+class Shelf:
+    """A run's checkpoints through the eyes of the one process that writes, judges and deletes them.
 
-    Raises:
-        DataError: The directory or the run's interventions cannot be read, or a newer version wrote the run.
+    What was seen once, or put here, is not read again: a look lists the directory, and reads what is new in it.
+
+    Args:
+        root: The run's ``checkpoints``.
     """
-    require_known_format(root.parent)
-    try:
-        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-    except OSError as error:
-        raise DataError(f"{root} cannot be read: {error.strerror or error}") from None
-    line = read_interventions(root.parent) if names else None
-    found = [_entry(root / name, int(match[1]), line) for name in names if (match := COMPLETE.fullmatch(name))]
-    return sorted(found, key=lambda entry: entry.step)
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._known: dict[Path, Entry] = {}
+        self._verdicts: dict[Path, bool | None] = {}
+
+    def entries(self) -> list[Entry]:
+        """All checkpoints, oldest first; only manifests are read, each a file whose size does not depend on the ranks.
+
+        Raises:
+            DataError: The directory or the run's interventions cannot be read, or a newer version wrote the run.
+        """
+        require_known_format(self.root.parent)
+        steps = _steps(self.root)
+        line = read_interventions(self.root.parent) if steps else None
+        found = {path: self._known.get(path) or _look(path, step) for path, step in steps.items()}
+        self._known = {path: entry for path, entry in found.items() if not entry.unreadable}
+        return [_on(line, entry) for entry in sorted(found.values(), key=lambda entry: entry.step)]
+
+    def verdict(self, entry: Entry) -> bool | None:
+        """The verdict on a checkpoint, ``None`` if none was passed."""
+        if entry.directory not in self._verdicts:
+            self._verdicts[entry.directory] = verdict(entry.directory)
+        return self._verdicts[entry.directory]
+
+    def put(self, entry: Entry) -> None:
+        """Take note of a checkpoint that was just written."""
+        self._known[entry.directory], self._verdicts[entry.directory] = entry, None
+
+    def judge(self, now: int, bad: Collection[int], healthy_after: int) -> None:
+        """Pass a verdict at step ``now`` on every checkpoint that is due one; see :func:`health.judge`."""
+        for entry in self.entries():
+            if entry.usable and entry.step < now and self.verdict(entry) is None:
+                healthy = judge(entry.step, now, bad, healthy_after)
+                if healthy is not None:
+                    mark(entry.directory, healthy, now)
+                    self._verdicts[entry.directory] = healthy
+
+    def mark_damaged(self, entry: Entry, problem: str) -> None:
+        """Record that a checkpoint's checksums do not hold, so that rotation does not count it as complete."""
+        note = Damage(problem=problem).model_dump_json()
+        replace_file(entry.directory / DAMAGED, f"{note}\n".encode())
+        self._known[entry.directory] = replace(entry, manifest=None, problem=problem)
+
+    def rotate(self, rule: Retention) -> list[int]:
+        """Delete the complete checkpoints that ``rule`` does not keep; returns their steps.
+
+        Abandoned ones go when the run has passed them. What is damaged, or cannot be read, is the user's.
+        """
+        found = self.entries()
+        complete = {entry.step: entry for entry in found if entry.usable}
+        verdicts = {step: self.verdict(entry) for step, entry in complete.items()}
+        healthy, unhealthy = ([step for step, found in verdicts.items() if found is word] for word in (True, False))
+        passed = {entry.step: entry for entry in found if entry.abandoned and entry.step < max(complete, default=0)}
+        gone = {**{step: complete[step] for step in doomed(complete, healthy, rule, unhealthy)}, **passed}
+        for entry in gone.values():
+            delete(entry.directory)
+        return sorted(gone)
+
+
+def entries(root: Path) -> list[Entry]:
+    """All checkpoints below ``root``, a run's ``checkpoints``, oldest first; see :meth:`Shelf.entries`."""
+    return Shelf(root).entries()
 
 
 def candidates(found: Iterable[Entry]) -> list[Candidate]:
     """What a run could go back to, of its checkpoints."""
     usable = [(entry, entry.manifest) for entry in found if entry.usable and entry.manifest is not None]
-    return [Candidate(entry.step, manifest.state.data_step, verdict(entry.directory)) for entry, manifest in usable]
+    return [Candidate(entry.step, m.state.course.behind(entry.step), verdict(entry.directory)) for entry, m in usable]
 
 
-def _entry(directory: Path, step: int, line: Interventions | None) -> Entry:
-    abandoned = False
+def _steps(root: Path) -> dict[Path, int]:
+    """The directories that are named as checkpoints are, and their steps."""
+    try:
+        names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{root} cannot be read: {error.strerror or error}") from None
+    return {root / name: int(match[1]) for name in names if (match := COMPLETE.fullmatch(name))}
+
+
+def _look(directory: Path, step: int) -> Entry:
     try:
         if directory.is_symlink():
             raise DataError(f"{directory}: a symbolic link, which is not a checkpoint")
@@ -81,29 +150,41 @@ def _entry(directory: Path, step: int, line: Interventions | None) -> Entry:
         manifest = read_manifest(directory)
         if manifest.step != step:
             raise DataError(f"{directory}: its manifest is that of step {manifest.step}")
-        abandoned = line is not None and not line.holds(step, manifest.state.interventions)
-        checks = (verify_file(directory, *item, checksum=False) for item in manifest.files.items())
-        problem = next(filter(None, checks), None)
     except FormatError:  # it is not damaged, and to go on from an older one would abandon it
         raise
     except (DataError, OSError) as error:
-        manifest, problem = None, str(error)
-    return Entry(directory, step, None if problem else manifest, problem, abandoned)
+        return Entry(directory, step, None, str(error), unreadable=isinstance(error, Unreadable | OSError))
+    return Entry(directory, step, manifest)
 
 
-def mark_damaged(entry: Entry, problem: str) -> None:
-    """Record that a checkpoint's checksums do not hold, so that rotation does not count it as complete."""
-    if entry.manifest is not None:
-        note = Damage(problem=problem).model_dump_json()
-        replace_file(entry.directory / DAMAGED, f"{note}\n".encode())
+def _on(line: Interventions | None, entry: Entry) -> Entry:
+    """The entry, with whether the run has left it behind."""
+    if line is None or entry.manifest is None:
+        return entry
+    return replace(entry, abandoned=not line.holds(entry.step, entry.manifest.state.interventions))
 
 
-def damage(entry: Entry, share: int = 0, shares: int = 1) -> str | None:
-    """Verify checksums of every ``shares``-th file of a checkpoint; what is wrong in words, or ``None``."""
+def missing(entry: Entry) -> str | None:
+    """What is wrong with a checkpoint as far as index and names of files tell, or ``None``; in words."""
     if entry.manifest is None:
         return entry.problem
-    files = sorted(entry.manifest.files.items())[share::shares]
-    return next(filter(None, (verify_file(entry.directory, *item) for item in files)), None)
+    try:
+        wanted = read_index(entry.directory, entry.manifest).files.keys()
+        gone = sorted(wanted - {path.name for path in entry.directory.iterdir()})
+    except (DataError, OSError) as error:
+        return str(error)
+    return f"{entry.directory / gone[0]}: missing" if gone else None
+
+
+def damage(entry: Entry) -> str | None:
+    """Read all of a checkpoint and compare all checksums; what is wrong in words, or ``None``."""
+    if entry.manifest is None:
+        return entry.problem
+    try:
+        Reader(entry.directory, entry.manifest).verify()
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def clean(root: Path) -> list[Path]:
@@ -112,31 +193,6 @@ def clean(root: Path) -> list[Path]:
     for path in leftovers:
         remove(path)
     return leftovers
-
-
-def rotate(root: Path, rule: Retention) -> list[int]:
-    """Delete the complete checkpoints that ``rule`` does not keep; returns their steps. Damaged ones are the user's.
-
-    Abandoned ones go when the run has passed them.
-    """
-    found = entries(root)
-    complete = {entry.step: entry.directory for entry in found if entry.usable}
-    verdicts = {step: verdict(directory) for step, directory in complete.items()}
-    healthy, unhealthy = ([step for step, found in verdicts.items() if found is word] for word in (True, False))
-    passed = {e.step: e.directory for e in found if e.abandoned and e.step < max(complete, default=0)}
-    gone = {**{step: complete[step] for step in doomed(complete, healthy, rule, unhealthy)}, **passed}
-    for directory in gone.values():
-        delete(directory)
-    return sorted(gone)
-
-
-def judge_all(root: Path, now: int, bad: Collection[int], healthy_after: int) -> None:
-    """Pass a verdict at step ``now`` on every checkpoint that is due one; see :func:`health.judge`."""
-    for entry in entries(root):
-        if entry.usable and entry.step < now and verdict(entry.directory) is None:
-            healthy = judge(entry.step, now, bad, healthy_after)
-            if healthy is not None:
-                mark(entry.directory, healthy, now)
 
 
 def delete(directory: Path) -> None:

@@ -20,8 +20,8 @@ def checkpoints(
 ) -> None:
     """List a run's checkpoints: step, size, layout, and whether each is complete.
 
-    An incomplete one is listed with the reason. With --verify, every byte is read and compared with the manifest's
-    checksums. Exit code 5 if any checkpoint is damaged.
+    An incomplete one is listed with the reason. With --verify, every byte is read and compared with its checksum. Exit
+    code 5 if any checkpoint cannot be used.
 
     Example:
       megatron-stable checkpoints runs/first
@@ -30,7 +30,7 @@ def checkpoints(
     root = run / "checkpoints"
     if not root.is_dir():
         raise DataError(f"{run} is not a run's directory: it has no checkpoints/; name the run.directory of a run")
-    found = [(entry, store.damage(entry) if verify else entry.problem) for entry in store.entries(root)]
+    found = [(entry, store.damage(entry) if verify else store.missing(entry)) for entry in store.entries(root)]
     if as_json:
         print(json.dumps([summary(entry, problem, verified=verify) for entry, problem in found], indent=1))
     elif not found:

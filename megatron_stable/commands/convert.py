@@ -52,7 +52,10 @@ def convert(
     )
     directory = RunDirectory(output)
     directory.claim(new)
-    directory.commit(new)
-    directory.ledger.write(Converted(step=entry.step, source=str(entry.directory), **ranks))
+    try:
+        directory.commit(new)
+        directory.ledger.write(Converted(step=entry.step, source=str(entry.directory), **ranks))
+    finally:
+        directory.release()
     print(f"{final}: step {entry.step} for TP {tensor} x PP {pipeline} x DP {data}; resume with")
     print(f"  megatron-stable pretrain --config {directory.config} --ranks {layout.ranks}")

@@ -13,20 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_stable.checkpoint.format import (
-    MANIFEST,
+    Index,
     Manifest,
+    StoredShard,
     directory_name,
-    file_entry,
-    index_of,
+    parameters_of,
     rank_file,
+    write_contents,
 )
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.checkpoint.state import Layout
 from megatron_stable.checkpoint.store import point_latest
+from megatron_stable.checkpoint.tensors import FileEntry, write_tensors
 from megatron_stable.config.load import parse_config
-from megatron_stable.convert.stream import TensorStream
 from megatron_stable.errors import ConfigError
-from megatron_stable.files import replace_file, sync_directory
+from megatron_stable.files import sync_directory
 from megatron_stable.model.transformer import layer_list
 from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.parallel.stages import stage_bounds
@@ -40,7 +41,7 @@ def reshard(
     """Write the checkpoint ``source`` below ``root`` (a run's ``checkpoints``) for ``layout``.
 
     Args:
-        on_progress: Called with (parameters done, parameters in all).
+        on_progress: Called with (files written, files in all).
 
     Returns:
         The new checkpoint's directory; it appears complete or not at all.
@@ -58,34 +59,16 @@ def reshard(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        streams = {
-            rank: TensorStream(
-                beside / rank_file(rank),
-                {
-                    f"{name}:{kind}": shard.numel
-                    for name, shard in shards.items()
-                    for kind in sorted(reader.kinds[name])
-                },
-                {"format": "pt", "index": index_of(shards)},
-            )
-            for rank, shards in files.items()
-        }
-        names = reader.names()
-        for done, name in enumerate(names):
+        entries, held = dict[str, FileEntry](), dict[int, dict[str, StoredShard]]()
+        for done, (rank, shards) in enumerate(files.items()):
             if on_progress:
-                on_progress(done, len(names))
-            for kind in sorted(reader.kinds[name]):
-                for rank, shards in files.items():
-                    if name in shards:
-                        streams[rank].write(f"{name}:{kind}", reader.part(kind, shards[name]))
+                on_progress(done, len(files))
+            entries[rank_file(rank)] = _write(reader, beside / rank_file(rank), shards)
+            held[rank] = {n: StoredShard.of(shard, reader.parameters[n].kinds) for n, shard in shards.items()}
         if on_progress:
-            on_progress(len(names), len(names))
-        entries = {}
-        for stream in streams.values():
-            stream.sync()
-            entries[stream.path.name] = file_entry(stream.path)
-        written = {"layout": layout, "files": entries, "written_by": package_version()}
-        replace_file(beside / MANIFEST, manifest.model_copy(update=written).dumps().encode())
+            on_progress(len(files), len(files))
+        written = manifest.model_copy(update={"layout": layout, "written_by": package_version()})
+        write_contents(beside, Index(files=entries, parameters=parameters_of(held)), written)
         beside.rename(final)
         sync_directory(root)
         point_latest(root, manifest.step)
@@ -94,12 +77,21 @@ def reshard(
     return final
 
 
+def _write(reader: Reader, path: Path, shards: dict[str, Shard]) -> FileEntry:
+    """Write a rank's file."""
+    wanted = {
+        f"{name}:{kind}": (kind, shard) for name, shard in shards.items() for kind in reader.parameters[name].kinds
+    }
+    sizes = {key: shard.numel for key, (_, shard) in wanted.items()}
+    return write_tensors(path, sizes, lambda key: reader.part(*wanted[key]))
+
+
 def _plan(reader: Reader, manifest: Manifest, layout: Layout) -> dict[int, dict[str, Shard]]:
     """Which shard of which parameter each rank's file holds."""
     stages = _stages(reader, manifest, layout.pipeline)
     files: dict[int, dict[str, Shard]] = defaultdict(dict)
     for name in reader.names():
-        shape, dim = reader.shape(name), reader.shards[name][0][1].place.dim
+        shape, dim = reader.shape(name), reader.parameters[name].dim
         if dim is not None and shape[dim] % layout.tensor:
             raise ConfigError(f"{name} {list(shape)} cannot be split over {layout.tensor} tensor-parallel ranks")
         for tensor in range(layout.tensor if dim is not None else 1):

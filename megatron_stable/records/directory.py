@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.config.schema import Config
@@ -16,6 +15,7 @@ from megatron_stable.files import partial, replace_file, write_partial
 from megatron_stable.persisted import package_version, read_json, refuse_unknown_format
 from megatron_stable.records.ledger import Ledger
 from megatron_stable.records.logbook import render
+from megatron_stable.records.owner import LOCK, Claim, end_at_once
 from megatron_stable.stability.events import Event
 
 # fields of `model` that may change from one start of a run to the next: names and what does not change the function
@@ -25,7 +25,6 @@ FREE = {
 }  # fmt: skip
 # what only says where and how often to write
 SILENT = {"logging", "checkpoint"}
-LOCK = ".lock"
 FORMAT, VERSION = "format.json", 1  # of the directory: names and contents of its files, checkpoints aside
 
 
@@ -40,7 +39,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.ledger = Ledger(self.path / "ledger.jsonl")
         self.logbook = self.path / "logbook.md"
-        self._lock: IO[bytes] | None = None
+        self._claim: Claim | None = None
 
     def log(self, event: Event) -> None:
         """Put an event into the ledger, and the ledger into the logbook. OSError: it cannot be written."""
@@ -65,7 +64,12 @@ class RunDirectory:
             refuse_other_model(changed, f"{self.path} belongs to a run of another model")
         with self.explained():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
+            self._claim = Claim(self.path, end_at_once)
+            try:
+                self._claim.take()
+            except ConfigError:
+                self._let_go()  # and leave everything as it is: it is another run's
+                raise
             try:
                 write_partial(self.config, dump_config(config).encode())
             finally:
@@ -78,7 +82,10 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.path} is no run's directory: it has no config.yaml; name the run.directory of a run"
             )
-        with self.explained(), self._locked():
+        with self.explained(), ExitStack() as stack:
+            claim = Claim(self.path, end_at_once)
+            stack.callback(claim.release)
+            claim.take()
             yield
 
     def commit(self, config: Config) -> None:
@@ -94,10 +101,9 @@ class RunDirectory:
 
     def release(self) -> None:
         """Undo :meth:`claim`; in a directory in which no run has begun, nothing is left behind."""
-        if self._lock is None:
+        if self._claim is None:
             return
-        self._lock.close()
-        self._lock = None
+        self._let_go()
         if not self.config.exists():
             for remove in ((self.path / LOCK).unlink, self.checkpoints.rmdir, self.path.rmdir):
                 try:
@@ -105,18 +111,10 @@ class RunDirectory:
                 except OSError:
                     return  # something is in it that is not ours
 
-    def _locked(self) -> IO[bytes]:
-        lock = (self.path / LOCK).open("wb")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except BlockingIOError:
-            raise ConfigError(
-                f"run.directory {str(self.path)!r} is in use by a run that has not ended: "
-                "wait for it, stop it, or choose another directory"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        return lock
+    def _let_go(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from itertools import groupby
 from math import prod
 from typing import TypeAlias
 
-from megatron_stable.data.skip import SkipWindows
+from megatron_stable.data.skip import merged
 from megatron_stable.stability.events import (
     SERIES,
     Divergence,
@@ -97,7 +97,7 @@ def _in_force(events: Iterable[Event]) -> list[Rollback | GaveUp]:
 
 
 def _windows(made: Iterable[Rollback | GaveUp]) -> tuple[tuple[int, int], ...]:
-    return SkipWindows(window for event in made for window in event.windows).windows
+    return merged(window for event in made for window in event.windows)
 
 
 # ---- events that come in numbers ----

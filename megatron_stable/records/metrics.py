@@ -36,3 +36,13 @@ def latest(records: Iterable[Record]) -> list[Record]:
     """The records that are not superseded, in order of steps."""
     by_step = {record["step"]: record for record in records}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def batch_of(record: Record) -> tuple[tuple[int, int], ...] | None:
+    """The samples of a step, [first, end) of each piece of its batch; ``None``: its record does not say."""
+    pieces = record.get("samples")
+    if type(record.get("data_step")) is not int or not isinstance(pieces, list) or not pieces:
+        return None
+    numbers = [number for piece in pieces if isinstance(piece, list) and len(piece) == 2 for number in piece]
+    whole = len(numbers) == 2 * len(pieces) and all(type(number) is int and number >= 0 for number in numbers)
+    return tuple((first, end) for first, end in pieces) if whole else None

@@ -72,7 +72,8 @@ EXAMPLES: tuple[Event, ...] = (
     ),
     types.Rollback(
         step=96, data_step=96, id="5f0c81d2a9e4", by="guard", rule="divergence", onset=80, rollback_to=60,
-        windows=((61, 129),), learning_rate_factor=0.5, reason="attempt 1 of 3: the loss rose by 0.62 nats",
+        windows=((61, 129),), samples=((480, 1032),), learning_rate_factor=0.5,
+        reason="attempt 1 of 3: the loss rose by 0.62 nats",
     ),
     types.GaveUp(
         step=140, data_step=209, id="77b1c3f09ad2", by="guard", rule="divergence", onset=121, rollback_to=60,
@@ -80,6 +81,10 @@ EXAMPLES: tuple[Event, ...] = (
     ),
     types.Undo(step=60, id="5f0c81d2a9e4", by="user"),
     types.LossScaleFloor(step=88, data_step=88, scale=1.0, module="blocks.3", norms={"embedding": 1.5, "head": None}),
+    types.SaveFailed(
+        step=300, consecutive=2,
+        reason="the checkpoint of step 300 could not be written: rank 5: [Errno 28] No space left on device",
+    ),
     types.Stop(step=140, exit_code=3, reason="the loss rose by 0.71 nats since step 121"),
 )  # fmt: skip
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.format import digest, read_manifest
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.config.schema import Config
+from megatron_stable.data import Course
 from megatron_stable.engine.shards import ShardState
 from megatron_stable.optim.partition import LocalShard
 from megatron_stable.parallel.shards import Place
@@ -62,7 +64,7 @@ def synthetic_states(rank: int, ranks: int, value: float, rows: int = ROWS) -> l
 
 def plain_state(step: int) -> RunState:
     """Of a run that has nothing to tell but its step."""
-    return RunState(optimizer_steps=step, data_step=step)
+    return RunState(optimizer_steps=step, course=Course.begin(1))
 
 
 def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = ROWS) -> list[str]:
@@ -78,17 +80,25 @@ def write_checkpoints(folder: str, steps: list[int], keep: int = 9, rows: int = 
         states = synthetic_states(dist.get_rank(), dist.get_world_size(), float(step), rows)
         saver.save(step, states, Layout(tensor=dist.get_world_size()), Config(), plain_state(step))
     saver.wait()
-    dist.barrier()
     return said
 
 
 def choose_step(folder: str) -> tuple[int | None, list[str]]:
-    """On a rank: the step that a resume would take, and what it said."""
+    """On a rank: the step that a resume takes, which is what it reads, and what it said."""
+    import torch.distributed as dist
+
+    from megatron_stable.checkpoint import disk
     from megatron_stable.checkpoint.loader import choose
 
+    disk.DELAYS = (0.01, 0.01)
     said: list[str] = []
-    entry = choose(Path(folder), said.append)
-    return entry.step if entry else None, said
+    states = synthetic_states(dist.get_rank(), dist.get_world_size(), 0.0)
+    found = choose(store.Shelf(Path(folder)), states, said.append)
+    if found is None:
+        return None, said
+    found.fill(states)
+    assert all(state.tensors["weight"].eq(found.step).all() for state in states)
+    return found.step, said
 
 
 def rewrite_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -99,11 +109,21 @@ def rewrite_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) 
     (directory / "manifest.json").write_text(json.dumps({**body, "sha256": digest(body)}))
 
 
+def rewrite_index(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The same with an index, of which the manifest has the checksum."""
+    index = json.loads((directory / "index.json").read_text())
+    change(index)
+    data = json.dumps(index).encode()
+    (directory / "index.json").write_bytes(data)
+    rewrite_manifest(directory, lambda body: body.update(index=hashlib.sha256(data).hexdigest()))
+
+
 def rewrite_file(directory: Path, name: str, data: bytes) -> None:
-    """Replace a file of a checkpoint, and its entry in the manifest."""
+    """Replace a file of a checkpoint, and its entry in the index."""
     (directory / name).write_bytes(data)
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
 
-    def change(body: dict[str, Any]) -> None:
-        body["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    def change(index: dict[str, Any]) -> None:
+        index["files"][name] = {"bytes": len(data), "header": xxh3_128_hexdigest(header)}
 
-    rewrite_manifest(directory, change)
+    rewrite_index(directory, change)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_stable.checkpoint import store
+from megatron_stable.records.ledger import Ledger
+from megatron_stable.stability.events import SaveFailed, Stop
 from tests.checkpoint.stored import plain_state, synthetic_states
 from tests.harness.ranks import Ranks
 from tests.training.runs import layout, metrics, settings, train
@@ -102,3 +104,21 @@ def test_training_goes_on_and_the_end_says_that_nothing_was_saved(
     (disk / "fill").unlink()
     assert ranks.run(2, train, values) == [0, 0]
     assert [entry.step for entry in store.entries(disk / "run/checkpoints")] == [2, 4, 6]
+
+
+def test_saves_that_fail_again_and_again_end_the_run(
+    ranks: Ranks, folder: Path, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the last one allowed, which training waits for, so that no step is made that cannot be kept."""
+    (disk / "fill").write_bytes(bytes(3 * 2**20 - 400_000))
+    values = settings(folder, "disk/run", 20, parallel=layout(tensor=2), checkpoint={"every": 2, "max_failed_saves": 3})
+    assert ranks.run(2, train, values) == [1, 1]
+    printed = capsys.readouterr().out
+    assert "[rank 0] error: the checkpoint of step 6 could not be written" in printed and "Traceback" not in printed
+    assert "like the 2 before it" in printed
+    assert list(metrics(disk / "run")) == list(range(1, 7))
+    events = Ledger(disk / "run/ledger.jsonl").read()
+    failed = [event for event in events if isinstance(event, SaveFailed)]
+    assert [(event.step, event.consecutive) for event in failed] == [(2, 1), (4, 2), (6, 3)]
+    assert "No space left on device" in failed[0].sentence()
+    assert isinstance(events[-1], Stop) and (events[-1].step, events[-1].exit_code) == (6, 1)

@@ -82,12 +82,12 @@ def test_verdict_of_the_checkpoint_of_step_100(now: int, bad: list[int], expecte
 
 def test_rotation_of_real_checkpoints_follows_their_health(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(1, write_checkpoints, str(tmp_path), [10, 20, 30, 40, 50], 9)
-    store.judge_all(tmp_path, now=50, bad=[41], healthy_after=15)
+    store.Shelf(tmp_path).judge(now=50, bad=[41], healthy_after=15)
     found = {entry.step: verdict(entry.directory) for entry in store.entries(tmp_path)}
     assert found == {10: True, 20: True, 30: False, 40: False, 50: None}
     words = [summary(entry, None, verified=False)["health"] for entry in store.entries(tmp_path)]
     assert words == ["healthy", "healthy", "unhealthy", "unhealthy", "not judged yet"]
-    assert store.rotate(tmp_path, Retention(keep=1, rollbacks=(5,))) == [30, 40]
+    assert store.Shelf(tmp_path).rotate(Retention(keep=1, rollbacks=(5,))) == [30, 40]
     assert [entry.step for entry in store.entries(tmp_path)] == [10, 20, 50]
 
 

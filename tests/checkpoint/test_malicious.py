@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ import pytest
 from safetensors.numpy import save as serialized
 
 from megatron_stable.errors import DataError
-from tests.checkpoint.stored import rewrite_file, rewrite_manifest
+from tests.checkpoint.stored import rewrite_file, rewrite_index, rewrite_manifest
 from tests.harness.ranks import Ranks
 from tests.training.runs import ROOT, settings, train, write_data
 
@@ -58,18 +59,23 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def with_header(header: dict[str, Any], rest: bytes) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + rest
 
 
-def change_index(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change what a rank file says about its tensors, with all checksums right."""
-    header, rest = header_of(directory / RANK)
-    index = json.loads(header["__metadata__"]["index"])
-    change(index)
-    header["__metadata__"]["index"] = json.dumps(index)
-    rewrite_file(directory, RANK, with_header(header, rest))
+def change_embedding(directory: Path, **fields: Any) -> None:
+    """Change what the index says of a parameter, with all checksums right."""
+    rewrite_index(directory, lambda index: index["parameters"]["embedding.weight"].update(fields))
+
+
+def whole(numel: int, low: int = 0, high: int = 61) -> list[dict[str, Any]]:
+    """The slices of a parameter that rank 0 has all of."""
+    return [{"low": low, "high": high, "ranks": [0], "cuts": [0, numel]}]
 
 
 def pickled_manifest(directory: Path) -> None:
@@ -92,10 +98,7 @@ def torch_zip_as_rank_file(directory: Path) -> None:
 
 
 def _rename_file(directory: Path, name: str) -> None:
-    def change(body: dict[str, Any]) -> None:
-        body["files"][name] = body["files"].pop(RANK)
-
-    rewrite_manifest(directory, change)
+    rewrite_index(directory, lambda index: index["files"].update({name: index["files"].pop(RANK)}))
 
 
 def path_out_of_the_directory(directory: Path) -> None:
@@ -142,7 +145,7 @@ def manifest_without_checksum(directory: Path) -> None:
 
 
 def state_of_the_wrong_kind(directory: Path) -> None:
-    rewrite_manifest(directory, lambda body: body["state"].update(optimizer_steps=[1], skip_windows=7))
+    rewrite_manifest(directory, lambda body: body["state"].update(optimizer_steps=[1], course=7))
 
 
 def state_with_an_unknown_field(directory: Path) -> None:
@@ -162,19 +165,45 @@ def step_of_the_wrong_kind(directory: Path) -> None:
 
 
 def absurd_shape(directory: Path) -> None:
-    change_index(directory, lambda index: index["embedding.weight"].update(shape=[2**40, 32]))
+    change_embedding(directory, shape=[2**40, 32], slices=whole(2**45, high=2**40))
 
 
 def absurd_slice(directory: Path) -> None:
-    change_index(directory, lambda index: index["embedding.weight"].update(dim=0, low=0, high=2**60))
+    change_embedding(directory, slices=whole(61 * 32, high=2**47))
+
+
+def slices_with_a_gap(directory: Path) -> None:
+    change_embedding(directory, slices=[*whole(30 * 32, high=30), *whole(30 * 32, low=31)])
 
 
 def absurd_piece(directory: Path) -> None:
-    change_index(directory, lambda index: index["embedding.weight"].update(numel=2**40, shape=[2**35, 32]))
+    change_embedding(directory, slices=whole(2**40))
+
+
+def pieces_that_overlap(directory: Path) -> None:
+    change_embedding(directory, slices=[{"low": 0, "high": 61, "ranks": [0, 0, 0], "cuts": [0, 900, 800, 61 * 32]}])
 
 
 def negative_start(directory: Path) -> None:
-    change_index(directory, lambda index: index["embedding.weight"].update(start=-5))
+    change_embedding(directory, slices=[{"low": 0, "high": 61, "ranks": [0, 0], "cuts": [0, -5, 61 * 32]}])
+
+
+def rank_that_has_no_file(directory: Path) -> None:
+    change_embedding(directory, slices=[{"low": 0, "high": 61, "ranks": [7], "cuts": [0, 61 * 32]}])
+
+
+def index_of_nested_lists(directory: Path) -> None:
+    (directory / "index.json").write_text("[" * 10**6)
+    rewrite_manifest(directory, lambda body: body.update(index=_sha256(directory / "index.json")))
+
+
+def index_of_a_list(directory: Path) -> None:
+    (directory / "index.json").write_text("[1]")
+    rewrite_manifest(directory, lambda body: body.update(index=_sha256(directory / "index.json")))
+
+
+def header_of_a_list(directory: Path) -> None:
+    rewrite_file(directory, RANK, struct.pack("<Q", 8) + b"[1, 2]  ")
 
 
 def absurd_tensor(directory: Path) -> None:
@@ -194,11 +223,23 @@ def tensor_of_another_dtype(directory: Path) -> None:
     rewrite_file(directory, RANK, with_header(header, rest))
 
 
+def offsets_beyond_the_file(directory: Path) -> None:
+    header, rest = header_of(directory / RANK)
+    header["embedding.weight:weight"].update(data_offsets=[2**40, 2**40 + 61 * 32 * 4])
+    rewrite_file(directory, RANK, with_header(header, rest))
+
+
 def missing_parameter(directory: Path) -> None:
-    change_index(directory, lambda index: index.pop("embedding.weight"))
+    rewrite_index(directory, lambda index: index["parameters"].pop("embedding.weight"))
 
 
-def no_index(directory: Path) -> None:
+def no_checksums(directory: Path) -> None:
+    header, rest = header_of(directory / RANK)
+    del header["__metadata__"]
+    rewrite_file(directory, RANK, with_header(header, rest))
+
+
+def other_tensors(directory: Path) -> None:
     rewrite_file(directory, RANK, serialized({"embedding.weight": np.zeros(4, np.float32)}))
 
 
@@ -207,8 +248,9 @@ ATTACKS = [
     absolute_path, null_byte_in_a_name, link_to_a_file, link_to_a_directory, pipe_as_manifest, manifest_of_a_terabyte,
     manifest_of_nested_lists, manifest_without_checksum, state_of_the_wrong_kind, state_with_an_unknown_field,
     absurd_state, config_of_the_wrong_kind,
-    step_of_the_wrong_kind, absurd_shape, absurd_slice, absurd_piece, negative_start, absurd_tensor, absurd_header,
-    tensor_of_another_dtype, missing_parameter, no_index,
+    step_of_the_wrong_kind, absurd_shape, absurd_slice, slices_with_a_gap, absurd_piece, pieces_that_overlap,
+    negative_start, rank_that_has_no_file, index_of_nested_lists, index_of_a_list, header_of_a_list, absurd_tensor,
+    absurd_header, tensor_of_another_dtype, offsets_beyond_the_file, missing_parameter, no_checksums, other_tensors,
 ]  # fmt: skip
 
 
@@ -268,6 +310,7 @@ def test_forging_as_these_tests_do_makes_valid_checkpoints(victim: Path) -> None
     """Else the attacks would be refused for their checksums alone."""
     from megatron_stable.checkpoint.model import load_model
 
-    change_index(victim, lambda index: None)
+    rewrite_file(victim, RANK, (victim / RANK).read_bytes())
+    rewrite_index(victim, lambda index: None)
     rewrite_manifest(victim, lambda body: body["state"].update(bad_steps=[1]))
     assert load_model(victim.parents[1])[2] == 1

@@ -27,7 +27,7 @@ def groups_after_resume(values: Values) -> tuple[list[dict[str, Any]], float]:
     trainer.resume()
     assert trainer.step == 5
     groups = [{k: v for k, v in group.items() if k != "params"} for group in trainer.engine.optimizer.param_groups]
-    return groups, float(trainer.engine.deepspeed.gradient_clipping())
+    return groups, trainer.engine.optimizer._clipping.limit
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

@@ -22,7 +22,13 @@ def test_the_ledger_is_told_of_a_repair_that_a_crash_kept_out_of_it(
     directory = RunDirectory(tmp_path)
     recovery = Recovery(Config(), directory, Callbacks(ProgressLine(Config()), Chronicle(directory)))
     repair = Intervention(
-        id="a", time="2026-01-01T00:00:00+00:00", by="guard", rule="divergence", rollback_to=3, windows=((4, 9),)
+        id="a",
+        time="2026-01-01T00:00:00+00:00",
+        by="guard",
+        rule="divergence",
+        rollback_to=3,
+        windows=((4, 9),),
+        samples=((24, 72),),
     )
     recovery.interventions = Interventions((repair,))
     for _ in range(2):

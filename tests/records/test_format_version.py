@@ -19,10 +19,6 @@ from tests.checkpoint.stored import rewrite_manifest, write_checkpoints
 from tests.harness.ranks import Ranks
 from tests.training.runs import settings, train, write_data
 
-NEWER = (
-    f"was written in format 3 by megatron-stable 9.4.0; this is {package_version()}, which reads formats up to 1: "
-    "use megatron-stable 9.4.0 or newer"
-)
 VERBS = {
     "spikes": ["RUN"],
     "skip": ["RUN"],
@@ -32,6 +28,14 @@ VERBS = {
     "generate": ["RUN", "--prompt", "a"],
     "convert": ["RUN", "--output", "RUN-new"],
 }
+
+
+def newer(known: int) -> str:
+    """What is said of format 3 where formats up to ``known`` can be read."""
+    return (
+        f"was written in format 3 by megatron-stable 9.4.0; this is {package_version()}, which reads formats up to "
+        f"{known}: use megatron-stable 9.4.0 or newer"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,7 @@ def test_every_verb_refuses_a_newer_run(
     assert json.loads(before) == {"version": VERSION, "written_by": package_version()}
     (run / FORMAT).write_text('{"version": 3, "written_by": "9.4.0", "more": []}')
     try:
-        assert refused(verb, run, monkeypatch, capsys).endswith(f"{run} {NEWER}")
+        assert refused(verb, run, monkeypatch, capsys).endswith(f"{run} {newer(VERSION)}")
     finally:
         (run / FORMAT).write_text(before)
     assert not (trained / "run-new").exists()
@@ -83,11 +87,11 @@ def test_pretrain_refuses_a_newer_run_and_a_newer_checkpoint(
     manifest = (newest / "manifest.json").read_text()
     (run / FORMAT).write_text('{"version": 3, "written_by": "9.4.0"}')
     assert ranks.run(1, train, values) == [5]
-    assert f"{run} {NEWER}" in capsys.readouterr().out
+    assert f"{run} {newer(VERSION)}" in capsys.readouterr().out
     (run / FORMAT).write_text(before)
     rewrite_manifest(newest, lambda body: body.update(version=3, written_by="9.4.0"))
     assert ranks.run(1, train, values) == [5]
-    assert f"{newest} {NEWER}" in capsys.readouterr().out
+    assert f"{newest} {newer(CHECKPOINT)}" in capsys.readouterr().out
     (newest / "manifest.json").write_text(manifest)
 
 

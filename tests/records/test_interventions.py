@@ -32,6 +32,7 @@ def spoilt(**fields: object) -> bytes:
         (b"\xff", "not JSON"),
         (spoilt(windows=[[5, 3]]), r"0\.windows\.0: skip window \[5, 3\]"),
         (spoilt(windows=[[0, 3]]), r"0\.windows\.0\.0: .*greater than"),
+        (spoilt(windows=[[3, 5]]), r"0: .*1 windows of data steps, but 0 of samples"),
         (spoilt(learning_rate_factor=0), r"0\.learning_rate_factor"),
         (spoilt(what=1), r"0\.what: Extra inputs"),
     ],

@@ -15,7 +15,7 @@ from tests.training.runs import layout, metrics, settings, train, write_data
 
 KEYS = {
     "step", "loss", "z_loss", "grad_norm", "learning_rate", "loss_scale", "tokens", "tokens_per_second", "skipped",
-    "data_step", "loss_score", "grad_norm_score",
+    "data_step", "samples", "loss_score", "grad_norm_score",
 }  # fmt: skip
 TAGS = {
     "train/loss": "loss",
