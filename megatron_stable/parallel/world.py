@@ -1,14 +1,12 @@
-"""Join the world of ranks under any launcher, and end with it when a rank is lost."""
+"""Join the world of ranks under any launcher."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+import resource
 import socket
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -34,11 +32,15 @@ def environment_rank() -> int:
     return next((int(os.environ[rank]) for rank, size, _ in VARIABLES if {rank, size} <= os.environ.keys()), 0)
 
 
-def join_world() -> None:
+def join_world(patience: float = 1800.0) -> None:
     """Initialise torch.distributed and DeepSpeed: NCCL with CUDA, else gloo; a world of one without a launcher.
 
+    Args:
+        patience: Seconds that ranks wait for each other in a collective.
+
     Raises:
-        ConfigError: The launcher started several ranks, but the address of the first is unknown.
+        ConfigError: The launcher started several ranks, but the address of the first is unknown; or, on this rank
+            alone, it has no GPU.
     """
     environment = os.environ
     for rank, size, local in VARIABLES:
@@ -53,13 +55,51 @@ def join_world() -> None:
     environment.setdefault("MASTER_PORT", "29500")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(environment["LOCAL_RANK"]))
+        index = device_index(int(environment["LOCAL_RANK"]), torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        # DeepSpeed takes the rank on this machine for the number of the device, and wants all names of it to agree
+        environment["LOCAL_RANK"] = str(index)
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
+            environment["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+    _allow_open_files()
     with quiet():
         import deepspeed  # takes seconds, so only where ranks really start
 
         # an op that only inference calls, which would be compiled at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(
+            "nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=patience),
+        )
+
+
+def device_index(local_rank: int, devices: int) -> int:
+    """The number of the GPU of a rank, of ``devices`` that its process sees: Slurm can show each just its own.
+
+    Args:
+        local_rank: Among the ranks of its machine.
+
+    Raises:
+        ConfigError: There are several, but not one for each rank.
+    """
+    if devices == 1:
+        return 0
+    if local_rank >= devices:
+        raise ConfigError(
+            f"{socket.gethostname()} has {devices} GPUs for this process and at least {local_rank + 1} ranks: start at "
+            "most as many ranks per machine as it has GPUs, or show each just one (srun --gpus-per-task=1)"
+        )
+    return local_rank
+
+
+def _allow_open_files() -> None:
+    """Let this process have as many open files as it may: rank 0 keeps the store, with two connections per rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextmanager
@@ -88,56 +128,6 @@ def _free_port() -> str:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return str(server.getsockname()[1])
-
-
-class Lifeline:
-    """Ends this process within seconds when a rank is lost, even while it waits for that rank in a collective.
-
-    A thread of each rank waits for a word from the next rank. If that one leaves in order, it says so. If it crashes,
-    or its process dies and the connection breaks, this rank passes the word on and ends, and so on around the ring.
-    Collective.
-    """
-
-    LEAVES, CRASHES = 0.0, 1.0
-    PATIENCE = 1.5  # seconds before following a crashed rank, whose exit code is the one that the launcher should see
-
-    def __init__(self) -> None:
-        self.size, self.rank = dist.get_world_size(), dist.get_rank()
-        self._thread: threading.Thread | None = None
-        if self.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=3650))
-            dist.barrier(self.group)  # connects all pairs, on the main thread
-            self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
-            self._thread.start()
-
-    def _watch(self) -> None:
-        word, neighbour = torch.full((), self.CRASHES), (self.rank + 1) % self.size
-        try:
-            dist.recv(word, src=neighbour, group=self.group)
-        except Exception:
-            if first_to_crash():
-                print(f"error: rank {neighbour} was lost; stopping", file=sys.stderr, flush=True)
-        if word != self.LEAVES:
-            self.crash()
-            time.sleep(self.PATIENCE)
-            os._exit(1)
-
-    def crash(self) -> None:
-        """Take the other ranks along: they end soon."""
-        try:
-            self._say(self.CRASHES)
-        except Exception:
-            return  # that rank is gone already
-
-    def leave(self) -> None:
-        """Leave in order. Collective."""
-        self._say(self.LEAVES)
-        if self._thread is not None:
-            self._thread.join()
-
-    def _say(self, word: float) -> None:
-        if self._thread is not None:
-            dist.send(torch.full((), word), dst=(self.rank - 1) % self.size, group=self.group)
 
 
 def first_to_crash() -> bool:

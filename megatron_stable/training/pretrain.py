@@ -17,7 +17,8 @@ from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, MegatronStableError
 
 if TYPE_CHECKING:
-    from megatron_stable.parallel.agreement import StopSignal
+    from megatron_stable.parallel.lifeline import Lifeline
+    from megatron_stable.training.stop import StopSignal
 
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
 
@@ -33,25 +34,30 @@ def train(config: Config) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import torch.distributed as dist
 
-    from megatron_stable.parallel.agreement import StopSignal
-    from megatron_stable.parallel.world import Lifeline, join_world
+    from megatron_stable.parallel.determinism import make_deterministic
+    from megatron_stable.parallel.lifeline import SLOW, Lifeline
+    from megatron_stable.parallel.world import join_world
+    from megatron_stable.training.stop import StopSignal
 
-    join_world()
-    lifeline = Lifeline()
-    try:
-        _train_in_world(config, StopSignal(), dist.get_rank(), dist.get_world_size())
-    except BaseException as error:
-        if isinstance(error, MegatronStableError) and error.agreed:
-            lifeline.leave()
-            dist.destroy_process_group()
-        else:
-            lifeline.crash()
-        raise
-    lifeline.leave()
+    if config.run.deterministic:
+        make_deterministic()
+    join_world(config.run.patience + 2 * SLOW)  # the lifeline is the first to lose patience
+    lifeline = Lifeline(config.run.patience)
+    with StopSignal(lifeline.stop) as stop:
+        try:
+            _train_in_world(config, stop, lifeline, dist.get_rank(), dist.get_world_size())
+        except BaseException as error:
+            if isinstance(error, MegatronStableError) and error.agreed:
+                lifeline.leave()
+                dist.destroy_process_group()
+            else:
+                lifeline.crash()
+            raise
+        lifeline.leave()
     dist.destroy_process_group()
 
 
-def _train_in_world(config: Config, stop: StopSignal, rank: int, world: int) -> None:
+def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: int, world: int) -> None:
     import torch
 
     from megatron_stable.checkpoint import store
@@ -105,11 +111,8 @@ def _train_in_world(config: Config, stop: StopSignal, rank: int, world: int) -> 
                     if config.logging.tensorboard:
                         callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
                     trainer.recovery.catch_up(trainer.step)
-        signal = trainer.run(stop)
-        if signal:
-            callbacks.message(f"{signal}: stopped after step {trainer.step}, saved; the same command resumes there")
-        else:
-            callbacks.message(f"done: {trainer.step} steps, in {directory.path}")
+        stopped = trainer.run(stop, lifeline)
+        callbacks.message(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
 
 
 def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from megatron_stable.checkpoint import store
 from megatron_stable.config.schema import Config
-from megatron_stable.data import SkipWindows
+from megatron_stable.data import Course
 from megatron_stable.engine.diagnosis import Diagnosis
 from megatron_stable.files import explain_os_errors
 from megatron_stable.parallel.agreement import decided
@@ -37,21 +37,20 @@ class Recovery:
         self.config, self.directory, self.callbacks = config, directory, callbacks
         self.interventions = Interventions()
 
-    def plan(self, trouble: Trouble, skip: SkipWindows, damaged: Collection[int]) -> Intervention | None:
+    def plan(self, trouble: Trouble, course: Course, damaged: Collection[int]) -> Intervention | None:
         """The next repair, the same on all ranks; ``None``: give up. No save may be in progress.
 
         Args:
-            skip: The windows in force.
+            course: Of the run so far.
             damaged: Steps of checkpoints that cannot be used.
         """
         if self.config.guard.mode != "recover":
             return None
-        data_steps = skip.data_step(trouble.onset), skip.data_step(trouble.step)
         fp16 = self.config.precision.dtype == "fp16"
 
         def decide() -> Intervention | None:
             whole = [candidate for candidate in self._candidates() if candidate.step not in damaged]
-            return plan(trouble, whole, data_steps, self.interventions, self.config.guard, fp16)
+            return plan(trouble, whole, course, self.interventions, self.config.guard, fp16)
 
         return decided(decide)
 

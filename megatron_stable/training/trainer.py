@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from math import exp, inf
 from statistics import fmean
 from typing import Any, NoReturn
 
+from megatron_stable.checkpoint import loader
 from megatron_stable.checkpoint.format import stored_config
+from megatron_stable.checkpoint.loader import Found
 from megatron_stable.checkpoint.state import RunState
-from megatron_stable.checkpoint.store import Entry
 from megatron_stable.config.schema import Config
-from megatron_stable.data import SkipWindows, Tokenizer
+from megatron_stable.data import Course, Tokenizer
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.outcome import Outcome, StepMetrics
 from megatron_stable.errors import DivergenceError, LossScaleError, MegatronStableError
 from megatron_stable.numbers import finite
 from megatron_stable.optim.schedule import learning_rate
-from megatron_stable.parallel.agreement import StopSignal, decided, together
+from megatron_stable.parallel.agreement import decided
+from megatron_stable.parallel.lifeline import Lifeline
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.records.callbacks import Callbacks
-from megatron_stable.records.directory import RunDirectory, differences, refuse_other_model
+from megatron_stable.records.directory import RunDirectory, differences
 from megatron_stable.records.interventions import read_interventions
 from megatron_stable.records.metrics import Record
 from megatron_stable.stability.events import LossScaleFloor, Rollback, Stop
@@ -32,8 +35,7 @@ from megatron_stable.training.flops import flops_per_token, peak_flops
 from megatron_stable.training.recovery import FLOOR, Recovery, explain_floor
 from megatron_stable.training.second_opinion import second_opinion
 from megatron_stable.training.source import Source
-
-ANOTHER_ORDER = {"run.seed", "batch.global_size"}  # then earlier steps' batches cannot be had any more
+from megatron_stable.training.stop import Stopped, StopSignal
 
 
 class Trainer:
@@ -61,11 +63,10 @@ class Trainer:
         self.config, self.directory, self.callbacks = config, directory, callbacks
         self.step = 0  # the last one that was trained
         self.source = Source(config, topology, tokenizer)
-        self.engine = Engine(config, topology)
+        self.engine = Engine(config, topology, draw=not loader.any_to_load(directory.checkpoints))
         self.guard = Guard(config.guard, fp16=config.precision.dtype == "fp16")
         self.recovery = Recovery(config, directory, callbacks)
         self.checkpoints = Checkpoints(config, self.engine, directory, callbacks)
-        self._follow(SkipWindows(), 0)
         peak = peak_flops(config.precision.dtype)
         self.peak = peak and peak * topology.world / flops_per_token(config.model)  # tokens/s at full utilisation
 
@@ -79,96 +80,102 @@ class Trainer:
             ConfigError: On all ranks alike: it is of another model.
             DataError: On all ranks alike: it is damaged.
         """
-        entry = self.checkpoints.newest()
+        found = self.checkpoints.newest()
         made = decided(lambda: read_interventions(self.directory.path))
-        if entry is None:
+        if found is None:
             self.recovery.interventions = made or Interventions()
-            self._follow(SkipWindows(), 0)
+            self._follow(self.source.course, 0)
             return {}
-        assert entry.manifest is not None
-        with together():
-            changed = differences(stored_config(entry.directory, entry.manifest), self.config)
-            refuse_other_model(changed, f"{entry.directory} is of another model")
+        changed = differences(stored_config(found.directory, found.manifest), self.config)
         # a checkpoint that was brought here from another run's directory brings them along
-        self.recovery.interventions = made or Interventions(entry.manifest.state.interventions)
-        self._go_to(entry)
+        self.recovery.interventions = made or Interventions(found.manifest.state.interventions)
+        self._go_to(found)
         if "data.train" in changed:
             self.guard.restore(GuardState())
             self.callbacks.message("data.train has changed: the guard's statistics start anew")
-        elif ANOTHER_ORDER & changed.keys():
+        elif "run.seed" in changed:
             self.guard.forget_batches()
-        self.callbacks.message(f"resumed from {entry.directory} (step {self.step})")
+        self.callbacks.message(f"resumed from {found.directory} (step {self.step})")
         return changed
 
-    def run(self, stop: StopSignal) -> str | None:
+    def run(self, stop: StopSignal, lifeline: Lifeline) -> Stopped | None:
         """Train to ``run.steps``.
 
         Args:
             stop: Ends the run early, after the step in progress and a checkpoint.
+            lifeline: Told of what is done, and of what takes long.
 
         Returns:
-            The signal that ended it ("SIGTERM"; "a signal" on a rank that received none), or ``None`` at the end.
+            How a signal ended it, or ``None`` at the end.
 
         Raises:
             DivergenceError, LossScaleError: On all ranks alike: the run cannot go on.
             MegatronStableError: On all ranks alike: the last checkpoint could not be written.
             DataError: On this rank alone: the data is not what it was.
         """
-        config, clock, rewound = self.config, Clock(), False
+        config, clock, rewound, stopped = self.config, Clock(), False, False
         if self.step == 0 and config.guard.mode == "recover":
-            self.save()  # there is always something to go back to
-        stop.ask()
-        stopped = stop.agreed()
+            with lifeline.slow():
+                self.save()  # there is always something to go back to
         while self.step < config.run.steps and not stopped:
             self.step += 1
-            stop.ask()
-            outcome = self._train_step()
-            with clock.paused():
-                trouble = self._review(outcome)
-            stopped = stop.agreed()
+            outcome = self._train_step(stop)
+            lifeline.progress()
+            stop.defer()
+            stopped = outcome.metrics.stop  # nobody evaluates any more: who sent the signal may not wait for long
+            with clock.paused(), lifeline.slow():
+                trouble = self._review(outcome, asks=not stopped)
             ends = stopped or trouble is not None or self.step == config.run.steps
-            evaluates = self._evaluates()
+            evaluates = self._evaluates() and not stopped
             # the first step after a rollback supersedes what was recorded before it
             if self.step % config.logging.every == 0 or evaluates or ends or rewound:
                 record = self._record(outcome, clock)
                 if evaluates:
                     with clock.paused():
-                        record |= self._evaluate()
+                        record |= self._evaluate(lifeline)
                 self.callbacks.record(record)
             rewound = trouble is not None
             if trouble is not None:
-                self._recover(trouble)
+                with lifeline.slow():
+                    self._recover(trouble)
                 self.callbacks.rewind(self.step)
                 clock = Clock()
-            elif self.checkpoints.due(self.step):
-                with clock.paused():
+            elif not stopped and self.checkpoints.due(self.step):
+                with clock.paused(), lifeline.slow():
                     self.save()
-        if self.checkpoints.saved != self.step:
-            self.save()
-        self.checkpoints.saver.finish()
-        return (stop.received or "a signal") if stopped else None
+        return self._finish(stop if stopped else None, lifeline)
+
+    def _finish(self, stop: StopSignal | None, lifeline: Lifeline) -> Stopped | None:
+        """Save the last step, unless a signal ends the run and the configuration says otherwise. Collective."""
+        began = time.monotonic()
+        with lifeline.slow():
+            if self.checkpoints.saved != self.step and (stop is None or self.config.checkpoint.on_signal):
+                self.save()
+            self.checkpoints.saver.finish()
+        return stop.ended(self.step, self.checkpoints.saved, time.monotonic() - began) if stop else None
 
     @property
     def rate(self) -> float:
         """The learning rate of the step."""
         return learning_rate(self.config, self.step) * self.recovery.interventions.learning_rate_factor
 
-    def _train_step(self) -> Outcome[Judgement]:
+    def _train_step(self, stop: StopSignal) -> Outcome[Judgement]:
         step = self.step
 
         def approve(metrics: StepMetrics) -> Judgement:
             return self.guard.judge(step, metrics.loss, metrics.grad_norm, metrics.skipped)
 
-        self.engine.faults.begin(self.source.data_step(step))
-        return self.engine.train_step(step, self.source.step(step), self.rate, approve)
+        self.engine.faults.begin(self.source.course.data_step(step))
+        return self.engine.train_step(step, self.source.step(step), self.rate, approve, stop.wished)
 
-    def _review(self, outcome: Outcome[Judgement]) -> Trouble | None:
-        """Put on record what a step's outcome says, ask a second opinion where one is wanted; what to recover from."""
+    def _review(self, outcome: Outcome[Judgement], asks: bool) -> Trouble | None:
+        """Put on record what a step's outcome says, ask a second opinion where one is wanted; what to recover from.
+        Unless it ``asks``, the guard puts its question again later."""
         judgement = outcome.judgement
         assert judgement is not None
         self._tell(judgement)
         trouble, bad = judgement.trouble, judgement.bad
-        if judgement.question is not None and trouble is None:
+        if asks and judgement.question is not None and trouble is None:
             opinion = second_opinion(judgement.question, self.engine, self.source, self.checkpoints)
             old, recent = ([batch.step for batch in part] for part in (opinion.question.old, opinion.question.recent))
             heard = self.guard.hear(self.step, opinion, self.source.grown(old, recent))
@@ -179,11 +186,11 @@ class Trainer:
 
     def _tell(self, judgement: Judgement) -> None:
         for event in judgement.events:
-            self.callbacks.event(event.model_copy(update={"data_step": self.source.data_step(self.step)}))
+            self.callbacks.event(event.model_copy(update={"data_step": self.source.course.data_step(self.step)}))
 
     def _floor(self) -> Trouble:
         """The loss scale can fall no lower: see where the step goes wrong."""
-        step, data_step, scale = self.step, self.source.data_step(self.step), self.config.precision.min_scale
+        step, data_step, scale = self.step, self.source.course.data_step(self.step), self.config.precision.min_scale
         diagnosis = self.engine.diagnose(step, lambda: self.source.step(step))
         found = {"module": diagnosis.module, "norms": diagnosis.norms}
         self.callbacks.event(LossScaleFloor(step=step, data_step=data_step, scale=scale, **found))
@@ -199,11 +206,11 @@ class Trainer:
         self.checkpoints.saver.wait()
         self.checkpoints.judge(self.step)
         damaged: set[int] = set()
-        while (repair := self.recovery.plan(trouble, self.source.skip, damaged)) is not None:
-            entry = self.checkpoints.newest(at_most=repair.rollback_to)
-            if entry is not None and entry.step == repair.rollback_to:
+        while (repair := self.recovery.plan(trouble, self.source.course, damaged)) is not None:
+            found = self.checkpoints.of(repair.rollback_to)
+            if found is not None:
                 self.recovery.commit(Rollback.of(repair, self.step), repair)
-                self._go_to(entry)
+                self._go_to(found)
                 return
             damaged.add(repair.rollback_to)
         self._end(trouble)
@@ -234,28 +241,30 @@ class Trainer:
         """Judge the earlier checkpoints, and start writing one of the last step. Collective."""
         state = RunState(
             **self.engine.state(),
-            skip_windows=self.source.skip.windows,
-            data_step=self.source.data_step(self.step),
+            course=self.source.course,
             bad_steps=tuple(self.checkpoints.bad_steps),
             interventions=self.recovery.interventions.items,
             guard=self.guard.state(),
         )
         self.checkpoints.save(self.step, state)
 
-    def _go_to(self, entry: Entry) -> None:
+    def _go_to(self, found: Found) -> None:
         """Make the run what a checkpoint says it was, but for the interventions made since. Collective."""
-        state = self.checkpoints.load(entry, self.recovery.interventions)
+        state = self.checkpoints.load(found, self.recovery.interventions)
         self.guard.restore(state.guard)
-        self.step = entry.step
-        self._follow(SkipWindows(state.skip_windows), state.data_step)
+        self.step = found.step
+        self._follow(state.course, found.step)
 
-    def _follow(self, trained: SkipWindows, position: int) -> None:
-        """Do what the configuration and the interventions say from data step ``position`` on."""
-        self.source.follow(trained, position, self.recovery.interventions)
+    def _follow(self, course: Course, step: int) -> None:
+        """Do what the configuration and the interventions say from behind a step of a course."""
+        self.source.follow(course, step, self.recovery.interventions)
+        if self.source.course.eras[-1].step == step:
+            self.guard.forget_batches()  # the engine evaluates batches of today's size alone
         self.engine.set_clip_factor(self.recovery.interventions.clip_factor)
 
     def _record(self, outcome: Outcome[Judgement], clock: Clock) -> Record:
         metrics, judgement, tokens = outcome.metrics, outcome.judgement, self.config.tokens_per_step
+        course = self.source.course
         steps_per_second = clock.lap(self.step)
         speed = steps_per_second and steps_per_second * tokens
         record: Record = {
@@ -265,10 +274,11 @@ class Trainer:
             "grad_norm": finite(metrics.grad_norm),
             "learning_rate": self.rate,
             "loss_scale": metrics.loss_scale,
-            "tokens": self.step * tokens,
+            "tokens": course.trained(self.step) * self.config.model.sequence_length,
             "tokens_per_second": speed,
             "skipped": metrics.skipped,
-            "data_step": self.source.data_step(self.step),
+            "data_step": course.data_step(self.step),
+            "samples": [[piece.start, piece.stop] for piece in course.samples(self.step)],
         }
         if judgement is not None:
             record |= {f"{name}_score": finite(score) for name, score in judgement.scores.items()}
@@ -282,7 +292,7 @@ class Trainer:
         last = self.step == self.config.run.steps
         return self.source.validates and (last or self.step % self.config.evaluation.every == 0)
 
-    def _evaluate(self) -> Record:
-        loss = fmean(self.engine.evaluate(self.source.validation()))
+    def _evaluate(self, lifeline: Lifeline) -> Record:
+        loss = fmean(self.engine.evaluate(lifeline.each(self.source.validation())))
         perplexity = exp(loss) if loss < 700 else inf  # the largest that a float64 holds
         return {"validation_loss": finite(loss), "validation_perplexity": finite(perplexity)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Batches, open_dataset
+from megatron_stable.data import Batches, Course, open_dataset
 from megatron_stable.data.indexed import dataset_paths
 from tests.training.runs import VOCAB, Values, settings, train
 
@@ -61,7 +61,7 @@ def poison(values: Values, data_steps: range) -> None:
     config = Config.model_validate(values)
     assert isinstance(config.data.train, str)
     dataset = open_dataset(config.data.train, config.model.sequence_length, config.run.seed)
-    batches = Batches(dataset, config.batch.global_size, config.batch.micro_size)
+    batches = Batches(dataset, Course.begin(config.batch.global_size), config.batch.micro_size)
     tokens = np.memmap(dataset_paths(Path(config.data.train))[0], dtype=np.uint16, mode="r+")
     length, drawn = config.model.sequence_length, np.random.default_rng(0)
     for step in data_steps:

@@ -136,14 +136,14 @@ def check(ranks: Ranks, folder: Path, name: str, kind: str) -> None:
     assert all(first[step] for step in (18, 22, 23, 24)), "a large gradient is clipped, not dropped"
     records = metrics(values["run"]["directory"])
     assert list(records) == sorted(records) and len(records) == STEPS
-    skipped = sum(last - first + 1 for first, last in merged(made))
+    skipped = sum(last - first + 1 for first, last in skipped_in(made))
     assert records[STEPS]["data_step"] == STEPS + skipped
 
 
-def merged(made: list[dict[str, Any]]) -> list[list[int]]:
-    from megatron_stable.data.skip import SkipWindows
+def skipped_in(made: list[dict[str, Any]]) -> tuple[tuple[int, int], ...]:
+    from megatron_stable.data.skip import merged
 
-    return SkipWindows(window for item in made for window in item["windows"]).to_list()
+    return merged(window for item in made for window in item["windows"])
 
 
 FLOOR = "loss scale at its floor"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Batches, open_dataset
+from megatron_stable.data import Batches, Course, open_dataset
 from megatron_stable.data.indexed import dataset_paths
 from tests.checkpoint.stored import equal
 from tests.harness.ranks import Ranks
@@ -69,7 +69,7 @@ def spoil(values: Values) -> None:
     config = Config.model_validate(values)
     assert isinstance(config.data.train, str)
     dataset = open_dataset(config.data.train, config.model.sequence_length, config.run.seed)
-    batches = Batches(dataset, config.batch.global_size, config.batch.micro_size)
+    batches = Batches(dataset, Course.begin(config.batch.global_size), config.batch.micro_size)
     tokens, drawn = np.memmap(dataset_paths(Path(config.data.train))[0], np.uint16, "r+"), np.random.default_rng(0)
     length = config.model.sequence_length
     for step in range(CHANGE, STEPS + 30):

@@ -1,0 +1,131 @@
+"""What ranks say of themselves every few seconds, and what rank 0 makes of it. Decisions, by a clock that is given.
+
+A rank whose beats cease is *silent*: its machine is down or cut off, or its process was stopped. A rank that beats but
+gets nothing done is *still*; then all soon are, as they wait for each other in collectives, and their stacks tell which
+one the others wait for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from traceback import extract_stack, format_list
+from types import FrameType
+from typing import NamedTuple
+
+LEFT = -1  # the number of a rank that has left in order
+DEPTH = 16  # frames of a stack that are told
+WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/megatron_stable/parallel/lifeline.py")
+NAMED = 4  # ranks that are named with their hosts, at most
+GO, STACKS, END = "go", "stacks", "end"  # rank 0's words
+
+
+class Beat(NamedTuple):
+    """A rank's word on itself.
+
+    Attributes:
+        number: Of the beat.
+        progress: Of what its main thread has done: steps, batches, saves.
+        allowance: Seconds that what it does now may take.
+        stack: Where its main thread is; empty unless that was asked for.
+        waits: Whether that is in a collective.
+    """
+
+    number: int
+    progress: int
+    allowance: float
+    stack: str = ""
+    waits: bool = False
+
+    def encode(self) -> str:
+        """As it is sent."""
+        return json.dumps(self)
+
+    @classmethod
+    def decode(cls, sent: bytes) -> Beat:
+        """What :meth:`encode` made."""
+        return cls(*json.loads(sent))
+
+
+def stack_of(frame: FrameType) -> tuple[str, bool]:
+    """(the innermost frames as text, whether they wait in a collective)."""
+    frames = extract_stack(frame, DEPTH)
+    return "".join(format_list(frames)), any(mark in each.filename for each in frames[-4:] for mark in WAITING)
+
+
+class Judge:
+    """Rank 0's eye on all ranks.
+
+    Args:
+        patience: Seconds without a beat after which a rank is silent.
+        answer: Seconds in which ranks answer when they are asked for their stacks.
+        now: Seconds, of the clock by which it is called.
+    """
+
+    def __init__(self, ranks: int, patience: float, answer: float, now: float) -> None:
+        self.patience, self.answer = patience, answer
+        self.beats = [Beat(0, 0, patience)] * ranks
+        self._beaten, self._moved = [now] * ranks, [now] * ranks
+        self._asked: float | None = None
+        self._stood = 0.0  # seconds without anything done, of the rank that stands longest
+
+    def see(self, now: float, beats: Sequence[Beat]) -> str:
+        """What to say to all ranks: go on, give your stacks, or end."""
+        for rank, (before, beat) in enumerate(zip(self.beats, beats, strict=True)):
+            if beat.number != before.number:
+                self._beaten[rank] = now
+            if beat.progress != before.progress:
+                self._moved[rank] = now
+        self.beats = [*beats]
+        stood = (now - since for since, beat in zip(self._moved, beats, strict=True) if beat.number != LEFT)
+        self._stood = max(stood, default=0.0)
+        if not self._trouble(now):
+            self._asked = None
+            return GO
+        if self._asked is None:
+            self._asked = now
+        return END if now - self._asked > self.answer or not self._unheard() else STACKS
+
+    def verdict(self, host: Callable[[int], str]) -> str:
+        """Why the run ends, and where every rank stands. The first line is the reason."""
+        ranks = range(len(self.beats))
+        silent = self._unheard()
+        stuck = [rank for rank in ranks if self.beats[rank].stack and not self.beats[rank].waits]
+        if silent:
+            reason = f"{_named(silent, host)} fell silent {self.patience:g} s ago (down, cut off, or stopped)"
+        elif 0 < len(stuck) < len(self.beats):
+            reason = f"no progress for {self._stood:.0f} s: {_named(stuck, host)}, for whom others wait in a collective"
+        else:
+            reason = f"no progress for {self._stood:.0f} s, and no rank stands out: a GPU or the network hangs"
+        told = [f"error: {reason}; stopping"]
+        by_stack: dict[str, list[int]] = {}
+        for rank in ranks:
+            if stack := self.beats[rank].stack:
+                by_stack.setdefault(stack, []).append(rank)
+        told += [f"{spans(together)}:\n{stack.rstrip()}" for stack, together in by_stack.items()]
+        return "\n".join(told)
+
+    def _trouble(self, now: float) -> bool:
+        return any(
+            now - self._beaten[rank] > self.patience or now - self._moved[rank] > beat.allowance
+            for rank, beat in enumerate(self.beats)
+            if beat.number != LEFT
+        )
+
+    def _unheard(self) -> list[int]:
+        """Ranks without a word on where they are."""
+        return [rank for rank, beat in enumerate(self.beats) if beat.number != LEFT and not beat.stack]
+
+
+def spans(ranks: Iterable[int]) -> str:
+    """Rising numbers of ranks in words: "ranks 0-6, 8"."""
+    ranks = [*ranks]
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"rank{'s' * (len(ranks) > 1)} {text}"
+
+
+def _named(ranks: Sequence[int], host: Callable[[int], str]) -> str:
+    first = ", ".join(f"rank {rank} on {host(rank)}" for rank in ranks[:NAMED])
+    return first + (f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else "")

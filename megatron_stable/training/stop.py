@@ -1,0 +1,103 @@
+"""SIGTERM and SIGINT as a wish to stop: after the step in progress, or at once while there is nothing to save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+from typing_extensions import Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NEAR = 20.0  # seconds from a signal to the end of the save; launchers kill after 30
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a signal ended a run.
+
+    Attributes:
+        signal: Its name.
+        step: The last that was trained.
+        saved: The step that the same command goes on from.
+        seconds: That saving took.
+        since_signal: Seconds from the signal to the end of the save.
+    """
+
+    signal: str
+    step: int
+    saved: int
+    seconds: float
+    since_signal: float
+
+    def __str__(self) -> str:
+        """For the user."""
+        if self.saved < self.step:
+            left = f"{self.signal}: stopped after step {self.step}, without saving (checkpoint.on_signal false)"
+            return f"{left}; the same command goes on from step {self.saved}"
+        done = f"{self.signal}: stopped after step {self.step}, saved in {self.seconds:.1f} s"
+        near = ""
+        if self.since_signal > NEAR:
+            near = (
+                f"warning: the signal came {self.since_signal:.0f} s before the save was complete; many launchers kill "
+                "after 30 s: have them wait longer (docs/training.md, Signals)\n"
+            )
+        return f"{near}{done}; the same command resumes there"
+
+
+class StopSignal:
+    """The signals of this process, within a ``with``.
+
+    Before :meth:`defer` they are acted on at once, whatever the main thread waits for; after it, all ranks learn of
+    them with the metrics of a step, whose reduction carries :meth:`wished`.
+
+    Args:
+        early: Called, from a thread, with the number of a signal that comes before; ends the process.
+    """
+
+    def __init__(self, early: Callable[[int], None]) -> None:
+        self.received: str | None = None
+        self.since = 0.0  # when it was received, monotonic
+        self._early, self._deferred = early, False
+
+    def __enter__(self) -> Self:
+        mailbox, self._slot = os.pipe()
+        os.set_blocking(self._slot, False)
+        threading.Thread(target=self._take, args=(mailbox,), name="signals", daemon=True).start()
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # written to by the handler in C, while Python's waits until the main thread comes back from a collective
+        self._slot_before = signal.set_wakeup_fd(self._slot, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(self._slot_before)
+        os.close(self._slot)
+
+    def defer(self) -> None:
+        """From now on a signal waits for the end of a step."""
+        self._deferred = True
+
+    def wished(self) -> bool:
+        """Whether this rank received a signal."""
+        return self.received is not None
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self.since = signal.Signals(number).name, time.monotonic()
+
+    def _take(self, mailbox: int) -> None:
+        while number := os.read(mailbox, 1):
+            if number[0] in SIGNALS and not self._deferred:
+                self._early(number[0])
+        os.close(mailbox)
+
+    def ended(self, step: int, saved: int, seconds: float) -> Stopped:
+        """How the run ended by it, ``seconds`` after it had stopped; of a signal of other ranks these know more."""
+        since = time.monotonic() - self.since if self.received else seconds
+        return Stopped(self.received or "a signal", step, saved, seconds, since)
