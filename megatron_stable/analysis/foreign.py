@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_stable.data.skip import SkipWindows
+from megatron_stable.data.skip import merged
 
 Windows = Sequence[tuple[int, int]]
 NONE = "has no flag for it"
@@ -41,7 +41,7 @@ def flags(windows: Windows, rollback_to: int) -> list[TrainerFlags]:
     Raises:
         ConfigError: A window is none.
     """
-    ahead = [(max(a, rollback_to + 1), b) for a, b in SkipWindows(windows).windows if b > rollback_to]
+    ahead = [(max(a, rollback_to + 1), b) for a, b in merged(windows) if b > rollback_to]
     if not ahead:
         return []
     moved = [f"{a}-{b}" for a, b in _in_updates(ahead)]

@@ -16,7 +16,7 @@ from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Batches, Location, Samples, Tokenizer, check_tokenizer, open_dataset
+from megatron_stable.data import Location, Samples, Tokenizer, check_tokenizer, open_dataset
 from megatron_stable.data.check import check_ids
 from megatron_stable.errors import DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
@@ -134,7 +134,7 @@ def inspect(
 
     Args:
         run: The run's directory.
-        step: The optimizer step; the run's record, or its skip windows, say which data step it was.
+        step: The optimizer step; the run's record, or its newest checkpoint, says which samples it trained on.
         data_step: The data step, instead.
         checkpoints: Steps of those to ask: one from before the step in question says whether a rise is in the data.
         excerpt: Characters of text to show of each document.
@@ -158,17 +158,16 @@ def inspect(
     if decoder is not None:
         check_tokenizer(dataset, decoder)
     posed = _posed(run, today, config, position) if checkpoints else None
-    others = posed.data_steps.values() if isinstance(posed, Posed) else ()
-    places = list(dict.fromkeys((position.data_step, *others)))
-    batches = Batches(dataset, config.batch.global_size, 1)
-    numbers = [batches.samples(place) for place in places]
+    others = posed.samples.values() if isinstance(posed, Posed) else ()
+    places = list(dict.fromkeys((position.samples, *others)))
+    numbers = [[k for first, end in place for k in range(first, end)] for place in places]
     where = [[dataset.locate(k) for k in batch] for batch in numbers]
-    found = [_measure(run, chosen, where, tokenizer, progress) for chosen in checkpoints]  # each [batch, n, s]
+    found = [_measure(run, chosen, where, tokenizer, progress) for chosen in checkpoints]  # each of [n, s]
     samples = _samples(numbers[0], where[0], [nll[0] for nll in found], decoder, excerpt)
     opinion: Heard | str | None
     if isinstance(posed, Posed):
-        means = [dict(zip(places, nll.mean((1, 2)).tolist(), strict=True)) for nll in found]
-        said = [answer(posed.question, [mean[place] for place in posed.data_steps.values()]) for mean in means]
+        means = [{place: float(nll.mean()) for place, nll in zip(places, each, strict=True)} for each in found]
+        said = [answer(posed.question, [mean[place] for place in posed.samples.values()]) for mean in means]
         opinion = hear(posed.question, dict(zip(checkpoints, said, strict=True)))
     else:
         opinion = posed
@@ -220,7 +219,7 @@ def _open_tokenizer(run: str | Path, config: Config, given: str | Path | None) -
 def _posed(run: str | Path, today: Config, config: Config, position: Position) -> Posed | str:
     """The question about a step that had this configuration; or why there is none."""
     posed = pose(list(read_metrics(RunDirectory(run).metrics)), position.record)
-    if isinstance(posed, Posed) and as_it_was(run, today, min(posed.data_steps))[0] != config:
+    if isinstance(posed, Posed) and as_it_was(run, today, min(posed.samples))[0] != config:
         return "shortly before, batches were still put together in another way"
     return posed
 
@@ -244,8 +243,8 @@ def _measure(
     batches: list[list[Location]],
     tokenizer: str | Path | None,
     progress: Callable[[int, int, int], None] | None,
-) -> np.ndarray:
-    """Cross-entropy of each token of some batches under a checkpoint, nats ``[batch, n, s]``."""
+) -> list[np.ndarray]:
+    """Cross-entropy of each token of some batches under a checkpoint, nats ``[n, s]`` of each."""
     trained = open_run(run, step, tokenizer)
     vocab_size, size = trained.config.model.vocab_size, trained.config.batch.micro_size
     assert vocab_size is not None
@@ -261,7 +260,7 @@ def _measure(
         rows.append(token_losses(trained, np.stack(samples)))
         if progress:
             progress(step, min(first + size, len(where)), len(where))
-    return np.stack(np.split(np.concatenate(rows), len(batches)))
+    return np.split(np.concatenate(rows), np.cumsum([len(batch) for batch in batches])[:-1])
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from megatron_stable.numbers import finite
-from megatron_stable.records.metrics import Record, latest
+from megatron_stable.records.metrics import Record, batch_of, latest
 from megatron_stable.stability.opinion import (
     APART,
     BATCHES,
@@ -32,11 +32,11 @@ class Posed(NamedTuple):
 
     Attributes:
         question: Its onset is the step in question.
-        data_steps: Of each of its steps.
+        samples: Of each of its steps: [first, end) of each piece of its batch.
     """
 
     question: Question
-    data_steps: dict[int, int]
+    samples: dict[int, tuple[tuple[int, int], ...]]
 
 
 class Heard(NamedTuple):
@@ -104,9 +104,9 @@ def pose(lines: Sequence[Record], record: Record | None) -> Posed | str:
         if line["step"] <= recent[-1].step or not (level + loss) / 2 <= _loss(line) < inf:
             break
         recent.append(Recorded(line["step"], _loss(line)))
-    data_steps = {line["step"]: line["data_step"] for line in (*known, *lines[at : at + len(recent)])}
+    samples = {line["step"]: batch_of(line) or () for line in (*known, *lines[at : at + len(recent)])}
     question = Question(onset, old, tuple(recent))
-    return Posed(question, {step: data_steps[step] for step in question.steps})
+    return Posed(question, {step: samples[step] for step in question.steps})
 
 
 def hear(question: Question, answers: Mapping[int, Answer]) -> Heard:
@@ -124,6 +124,6 @@ def hear(question: Question, answers: Mapping[int, Answer]) -> Heard:
 
 def _loss(record: Record) -> float:
     """Infinite if it was not finite; NaN if it, or whose it was, is not recorded."""
-    if not {"loss", "data_step"} <= record.keys():
+    if "loss" not in record or batch_of(record) is None:
         return nan
     return inf if record["loss"] is None else float(record["loss"])

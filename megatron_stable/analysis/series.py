@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_stable.analysis.event_files import EventFile, Scalars
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.records.directory import require_known_format
-from megatron_stable.records.metrics import read_metrics
+from megatron_stable.records.metrics import batch_of, read_metrics
 
 METRICS = "metrics.jsonl"
 # what trainers call the training loss and the norm of the whole gradient, in the order in which they are looked for
@@ -38,6 +38,7 @@ class Series:
         steps: int64 ``[n]``, strictly increasing.
         values: float64 ``[n]``; NaN or an infinity where the value was not finite.
         data_steps: int64 ``[n]``, the position in the data order at each step, if the run recorded it.
+        samples: int64 ``[n, 2]``, the first sample of each step and the one behind its last; -1 where not recorded.
         notes: What a user should know about how it was read.
     """
 
@@ -45,14 +46,27 @@ class Series:
     steps: NDArray[np.int64]
     values: NDArray[np.float64]
     data_steps: NDArray[np.int64] | None = None
+    samples: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
 
     def data_step(self, step: int) -> int | None:
         """The data step of a step; of one that was not recorded, counted from the next that was."""
         if self.data_steps is None:
             return None
-        at = min(int(np.searchsorted(self.steps, step)), len(self.steps) - 1)
+        at = self._recorded(step)
         return int(self.data_steps[at] + step - self.steps[at])
+
+    def batch(self, step: int) -> tuple[int, int] | None:
+        """The samples of a step, as [first, end); of one that was not recorded, counted from the next that was."""
+        at = self._recorded(step)
+        if self.samples is None or (self.samples[at] < 0).any():
+            return None
+        first, end = self.samples[at].tolist()
+        off = (step - int(self.steps[at])) * (end - first)
+        return first + off, end + off
+
+    def _recorded(self, step: int) -> int:
+        return min(int(np.searchsorted(self.steps, step)), len(self.steps) - 1)
 
 
 def read_series(path: Path, tag: str | None = None, known: Sequence[str] = LOSSES) -> Series:
@@ -89,14 +103,17 @@ def is_gradient_norm(name: str) -> bool:
 
 def _read_metrics(path: Path, tag: str | None, known: Sequence[str]) -> Series:
     key = tag if tag is not None else next(name for name in ("loss", "grad_norm") if name in known)
-    rows: list[tuple[int, float, int]] = []
+    rows: list[tuple[int, float, int, tuple[int, int]]] = []
     keys, broken = set[str](), list[int]()
     for record in read_metrics(path, broken):
         step: int = record["step"]
         try:
             if key in record:
                 value = record[key]
-                rows.append((step, np.nan if value is None else float(value), int(record.get("data_step", step))))
+                batch = batch_of(record)
+                span = (batch[0][0], batch[-1][1]) if batch else (-1, -1)
+                number = np.nan if value is None else float(value)
+                rows.append((step, number, int(record.get("data_step", step)), span))
             keys |= record.keys()
         except (TypeError, ValueError):
             broken.append(step)
@@ -104,13 +121,13 @@ def _read_metrics(path: Path, tag: str | None, known: Sequence[str]) -> Series:
         raise DataError(f"{path} holds no step yet: there is nothing to search")
     if not rows:
         raise ConfigError(f"{path} has no {key!r}{_instead(key, keys)}")
-    steps, values, data_steps = (
+    steps, values, data_steps, samples = (
         np.array(column, dtype)
-        for column, dtype in zip(zip(*rows, strict=True), (np.int64, float, np.int64), strict=True)
+        for column, dtype in zip(zip(*rows, strict=True), (np.int64, float, np.int64, np.int64), strict=True)
     )
     kept = _kept(steps)
     notes = (f"{path}: {len(broken)} lines are no whole records of numbers and were left out",) if broken else ()
-    return Series(key, steps[kept], values[kept], data_steps[kept], notes)
+    return Series(key, steps[kept], values[kept], data_steps[kept], samples[kept], notes)
 
 
 def _read_events(path: Path, tag: str | None, known: Sequence[str]) -> Series:

@@ -95,11 +95,11 @@ def _names(found: Inspection) -> dict[str, str]:
 
 
 def _print_position(found: Inspection, names: dict[str, str], console: Console) -> None:
-    step, data_step, record, notes = found.position
+    step, data_step, pieces, record, notes, _ = found.position
     where = f"step {step}, data step {data_step}" if step is not None else f"data step {data_step}"
     tokens = sum(document.tokens for sample in found.samples for document in sample.documents)
-    first, last = found.samples[0].number, found.samples[-1].number
-    console.print(f"{where}: samples {first} to {last}, {tokens:,} tokens of {', '.join(names)}")
+    numbers = ", ".join(f"{first} to {end - 1}" for first, end in pieces)
+    console.print(f"{where}: samples {numbers}, {tokens:,} tokens of {', '.join(names)}")
     if record is not None:
         loss, norm = (_number(record.get(key), ".4f") for key in ("loss", "grad_norm"))
         console.print(f"recorded then: loss {loss}, gradient norm {norm}")
@@ -174,8 +174,8 @@ def _print_opinion(heard: Heard, position: Position, run: Path, console: Console
     elif heard.healthy is None and heard.verdict != "data":
         console.print(f"A checkpoint from before step {question.onset} makes it more certain: --checkpoint STEP.")
     if heard.verdict == "data":
-        place = position.data_step
-        console.print(f"To skip these data: megatron-stable skip {run} --from-step {place} --to-step {place}")
+        first, last = position.data_steps
+        console.print(f"To skip these data: megatron-stable skip {run} --from-step {first} --to-step {last}")
     if heard.verdict == "state":
         console.print(
             "Rolling back to a checkpoint before the rise helps. So may a lower learning rate, or skipping the data,\n"

@@ -165,6 +165,14 @@ def _batch(config: Config, world_size: int | None) -> list[Problem]:
 def _optimization(config: Config) -> list[Problem]:
     precision = config.precision
     found = [*_schedule(config), *_decay(config), *_optimizer(config), *_parametrization(config)]
+    if precision.reduce_dtype not in ("fp32", precision.dtype):
+        found.append(
+            Problem(
+                ("precision.reduce_dtype", "precision.dtype"),
+                f"precision.reduce_dtype {precision.reduce_dtype} with precision.dtype {precision.dtype}: gradients "
+                "are summed in fp32 or in the dtype of the model",
+            )
+        )
     if precision.dtype == "fp16" and 2**precision.initial_scale_power < precision.min_scale:
         found.append(
             Problem(

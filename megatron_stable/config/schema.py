@@ -40,6 +40,13 @@ class RunConfig(Section):
     """Optimizer steps to train, in all."""
     seed: int = Field(1234, ge=0)
     """Seed of initialisation, data order and dropout."""
+    patience: int = Field(300, ge=1)
+    """With several ranks: seconds that one may be silent, or get nothing done, before the run ends with its name. Must
+    be longer than the slowest step, batch of an evaluation, or compilation; starting up, and reading and writing
+    checkpoints, may take longer by themselves."""
+    deterministic: bool = False
+    """On a GPU: the same bits each time, from kernels that add in a fixed order; slower. A kernel that cannot ends the
+    run. On a CPU it is so anyway."""
 
 
 class ModelConfig(Section):
@@ -183,6 +190,8 @@ class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of weights and activations in forward and backward.
     Masters, moments and gradient accumulation are fp32."""
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """In what gradients are summed over replicas. ``dtype`` instead of fp32 halves what is sent and rounds sums."""
     initial_scale_power: int = Field(16, ge=0, le=32)
     """fp16: the first loss scale is 2 to this power."""
     scale_window: int = Field(1000, ge=1)
@@ -208,8 +217,9 @@ class DataConfig(Section):
     validation: str | Blend | None = None
     """Prefix of the validation .bin/.idx, or a blend; null: no evaluation."""
     skip: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
-    """Windows of data steps that are not trained on, [first, last], inclusive and counted from 1; the guard and
-    `megatron-stable skip` add others, which are kept in the run's interventions.json."""
+    """Windows of data steps that are not trained on, [first, last], inclusive and counted from 1 as the run counts
+    them when it first sees the window, which then stands for the same samples whatever becomes of the batch size; the
+    guard and `megatron-stable skip` add others, which are kept in the run's interventions.json."""
 
 
 class OptimizerConfig(Section):
@@ -339,6 +349,10 @@ class CheckpointConfig(Section):
     healthy_after: int = Field(50, ge=1)
     """A checkpoint is healthy once so many further steps have passed without a spike of the loss, a dropped update or a
     loss that is not finite."""
+    on_signal: bool = True
+    """Save when SIGTERM or Ctrl-C ends the run; false: leave at once, and repeat the steps since the last one."""
+    max_failed_saves: int = Field(3, ge=2)
+    """So many saves in a row that fail end the run, with exit code 1; training waits for the last of them."""
 
 
 class LoggingConfig(Section):

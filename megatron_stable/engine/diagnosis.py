@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_stable.parallel.parameters import place
+from megatron_stable.parallel.parameters import is_partial, place
 from megatron_stable.parallel.topology import Topology
 
 Found = list[tuple[str, Tensor]]  # by name, in order of computation
@@ -42,7 +42,7 @@ def diagnose(module: nn.Module, topology: Topology, replay: Callable[[], object]
     gradients: Found = []
     handles = [
         *(m.register_forward_hook(_look(name, outputs)) for m in module.modules() if (name := _name(m))),
-        *(w.register_hook(_measure(place(w).name, gradients)) for w in module.parameters()),
+        *(w.register_hook(_measure(w, gradients, topology)) for w in module.parameters()),
     ]
     try:
         replay()
@@ -103,8 +103,11 @@ def _look(name: str, found: Found) -> Callable[..., None]:
     return hook
 
 
-def _measure(name: str, found: Found) -> Callable[[Tensor], None]:
+def _measure(weight: nn.Parameter, found: Found, topology: Topology) -> Callable[[Tensor], None]:
     def hook(grad: Tensor) -> None:
-        found.append((name, grad.detach().float().square().sum()))
+        whole = grad.detach().float()
+        if is_partial(weight):
+            dist.all_reduce(whole := whole.clone(), group=topology.tensor_group)
+        found.append((place(weight).name, whole.square().sum()))
 
     return hook

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from math import inf
+from math import inf, isfinite
 from typing import Any, Generic
 
 import deepspeed
@@ -15,14 +15,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
+from megatron_stable.engine.construction import training_layers
 from megatron_stable.engine.deepspeed_config import deepspeed_config
 from megatron_stable.engine.diagnosis import Diagnosis, diagnose
 from megatron_stable.engine.faults import Faults
-from megatron_stable.engine.loss_scaler import LossScalerState
+from megatron_stable.engine.loss_scaler import LateUpdate, LossScalerState
 from megatron_stable.engine.outcome import J, Outcome, Refused, StepMetrics
 from megatron_stable.engine.pipeline import TransformerPipeline, even_groups
+from megatron_stable.engine.reduction import ReducingOptimizer, sum_partial_first
 from megatron_stable.engine.shards import (
     ShardState,
     flats,
@@ -34,10 +35,11 @@ from megatron_stable.engine.shards import (
     set_loss_scaler_state,
     shard_states,
 )
+from megatron_stable.engine.unpromised import require_engine, require_pipeline
 from megatron_stable.model import sigma
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.peaks import Peaks
-from megatron_stable.model.transformer import Transformer, layer_list
+from megatron_stable.model.transformer import Transformer
 from megatron_stable.optim.clipping_state import ClippingState
 from megatron_stable.optim.optimizer import Optimizer
 from megatron_stable.optim.partition import Partition
@@ -57,19 +59,22 @@ class Engine:
     Args:
         config: The run; ``config.model.vocab_size`` must be known.
         topology: The grid of ranks.
+        draw: Whether to draw the initial weights; else :meth:`shards` are to be filled, then :meth:`refresh` called.
     """
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology, draw: bool = True) -> None:
         assert config.model.vocab_size is not None
         self.config, self.topology = config, topology
         self.device = torch.device(get_accelerator().current_device_name())
         self.vocab_size = config.model.vocab_size
         self.accumulation = config.batch.global_size // (config.batch.micro_size * topology.data_size)
         self._sums = torch.zeros(3, device=self.device)  # the parts of the loss, summed over micro batches
-        layers = layer_list(
-            config.model, topology.tp, config.run.seed, self.device.type, multipliers=model_multipliers(config)
-        )
+        self._filled = draw  # whether the weights are anything
+        settings = deepspeed_config(config, topology.data_size)
+        layers = training_layers(config, topology, settings, self.device.type, draw)
         pipelined = topology.pipeline_size > 1
+        if pipelined:
+            require_pipeline()
         with quiet():
             model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
             with even_groups(model, config, topology) if pipelined else nullcontext():
@@ -77,14 +82,20 @@ class Engine:
                 self.deepspeed, *_ = deepspeed.initialize(
                     model=model,
                     optimizer=self.optimizer,
-                    config=deepspeed_config(config, topology.data_size),
+                    config=settings,
                     mpu=None if pipelined else topology,
                     dist_init_required=False,
                 )
+        require_engine(self.deepspeed, self.module)
+        if config.precision.dtype == "bf16" and config.parallel.zero_stage == 1:
+            ReducingOptimizer.take_over(self.deepspeed, self.module, topology)
+        sum_partial_first(self.deepspeed, self.module, topology)
+        shards = local_shards(self.deepspeed, self.module)
+        self._gammas = {s.place.name: s.of(s.flat) for s in shards if s.numel and s.place.name.endswith(".gamma")}
         self.optimizer.bind(
             flats(self.deepspeed),
-            Partition(local_shards(self.deepspeed, self.module), topology.stage_group, topology.tensor_rank),
-            lambda: self.deepspeed.optimizer._global_grad_norm,
+            Partition(shards, topology.stage_group, topology.tensor_rank),
+            self._global_norm,
             topology.pipeline_group,
         )
         self._peaks: Peaks | None = None
@@ -93,8 +104,11 @@ class Engine:
             self._peaks, self.optimizer.max_logits = peaks, lambda: peaks.reduce(topology.data_group)
         self.faults = Faults(topology.rank)
         self.faults.watch(self.module)
+        self._late: LateUpdate | None = None
         if loss_scaler_state(self.deepspeed) is not None:
-            self.deepspeed.optimizer.loss_scaler.raise_error_at_min_scale = False  # the step's outcome says so
+            scaler = self.deepspeed.optimizer.loss_scaler
+            scaler.raise_error_at_min_scale = False  # the step's outcome says so
+            self._late = LateUpdate(scaler)
         output = "embedding.weight" if config.model.tied_embeddings else "head.weight"
         self._output = next((weight for weight in self.module.parameters() if place(weight).name == output), None)
 
@@ -106,11 +120,7 @@ class Engine:
 
     def set_clip_factor(self, factor: float) -> None:
         """Clip gradients at ``factor`` times what the configuration says."""
-        limit = self.config.optimizer.clip_grad * factor
-        if self.config.optimizer.clipping == "global_norm":
-            self.deepspeed.optimizer.clip_grad = limit
-        else:
-            self.optimizer.set_clip(limit)
+        self.optimizer.set_clip(self.config.optimizer.clip_grad * factor)
 
     def train_step(
         self,
@@ -118,6 +128,7 @@ class Engine:
         micro_batches: MicroBatches,
         learning_rate: float,
         approve: Callable[[StepMetrics], J] | None = None,
+        wish: Callable[[], bool] = lambda: False,
     ) -> Outcome[J]:
         """One optimizer step on this rank's part of the global batch.
 
@@ -129,10 +140,15 @@ class Engine:
             approve: Asked once, on every rank with the same metrics, before anything changes: the update is made if
                 its judgement has ``take``. Where gradients were not finite none is made in any case. ``None``: every
                 update is made.
+            wish: Asked when the step is measured: whether this rank wishes to stop. All learn it with the metrics.
         """
-        scaler, approval = loss_scaler_state(self.deepspeed), _Approval(self, approve) if approve else None
+        if not self._filled:
+            raise RuntimeError("the engine was made without weights (draw=False), and none have been loaded")
+        scaler = loss_scaler_state(self.deepspeed)
+        approval = _Approval(self, approve, wish, scaler.cur_scale if scaler else 1.0)
         self.optimizer.begin_step(learning_rate, approval)
         seed_step(self.config.run.seed, step, self.topology)
+        sigma.follow_masters(self.module, self._gammas, self.topology.data_group)
         sigma.power_iteration(self.module)
         if self._peaks is not None:
             self._peaks.reset()
@@ -144,11 +160,12 @@ class Engine:
             for inputs, targets in self._pairs(micro_batches):
                 self.deepspeed.backward(self._loss(self.deepspeed(inputs), targets))
                 self.deepspeed.step()
-        exhausted = self.overflow and scaler is not None and self._at_floor(scaler)
-        if approval is None:
-            return Outcome(self._measure, None, exhausted)
-        metrics, judgement = approval.given or approval.late()  # late: DeepSpeed made no update, and asked nobody
-        return Outcome(lambda: metrics, judgement, exhausted)
+        if not approval.asked:  # DeepSpeed found gradients that are not finite
+            approval(torch.tensor(inf))
+        if self._late is not None:
+            self._late.catch_up()
+        exhausted = not approval.finite and scaler is not None and self._at_floor(scaler)
+        return Outcome(approval.metrics, approval.judgement, exhausted)
 
     def diagnose(self, step: int, micro_batches: Callable[[], MicroBatches]) -> Diagnosis:
         """Replay a step without its update, and see where it first goes wrong. Collective.
@@ -174,30 +191,24 @@ class Engine:
             if scaler:
                 set_loss_scaler_state(self.deepspeed, scaler)
 
-    def _measure(self, norm: float | None = None, fault: Tensor | None = None) -> StepMetrics:
-        """What the last step has to say; reads it from the device. Collective.
-
-        Args:
-            norm: The global gradient norm, if it is at hand.
-            fault: Not zero where this rank knows of a gradient that is not finite.
-        """
-        if norm is None:
-            norm = float(self.deepspeed.optimizer._global_grad_norm)
+    def _measure(self, norm: Tensor, loss_scale: float, wish: Callable[[], bool]) -> StepMetrics:
+        """What the last step has to say. Collective; its one read from the device is here."""
         first, share = self.topology.rank == 0, self.topology.data_size * self.topology.tensor_size
         sums = (self._sums if self.topology.last_stage else torch.zeros_like(self._sums)).double()
+        norm = norm.to(sums) * share
         # one word for all ranks: the norm that rank 0 knows
-        norms = sums.new_full((1,), norm * share if first else 0.0)
-        faults = sums.new_zeros(1) if fault is None else fault.double().view(1)
-        values = torch.cat([sums / self.accumulation, norms, faults])
+        known = norm if first else torch.zeros_like(norm)
+        wishes = torch.full_like(norm, wish())
+        values = torch.stack([*(sums / self.accumulation), known, self._fault(), wishes])
         dist.all_reduce(values)
-        loss, z_loss, mu_loss, norm, found = (values / share).tolist()
-        scale = float(self.deepspeed.optimizer.loss_scaler.loss_scale) if self.config.precision.dtype == "fp16" else 1.0
-        return StepMetrics(loss, z_loss, mu_loss, inf if found else norm, scale, self.overflow)
+        loss, z_loss, mu_loss, total, found, stop = (values / share).tolist()
+        finite = isfinite(total) and not found
+        return StepMetrics(loss, z_loss, mu_loss, total if finite else inf, loss_scale, not finite, stop > 0)
 
-    @property
-    def overflow(self) -> bool:
-        """Whether gradients of the last step were not finite; all ranks agree."""
-        return bool(getattr(self.deepspeed.optimizer, "overflow", False))
+    def _global_norm(self) -> Tensor:
+        """Of the step's gradient, unscaled; infinite where it is no number."""
+        norm = torch.as_tensor(self.deepspeed.optimizer._global_grad_norm)
+        return torch.where(norm >= 0, norm, inf)
 
     def _fault(self) -> Tensor:
         """Not zero where this rank holds a gradient that is not finite and that DeepSpeed does not look at.
@@ -206,9 +217,8 @@ class Engine:
         first hold of replicated parameters: a NaN there would go into that rank's weights unseen. So these ranks look
         at their gradients.
         """
-        if self.topology.tensor_rank == 0:
-            return self._sums.new_zeros(())
-        return ~torch.stack([grad.sum() for grad in gradients(self.deepspeed)]).isfinite().all()
+        held = [grad.sum() for grad in gradients(self.deepspeed)] if self.topology.tensor_rank else []
+        return (~torch.stack(held).isfinite().all()).double() if held else self._sums.new_zeros((), dtype=torch.float64)
 
     def _at_floor(self, scaler: LossScalerState) -> bool:
         """Whether an overflow cannot lower the loss scale, by its state before the step."""
@@ -219,6 +229,7 @@ class Engine:
     def evaluate(self, batches: Iterable[MicroBatches]) -> list[float]:
         """Mean cross-entropy of each global batch, nats per token; forward only, without dropout. Collective."""
         losses: list[Tensor] = []
+        sigma.follow_masters(self.module, self._gammas, self.topology.data_group)
         sigma.measure(self.module)
         for micro_batches in batches:
             self._sums.zero_()
@@ -239,6 +250,7 @@ class Engine:
     def refresh(self) -> None:
         """Make the model's weights what the masters say, on all ranks. Collective."""
         refresh(self.deepspeed)
+        self._filled = True
 
     def restart(self, shards: Iterable[ShardState]) -> None:
         """Begin anew with the moments of shards, which have been set to zero."""
@@ -298,20 +310,35 @@ class Engine:
 
 
 class _Approval(Generic[J]):
-    """The question whether a step's update may be made, on its way through DeepSpeed to the optimizer."""
+    """The question whether a step's update may be made, on its way through DeepSpeed to the optimizer.
 
-    def __init__(self, engine: Engine, approve: Callable[[StepMetrics], J]) -> None:
-        self.engine, self.approve = engine, approve
-        self.given: tuple[StepMetrics, J] | None = None
+    Args:
+        approve: Whom it is for; ``None``: only gradients that are not finite stand against it.
+        wish: Whether this rank wishes to stop.
+        loss_scale: That the step's gradients are multiplied with.
+    """
 
-    def __call__(self, norm: float) -> bool:
-        """The optimizer's question, before anything changes."""
-        metrics = self.engine._measure(norm, self.engine._fault())
-        judgement = self.approve(metrics)
-        self.given = replace(metrics, skipped=metrics.skipped or not judgement.take), judgement
-        return judgement.take
+    def __init__(
+        self,
+        engine: Engine,
+        approve: Callable[[StepMetrics], J] | None,
+        wish: Callable[[], bool],
+        loss_scale: float,
+    ) -> None:
+        self.engine, self.approve, self.wish, self.loss_scale = engine, approve, wish, loss_scale
+        self.asked, self.finite = False, True
+        self.judgement: J | None = None
+        self.metrics: Callable[[], StepMetrics]
 
-    def late(self) -> tuple[StepMetrics, J]:
-        """The same when the optimizer was not called."""
-        metrics = self.engine._measure()
-        return metrics, self.approve(metrics)
+    def __call__(self, norm: Tensor) -> bool:
+        """The optimizer's question, before anything changes; ``norm`` is that of the whole gradient."""
+        self.asked = True
+        if self.approve is None:
+            self.finite = bool(norm.isfinite())
+            self.metrics = partial(self.engine._measure, norm, self.loss_scale, self.wish)
+            return self.finite
+        metrics = self.engine._measure(norm, self.loss_scale, self.wish)
+        self.finite, self.judgement = not metrics.skipped, self.approve(metrics)
+        taken = self.finite and self.judgement.take
+        self.metrics = lambda: replace(metrics, skipped=not taken)
+        return taken

@@ -1,8 +1,8 @@
-"""The state of fp16's dynamic loss scaler, as a checkpoint keeps it. No torch."""
+"""fp16's dynamic loss scaler: its state, as a checkpoint keeps it, and when it is updated. No torch."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -23,3 +23,27 @@ class LossScalerState(Persisted):
     cur_iter: Count
     last_overflow_iter: Annotated[int, Field(strict=True, ge=-1, lt=LARGEST)]
     cur_hysteresis: Count
+
+
+class LateUpdate:
+    """DeepSpeed's loss scaler, updated when a step is over.
+
+    DeepSpeed 0.19.8 updates it first and then unscales the gradients by the new scale, so that each doubling halves
+    the gradients of that step.
+
+    Args:
+        scaler: DeepSpeed's ``DynamicLossScaler``.
+    """
+
+    def __init__(self, scaler: Any) -> None:
+        self._update, self._waiting = scaler.update_scale, False
+        scaler.update_scale = self._wait
+
+    def _wait(self, overflow: bool) -> None:
+        self._waiting, self._overflow = True, overflow
+
+    def catch_up(self) -> None:
+        """Make the update that is due, if any."""
+        if self._waiting:
+            self._waiting = False
+            self._update(self._overflow)

@@ -18,6 +18,7 @@ class StepMetrics:
         grad_norm: Global L2 norm of the gradient before clipping; infinite where one was not finite.
         loss_scale: fp16's loss scale, else 1.
         skipped: Whether the update was not made: gradients were not finite, or it was not approved.
+        stop: Whether a rank wished to stop after the step.
     """
 
     loss: float
@@ -26,6 +27,7 @@ class StepMetrics:
     grad_norm: float
     loss_scale: float
     skipped: bool
+    stop: bool = False
 
 
 class Approval(Protocol):

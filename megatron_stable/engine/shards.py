@@ -91,6 +91,19 @@ def gradients(engine: Any) -> list[Tensor]:
     return [grad for grad in (*ready, *later) if grad is not None]
 
 
+def reduced_gradient(engine: Any, shard: LocalShard) -> Tensor:
+    """A shard's gradient after reduction over the replicas and before the update: a view of where DeepSpeed has it."""
+    number = next(i for i, (_, flat) in enumerate(flats(engine)) if flat is shard.flat)
+    if engine.bfloat16_enabled() and engine.zero_optimization_stage() == 1:
+        return shard.of(engine.optimizer.fp32_groups_gradient_flat_partition[number])
+    begin = 0
+    for piece in engine.optimizer.averaged_gradients[number]:  # laid out like the flat, one piece per parameter
+        if begin == shard.offset:
+            return piece.detach().view(-1).narrow(0, 0, shard.numel)
+        begin += piece.numel()
+    raise AssertionError(f"{shard.place.name} has no gradient")
+
+
 def optimizer_steps(engine: Any) -> int:
     """Updates that the base optimizer has applied, which differ from attempted steps by the dropped ones."""
     updates: int = engine.optimizer.optimizer.updates

@@ -99,7 +99,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: fl
     assert scores.clip is None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out: Tensor = flash_attn_func(
-        q, k, v, dropout_p=dropout, softmax_scale=scores.scale, causal=True, softcap=scores.cap or 0.0
+        q,
+        k,
+        v,
+        dropout_p=dropout,
+        softmax_scale=scores.scale,
+        causal=True,
+        softcap=scores.cap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out.transpose(1, 2)
 

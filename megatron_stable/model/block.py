@@ -75,5 +75,5 @@ class Block(nn.Module):
 def branch_scale(config: ModelConfig, tp: TensorParallel, factor: float) -> nn.Module:
     """What attention and MLP are multiplied with before they join the residual stream."""
     if config.layer_scale is not None:
-        return LayerScale(config.hidden, config.layer_scale, factor, tp, partial=tp.sequence)
+        return LayerScale(config.hidden, config.layer_scale, factor, partial=tp.sequence_sharded)
     return nn.Identity() if factor == 1.0 else Scale(factor)

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_stable.parallel.collectives import copy_to
 from megatron_stable.parallel.parameters import parameter
 from megatron_stable.parallel.shards import Init
-from megatron_stable.parallel.topology import TensorParallel
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
@@ -38,15 +36,14 @@ class LayerScale(nn.Module):
         partial: Whether each TP rank sees only a part of the positions.
     """
 
-    def __init__(self, size: int, initial: float, factor: float, tp: TensorParallel, partial: bool) -> None:
+    def __init__(self, size: int, initial: float, factor: float, partial: bool) -> None:
         super().__init__()
-        self.tp = tp if partial else TensorParallel()
         self.factor = factor
-        self.weight = parameter((size,), Init(mean=initial))
+        self.weight = parameter((size,), Init(mean=initial), partial=partial)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` -> ``[..., size]``."""
-        return x * (copy_to(self.weight, self.tp) * self.factor)
+        return x * (self.weight * self.factor)
 
 
 class _ScaleGradient(torch.autograd.Function):

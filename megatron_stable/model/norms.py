@@ -18,23 +18,19 @@ class Norm(nn.Module):
 
     Args:
         size: Features of the last dimension.
-        partial: Whether each TP rank sees only a part of the positions or heads, so that the gradient of the
-            (replicated) weight must be summed over TP.
+        partial: Whether each TP rank sees only a part of the positions or heads.
     """
 
-    def __init__(self, size: int, config: ModelConfig, tp: TensorParallel, partial: bool) -> None:
+    def __init__(self, size: int, config: ModelConfig, partial: bool) -> None:
         super().__init__()
-        self.tp = tp if partial else TensorParallel()
         self.eps = config.norm_eps
         self.rms = config.norm == "rmsnorm"
-        self.weight = parameter((size,), ONES)
-        self.bias = parameter((size,), ZEROS) if config.bias and not self.rms else None
+        self.weight = parameter((size,), ONES, partial=partial)
+        self.bias = parameter((size,), ZEROS, partial=partial) if config.bias and not self.rms else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` -> ``[..., size]``; statistics are computed in fp32."""
-        weight = copy_to(self.weight, self.tp)
-        bias = None if self.bias is None else copy_to(self.bias, self.tp)
-        return _norm(x, weight, bias, self.rms, self.eps)
+        return _norm(x, self.weight, self.bias, self.rms, self.eps)
 
 
 class ShardedNorm(nn.Module):
@@ -76,7 +72,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, rms: bool, eps: float)
 
 def residual_norm(config: ModelConfig, tp: TensorParallel, present: bool = True) -> nn.Module:
     """A norm over the hidden dimension of the residual stream, sharded along the sequence under SP; or the identity."""
-    return Norm(config.hidden, config, tp, partial=tp.sequence) if present else nn.Identity()
+    return Norm(config.hidden, config, partial=tp.sequence_sharded) if present else nn.Identity()
 
 
 def projection_norm(config: ModelConfig, tp: TensorParallel, heads: int, present: bool) -> nn.Module:
@@ -85,4 +81,4 @@ def projection_norm(config: ModelConfig, tp: TensorParallel, heads: int, present
         return nn.Identity()
     if config.qk_norm_scope == "full":
         return ShardedNorm(heads, config, tp)
-    return Norm(config.head_dim, config, tp, partial=True)  # each TP rank sees its own heads only
+    return Norm(config.head_dim, config, partial=tp.active)  # each TP rank sees its own heads only

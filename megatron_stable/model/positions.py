@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model.init import embedding_init
-from megatron_stable.parallel.collectives import copy_to
 from megatron_stable.parallel.parameters import parameter
 from megatron_stable.parallel.random import dropout
 from megatron_stable.parallel.topology import TensorParallel
@@ -43,13 +42,13 @@ class EmbeddingOutput(nn.Module):
         self.tp, self.dropout = tp, config.dropout
         learned = config.positions == "learned"
         shape = (config.sequence_length, config.hidden)
-        self.weight = parameter(shape, embedding_init(config)) if learned else None
+        self.weight = parameter(shape, embedding_init(config), partial=tp.sequence_sharded) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
         if self.weight is not None:
             if self.tp.sequence_sharded:
-                x = x + copy_to(self.weight, self.tp).unflatten(0, (self.tp.size, -1))[self.tp.rank]
+                x = x + self.weight.unflatten(0, (self.tp.size, -1))[self.tp.rank]
             else:
                 x = x + self.weight[: x.shape[1]]
         return dropout(x, self.dropout, self.training, self.tp)

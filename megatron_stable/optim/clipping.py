@@ -1,7 +1,7 @@
-"""Clipping rules that adapt to the run. Clipping to a fixed global norm is DeepSpeed's own.
+"""Clipping rules: to a fixed global norm, and those that adapt to the run.
 
-Each rule sees the global gradient norm once per step, and then scales gradients flat by flat. Norms reach the host in
-DeepSpeed's check for overflow anyhow, so the statistics of the global norm are plain numbers.
+Each rule sees the global gradient norm once per step, and then scales gradients flat by flat. The fixed one stays on
+the device; those that adapt keep their statistics on the host, which costs them a read per step.
 """
 
 from __future__ import annotations
@@ -29,17 +29,38 @@ class Clipping(Protocol):
 
     limit: float
 
-    def observe(self, norm: float) -> None:
+    def observe(self, norm: Tensor) -> None:
         """Take note of this step's global gradient norm, before any of its gradients is scaled."""
 
     def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
         """Scale gradients in place. Collective over the pipeline stage."""
 
-    def state(self) -> ClippingState:
-        """The statistics. Collective."""
+    def state(self) -> ClippingState | None:
+        """The statistics; ``None``: there are none. Collective."""
 
-    def load(self, state: ClippingState) -> bool:
+    def load(self, state: ClippingState | None) -> bool:
         """Restore what :meth:`state` returned; whether it could, which takes the state of the same rule."""
+
+
+class GlobalNorm:
+    """Clip the norm of the whole gradient to ``clip_grad`` (arXiv 1211.5063)."""
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.limit = config.clip_grad or inf
+        self.factor: Tensor | None = None
+
+    def observe(self, norm: Tensor) -> None:
+        self.factor = (self.limit / (norm + 1e-6)).clamp(max=1.0).float() if isfinite(self.limit) else None
+
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
+        if self.factor is not None and flats:
+            torch._foreach_mul_([flat.grad for flat in flats], self.factor.to(flats[0].grad.device))
+
+    def state(self) -> None:
+        return None
+
+    def load(self, state: ClippingState | None) -> bool:
+        return True
 
 
 class ZClip:
@@ -59,7 +80,10 @@ class ZClip:
         self.mean = self.variance = 0.0
         self.factor = 1.0
 
-    def observe(self, norm: float) -> None:
+    def observe(self, norm: Tensor) -> None:
+        self._observe(float(norm))
+
+    def _observe(self, norm: float) -> None:
         bound = norm
         if not isfinite(norm):  # whoever lets such a step pass, it must not enter the statistics
             self.factor = 1.0
@@ -86,7 +110,7 @@ class ZClip:
     def state(self) -> ZClipState:
         return ZClipState(seen=tuple(self.seen), mean=self.mean, variance=self.variance)
 
-    def load(self, state: ClippingState) -> bool:
+    def load(self, state: ClippingState | None) -> bool:
         if not isinstance(state, ZClipState):
             return False
         self.seen, self.mean, self.variance = list(state.seen), state.mean, state.variance
@@ -115,9 +139,10 @@ class AdaGC:
         self.gamma: Tensor | None = None  # fp32 [parameters of the stage]; inf: none yet
         self._loaded: dict[str, float | None] = {}
 
-    def observe(self, norm: float) -> None:
+    def observe(self, norm: Tensor) -> None:
         self.steps += 1
-        self.factor = min(1.0, self.limit / (norm + 1e-6))
+        if self.steps <= self.warmup:
+            self.factor = min(1.0, self.limit / (float(norm) + 1e-6))
 
     def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
         grads = {flat.weight: flat.grad for flat in flats}
@@ -150,7 +175,7 @@ class AdaGC:
         merged = {name: value for stage in stages for name, value in stage.items()}
         return AdaGCState(steps=self.steps, gamma=merged or self._loaded)
 
-    def load(self, state: ClippingState) -> bool:
+    def load(self, state: ClippingState | None) -> bool:
         if not isinstance(state, AdaGCState):
             return False
         self.steps, self._loaded = state.steps, dict(state.gamma)
@@ -166,8 +191,8 @@ class AdaGC:
         return self.gamma
 
 
-def build_clipping(config: OptimizerConfig, pipeline_group: dist.ProcessGroup | None = None) -> Clipping | None:
-    """The rule that ``optimizer.clipping`` names; ``None`` for the global norm, which is left to DeepSpeed."""
+def build_clipping(config: OptimizerConfig, pipeline_group: dist.ProcessGroup | None = None) -> Clipping:
+    """The rule that ``optimizer.clipping`` names."""
     if config.clipping == "zclip":
         return ZClip(config)
-    return AdaGC(config, pipeline_group) if config.clipping == "adagc" else None
+    return AdaGC(config, pipeline_group) if config.clipping == "adagc" else GlobalNorm(config)

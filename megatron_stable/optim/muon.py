@@ -4,6 +4,9 @@ Every matrix has one rank of its pipeline stage (DP x TP) that orthogonalises it
 of the momentum and get their parts of the result back::
 
     shards --all-to-all--> whole matrices, each on one rank --Newton-Schulz--> --all-to-all--> shards
+
+They go in rounds, so that a rank holds ``ROUND`` elements of matrices at a time, or one matrix that is larger; some
+five copies of these, fp32, are what an exchange takes.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from torch import Tensor
 
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.optim.adamw import Flat
-from megatron_stable.optim.partition import Partition
+from megatron_stable.optim.partition import LocalShard, Partition
 from megatron_stable.parallel.shards import Place, Shard
 
 MOMENTS = ("momentum",)
+ROUND = 2**25  # elements
 COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # Keller Jordan's, as in torch.optim.Muon
 
 
@@ -65,25 +69,44 @@ def orthogonal_update(name: str, momentum: Tensor, model: ModelConfig, dtype: to
     return update
 
 
-class Exchange:
-    """The way of the matrices in one flat to their owners and back. Collective over the stage: all ranks construct it.
+def exchanges(partition: Partition, flat: Tensor) -> list[Exchange]:
+    """One for each round, in which the matrices of a flat are gathered. Collective over the stage.
 
     Args:
         partition: Of the stage.
         flat: The flat; the corresponding one on every rank.
     """
+    local = {shard.place.name: shard for _, shard in partition.within([flat])}
+    own = [shard.described() for shard in local.values() if shard.numel]
+    shards = [own]  # by rank
+    if partition.group is not None:
+        shards *= dist.get_world_size(partition.group)
+        dist.all_gather_object(shards, own, group=partition.group)
+    rounds = _rounds([shard.place for shard in local.values()], len(shards))
+    return [Exchange(partition.group, local, shards, owner) for owner in rounds]
 
-    def __init__(self, partition: Partition, flat: Tensor) -> None:
-        self.group = partition.group
-        self.local = {shard.place.name: shard for _, shard in partition.within([flat])}
-        own = [shard.described() for shard in self.local.values() if shard.numel]
-        self.shards = [own]  # by rank
-        self.rank = 0
-        if self.group is not None:
-            self.rank = dist.get_rank(self.group)
-            self.shards *= dist.get_world_size(self.group)
-            dist.all_gather_object(self.shards, own, group=self.group)
-        self.owner = _owners([shard.place for shard in self.local.values()], len(self.shards))
+
+class Exchange:
+    """The way of some matrices to their owners and back.
+
+    Args:
+        group: The ranks of the stage; ``None``: this rank alone.
+        local: This rank's shards, by name.
+        shards: By rank.
+        owner: Who orthogonalises what, by name.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        local: dict[str, LocalShard],
+        shards: list[list[Shard]],
+        owner: dict[str, int],
+    ) -> None:
+        self.group, self.owner = group, owner
+        self.local = {name: local[name] for name in owner}
+        self.shards = [[shard for shard in held if shard.place.name in owner] for held in shards]
+        self.rank = 0 if group is None else dist.get_rank(group)
 
     def gather(self, flat: Tensor) -> dict[str, Tensor]:
         """The full matrices that this rank owns, by name, from everybody's flats. Collective."""
@@ -128,14 +151,18 @@ class Exchange:
         return self.local[shard.place.name].of(flat)
 
 
-def _owners(places: list[Place], ranks: int) -> dict[str, int]:
-    """Who orthogonalises what, by name: the costliest matrix first, to the rank with the least to do."""
-    load, owner = [0] * ranks, {}
-    cost = {place.name: prod(place.full_shape) * min(place.full_shape[-2:]) for place in places}
-    for name in sorted(cost, key=lambda name: -cost[name]):
-        owner[name] = load.index(min(load))
-        load[owner[name]] += cost[name]
-    return owner
+def _rounds(places: list[Place], ranks: int) -> list[dict[str, int]]:
+    """Who orthogonalises what, by name, round by round: the largest matrix first, to the rank that holds the least."""
+    rounds: list[dict[str, int]] = []
+    held = [ROUND] * ranks
+    size = {place.name: prod(place.full_shape) for place in places}
+    for name in sorted(size, key=lambda name: -size[name]):
+        if min(held) and min(held) + size[name] > ROUND:
+            rounds.append({})
+            held = [0] * ranks
+        rounds[-1][name] = held.index(min(held))
+        held[rounds[-1][name]] += size[name]
+    return rounds
 
 
 def _stretch(slices: Tensor, shard: Shard) -> Tensor:
@@ -158,7 +185,7 @@ def _sliced(place: Place, whole: Tensor) -> Tensor:
     return torch.stack([part.reshape(-1) for part in whole.chunk(place.slices, place.dim)])
 
 
-def muon(flats: list[Flat], exchanges: dict[Tensor, Exchange], model: ModelConfig, dtype: torch.dtype) -> None:
+def muon(flats: list[Flat], rounds: dict[Tensor, list[Exchange]], model: ModelConfig, dtype: torch.dtype) -> None:
     """M <- mu M + (1 - mu) g;  W <- (1 - lr wd) W - lr O(mu M + (1 - mu) g), with O from :func:`orthogonal_update`.
 
     Nesterov's momentum, as torch.optim.Muon. Collective over the pipeline stage.
@@ -167,9 +194,9 @@ def muon(flats: list[Flat], exchanges: dict[Tensor, Exchange], model: ModelConfi
         momentum, decay = state["momentum"], group["momentum"]
         momentum.lerp_(grad, 1 - decay)
         update = grad.lerp_(momentum, decay)
-        exchange = exchanges[weight]
-        if not exchange.local:  # a group that other stages alone have
-            continue
-        wholes = exchange.gather(update)
-        exchange.scatter({name: orthogonal_update(name, whole, model, dtype) for name, whole in wholes.items()}, update)
+        for exchange in rounds[weight]:
+            wholes = exchange.gather(update)
+            for name in wholes:
+                wholes[name] = orthogonal_update(name, wholes[name], model, dtype)
+            exchange.scatter(wholes, update)
         weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])

@@ -37,8 +37,7 @@ MOMENTS = {"adamw": adamw.MOMENTS, "stable_adamw": adamw.MOMENTS, "muon": muon.M
 class Optimizer(torch.optim.Optimizer):
     """The rules that ``config.optimizer`` names, over plain parameters or, after :meth:`bind`, over DeepSpeed's flats.
 
-    Over plain parameters it is for one process; there each call of ``step`` is a whole step, and clipping by
-    ``global_norm`` is left to the caller.
+    Over plain parameters it is for one process; there each call of ``step`` is a whole step.
 
     Args:
         parameters: Each with its place in the whole model, and its name.
@@ -55,12 +54,12 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": torch.finfo(torch.float32).tiny})
         self.config = config
         self.updates = 0
-        self._approve: Callable[[float], bool] | None = None  # of this step
+        self._approve: Callable[[Tensor], bool] | None = None  # of this step
         self.max_logits: Callable[[], Mapping[str, Tensor]] = dict
         self._peaks: Mapping[str, Tensor] = {}  # of this step
         self.group_of = {place(weight).name: i for i, group in enumerate(groups) for weight in group["params"]}
         weights = [(i, weight) for i, group in enumerate(groups) for weight in group["params"]]
-        self._global_norm: Callable[[], float] | None = None
+        self._global_norm: Callable[[], Tensor] | None = None
         self._begun = self._taken = False
         self._muon_dtype = torch.float32 if config.precision.dtype == "fp32" else torch.bfloat16
         self._lay_out(weights, Partition([LocalShard(place(w), 0, w.numel(), w, 0) for _, w in weights]))
@@ -71,7 +70,7 @@ class Optimizer(torch.optim.Optimizer):
         self,
         flats: Sequence[tuple[int, Tensor]],
         partition: Partition,
-        global_norm: Callable[[], float],
+        global_norm: Callable[[], Tensor],
         pipeline_group: dist.ProcessGroup,
     ) -> None:
         """Tell the optimizer what its flats hold. Collective; after ``deepspeed.initialize``, before the first step.
@@ -89,7 +88,7 @@ class Optimizer(torch.optim.Optimizer):
         for _, flat in flats:
             self._state(flat)
 
-    def begin_step(self, learning_rate: float, approve: Callable[[float], bool] | None = None) -> None:
+    def begin_step(self, learning_rate: float, approve: Callable[[Tensor], bool] | None = None) -> None:
         """Start an optimizer step.
 
         Args:
@@ -135,17 +134,16 @@ class Optimizer(torch.optim.Optimizer):
             self._state(flat)["step"].zero_()
 
     def set_clip(self, limit: float) -> None:
-        """Change the global norm at which an adaptive clipping rule clips in any case; 0: it does not."""
-        if self._clipping is not None:
-            self._clipping.limit = limit or inf
+        """Change the global norm to which gradients are clipped, under rules that adapt in any case; 0: none."""
+        self._clipping.limit = limit or inf
 
     def clipping_state(self) -> ClippingState | None:
         """What the clipping rule knows, for a checkpoint; ``None`` if it keeps no statistics. Collective."""
-        return self._clipping.state() if self._clipping is not None else None
+        return self._clipping.state()
 
     def load_clipping_state(self, stored: ClippingState | None) -> str | None:
         """Restore what :meth:`clipping_state` returned; returns a message for the user where that could not be."""
-        if self._clipping is None or (stored is not None and self._clipping.load(stored)):
+        if self._clipping.load(stored):
             return None
         self._clipping = build_clipping(self.config.optimizer, self._pipeline_group)
         rule, before = self.config.optimizer.clipping, "none" if stored is None else f"those of {stored.rule}"
@@ -154,7 +152,9 @@ class Optimizer(torch.optim.Optimizer):
     def _lay_out(self, flats: Sequence[tuple[int, Tensor]], partition: Partition) -> None:
         self._partition = partition
         self._rules: dict[Tensor, str] = {flat: self.param_groups[group]["rule"] for group, flat in flats}
-        self._exchanges = {flat: muon.Exchange(partition, flat) for flat, rule in self._rules.items() if rule == "muon"}
+        self._exchanges = {
+            flat: muon.exchanges(partition, flat) for flat, rule in self._rules.items() if rule == "muon"
+        }
 
     def _state(self, flat: Tensor) -> dict[str, Tensor]:
         state = self.state[flat]
@@ -167,21 +167,17 @@ class Optimizer(torch.optim.Optimizer):
     def _begin(self, flats: list[Flat]) -> None:
         """Once per step: whether it is taken, and what the clipping rule makes of the global norm."""
         self._begun = True
-        norm = 0.0
-        if self._approve is not None or self._clipping is not None:
-            norm = float(self._global_norm() if self._global_norm is not None else _norm(flats))
+        norm = self._global_norm() if self._global_norm is not None else _norm(flats)
         self._taken = self._approve is None or self._approve(norm)
         if self._taken:
             self.updates += 1
             if self.config.optimizer.qk_clip is not None:
                 self._peaks = self.max_logits()
-            if self._clipping is not None:
-                self._clipping.observe(norm)
+            self._clipping.observe(norm)
 
     def _update(self, flats: list[Flat]) -> None:
         partition = self._partition
-        if self._clipping is not None:
-            self._clipping.scale(flats, partition)
+        self._clipping.scale(flats, partition)
         flats = self._spam(flats)
         by_rule = {rule: [flat for flat in flats if flat.group["rule"] == rule] for rule in MOMENTS}
         adamw.adamw(by_rule["adamw"])

@@ -78,8 +78,8 @@ class _ScatterSequence(torch.autograd.Function):
 def copy_to(x: Tensor, tp: TensorParallel) -> Tensor:
     """Enter a sharded region with a value all ranks share; its gradient is summed over them.
 
-    Used on activations in front of column-parallel layers, and on replicated parameters of which each rank
-    sees only a part of the gradient: norms under SP, QK-norms over local heads.
+    Used on activations in front of column-parallel layers. Replicated parameters of which each rank sees a part of the
+    gradient are not for it: theirs is summed once per step (``parameters.is_partial``).
     """
     return _CopyTo.apply(x, tp) if tp.active else x
 

@@ -2,7 +2,7 @@
 
 The math above them does not know that weights are sharded: a column-parallel layer takes ``[b, s, h]`` (under SP
 ``[b, s/tp, h]``) and returns features/tp; a row-parallel layer takes features/tp and returns what the first took.
-What these two multiply with is ``reparametrize(weight)``, which is the weight unless somebody puts a module there.
+If somebody puts a module there, what these two take is ``reparametrize(x, weight)``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_stable.parallel.collectives import all_gather_sequence, copy_to, leave_region
+from megatron_stable.parallel.collectives import all_gather_sequence, leave_region
 from megatron_stable.parallel.parameters import parameter
 from megatron_stable.parallel.shards import ZEROS, Init
 from megatron_stable.parallel.topology import TensorParallel
@@ -75,13 +75,17 @@ class ColumnParallelLinear(nn.Module):
         shape = outputs if isinstance(outputs, tuple) else (outputs,)
         dim = len(shape) - 1
         self.weight = parameter((*shape, inputs), init, tp, dim)
-        self.reparametrize: nn.Module = nn.Identity()
+        self.reparametrize: nn.Module | None = None
         self.bias = parameter(shape, ZEROS, tp, dim) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, in]``, under SP ``[b, s/tp, in]`` -> ``[b, s, out/tp]``; parts follow one another."""
-        y = column_linear(x, self.reparametrize(self.weight).flatten(0, -2), self.tp)
+        y = column_linear(_entering(x, self), self.weight.flatten(0, -2), self.tp)
         return y if self.bias is None else y + self.bias.flatten()
+
+
+def _entering(x: Tensor, linear: ColumnParallelLinear | RowParallelLinear) -> Tensor:
+    return x if linear.reparametrize is None else linear.reparametrize(x, linear.weight)
 
 
 class RowParallelLinear(nn.Module):
@@ -91,15 +95,13 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.weight = parameter((outputs, inputs), init, tp, 1)
-        self.reparametrize: nn.Module = nn.Identity()
-        self.bias = parameter((outputs,), ZEROS) if bias else None
+        self.reparametrize: nn.Module | None = None
+        self.bias = parameter((outputs,), ZEROS, partial=tp.sequence_sharded) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, in/tp]`` -> ``[b, s, out]``, under SP ``[b, s/tp, out]``."""
-        y = leave_region(F.linear(x, self.reparametrize(self.weight)), self.tp)
-        if self.bias is None:
-            return y
-        return y + (copy_to(self.bias, self.tp) if self.tp.sequence else self.bias)
+        y = leave_region(F.linear(_entering(x, self), self.weight), self.tp)
+        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):

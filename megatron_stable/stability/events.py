@@ -317,6 +317,19 @@ class LossScaleFloor(Event):
         )
 
 
+class SaveFailed(Event):
+    """A checkpoint could not be written; training goes on without it, up to `checkpoint.max_failed_saves` in a row."""
+
+    event: Literal["save_failed"] = "save_failed"
+    reason: str
+    """In words."""
+    consecutive: int
+    """Failed saves in a row, with this one."""
+
+    def words(self) -> str:
+        return f"{self.reason}; {self.consecutive} in a row"
+
+
 class Stop(Event):
     """The run ended before its last step."""
 
@@ -357,7 +370,7 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Converted | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback | GaveUp
-    | Undo | LossScaleFloor | Stop,
+    | Undo | LossScaleFloor | SaveFailed | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

@@ -17,7 +17,7 @@ from megatron_stable.analysis.position import find_step
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.config.load import dump_config
 from megatron_stable.config.schema import Config, ParallelConfig
-from megatron_stable.data import Batches, IndexedWriter, SkipWindows, open_dataset
+from megatron_stable.data import Course, IndexedWriter, open_dataset
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.events import Resume
@@ -48,7 +48,8 @@ def write_run(folder: Path, *lines: dict[str, Any], **sections: dict[str, Any]) 
 
 
 def line(step: int, data_step: int | None = None, **facts: Any) -> dict[str, Any]:
-    return {"step": step, "data_step": step if data_step is None else data_step, **facts}
+    place = step if data_step is None else data_step
+    return {"step": step, "data_step": place, "samples": [[(place - 1) * BATCH, place * BATCH]], **facts}
 
 
 def test_documents_are_those_whose_tokens_are_predicted(tmp_path: Path) -> None:
@@ -79,14 +80,14 @@ def test_documents_are_those_whose_tokens_are_predicted(tmp_path: Path) -> None:
 def test_steps_are_found_by_what_the_run_recorded(tmp_path: Path) -> None:
     lines = [line(1), line(2), line(3), line(4), line(3, 7), line(4, 8, loss=2.5)]
     run = write_run(tmp_path, *lines)
-    assert find_step(run, 2) == (2, 2, lines[1], ())
-    step, data_step, record, notes = find_step(run, 4)
-    assert (step, data_step, record) == (4, 8, lines[-1])
+    assert find_step(run, 2) == (2, 2, ((8, 16),), lines[1], (), (2, 2))
+    step, data_step, samples, record, notes, _ = find_step(run, 4)
+    assert (step, data_step, samples, record) == (4, 8, ((56, 64),), lines[-1])
     assert notes == ("before a rollback, step 4 was data step 4: see --data-step 4",)
-    assert find_step(run, data_step=4)[:3] == (4, 4, lines[3])
-    assert find_step(run, data_step=8)[:3] == (4, 8, lines[-1])
+    assert find_step(run, data_step=4)[:4] == (4, 4, ((24, 32),), lines[3])
+    assert find_step(run, data_step=8)[:4] == (4, 8, ((56, 64),), lines[-1])
     ahead = find_step(run, data_step=40)
-    assert ahead[:3] == (None, 40, None) and "not come to data step 40 yet" in ahead.notes[0]
+    assert ahead[:4] == (None, 40, ((312, 320),), None) and "not come to data step 40 yet" in ahead.notes[0]
     for wrong in ({"step": 5}, {"step": 0}, {"data_step": 0}, {}, {"step": 1, "data_step": 1}):
         with pytest.raises(ConfigError):
             find_step(run, **wrong)
@@ -95,21 +96,24 @@ def test_steps_are_found_by_what_the_run_recorded(tmp_path: Path) -> None:
         find_step(run, 1)
 
 
-def test_the_batch_is_that_of_the_configuration_then(tmp_path: Path) -> None:
+def test_the_batch_is_that_of_then(tmp_path: Path) -> None:
+    """Whatever batch size and seed the run has today."""
     write_documents(tmp_path / "data", [500], 0, VOCAB)
-    run = write_run(tmp_path, *map(line, range(1, 9)), batch={"global_size": 8, "micro_size": 1})
+    batches = [[[0, 2]], [[2, 4]], [[4, 6]], [[6, 8]], [[8, 10], [20, 22]], [[22, 26]], [[26, 34]], [[34, 42]]]
+    lines = [line(step) | {"samples": pieces} for step, pieces in enumerate(batches, 1)]
+    run = write_run(tmp_path, *lines, batch={"global_size": 8, "micro_size": 1})
     ledger = RunDirectory(run).ledger
     seen: dict[str, Any] = {"ranks": 1, "layout": ParallelConfig()}
     ledger.write(Resume(step=4, **seen, changed={"batch.global_size": (2, 4), "run.seed": (9, SEED)}))
     ledger.write(Resume(step=6, **seen, changed={"batch.global_size": (4, 8), "optimizer.learning_rate": (1, 2)}))
-    for step, size, seed in ((3, 2, 9), (4, 2, 9), (5, 4, SEED), (6, 4, SEED), (7, 8, SEED)):
+    for step, seed in ((3, 9), (4, 9), (5, SEED), (6, SEED), (7, SEED)):
         found = inspect(run, step)
         dataset = open_dataset(str(tmp_path / "data"), SEQUENCE, seed)
-        assert [s.start for s in found.samples] == [
-            dataset.locate(k).start for k in Batches(dataset, size, 1).samples(step)
-        ]
-        assert len(found.position.notes) == {2: 3, 4: 1, 8: 0}[size]
-    assert "batch.global_size was 4 at step 5, and 8 from step 7 on" in inspect(run, 5).position.notes
+        numbers = [k for first, end in batches[step - 1] for k in range(first, end)]
+        assert [s.number for s in found.samples] == numbers
+        assert [s.start for s in found.samples] == [dataset.locate(k).start for k in numbers]
+        notes = (f"run.seed was 9 at step {step}, and {SEED} from step 5 on",)
+        assert found.position.notes == (notes if seed == 9 else ())
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -202,7 +206,7 @@ def test_without_a_record_the_skip_windows_of_the_newest_checkpoint_tell(poisone
     (run / "metrics.jsonl").unlink()
     assert find_step(run, 20)[:2] == (20, 20)
     manifest = run / "checkpoints" / "step_00000030" / "manifest.json"
-    _with_windows(manifest, [[3, 5]])
+    _with_windows(manifest, [(3, 5)])
     assert find_step(run, 20)[:2] == (20, 23)
     assert "skip windows" in find_step(run, 20).notes[0]
     assert find_step(run, data_step=23)[:2] == (20, 23)
@@ -211,9 +215,9 @@ def test_without_a_record_the_skip_windows_of_the_newest_checkpoint_tell(poisone
     assert skipped.step is None and "in a skip window" in skipped.notes[0]
 
 
-def _with_windows(path: Path, windows: list[list[int]]) -> None:
+def _with_windows(path: Path, windows: list[tuple[int, int]]) -> None:
     from megatron_stable.checkpoint.format import read_manifest
 
     manifest = read_manifest(path.parent)
-    state = manifest.state.model_copy(update={"skip_windows": SkipWindows(windows).windows})
+    state = manifest.state.model_copy(update={"course": Course.begin(16, windows)})
     path.write_text(manifest.model_copy(update={"state": state}).dumps())

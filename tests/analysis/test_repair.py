@@ -77,7 +77,8 @@ def same(one: Values, other: Values) -> None:
     assert equal(last(one), last(other)), "not the same weights and moments"
     for values in (one, other):
         state = store.entries(directory(values) / "checkpoints")[-1].manifest.state  # type: ignore[union-attr]
-        assert (state.skip_windows, state.data_step) == (tuple(tuple(w) for w in WINDOWS), kept()[-1])
+        assert state.course.windows.stretches == tuple(((a - 1) * SAMPLES, b * SAMPLES) for a, b in WINDOWS)
+        assert state.course.data_step(STEPS) == kept()[-1]
 
 
 def test_set_in_the_configuration_at_stops(ranks: Ranks, folder: Path, told: Values) -> None:

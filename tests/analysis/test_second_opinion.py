@@ -20,8 +20,15 @@ CHANGE, STEPS = 30, 40
 
 
 def lines(losses: list[float | None], first: int = 1, skipped: int = 0) -> list[dict[str, Any]]:
-    """Of steps with these losses, nats; data steps are ahead by ``skipped``."""
-    return [{"step": n, "data_step": n + skipped, "loss": loss} for n, loss in enumerate(losses, first)]
+    """Of steps with these losses, nats, and batches of 4; data steps are ahead by ``skipped``."""
+    return [
+        {"step": n, "data_step": n + skipped, "samples": [[4 * (n + skipped) - 4, 4 * (n + skipped)]], "loss": loss}
+        for n, loss in enumerate(losses, first)
+    ]
+
+
+def places(*data_steps: int) -> list[tuple[tuple[int, int]]]:
+    return [((4 * n - 4, 4 * n),) for n in data_steps]
 
 
 def wavy(steps: int) -> list[float | None]:
@@ -50,8 +57,8 @@ def test_the_record_counts_as_it_stood_when_the_step_was_trained() -> None:
     first, second = lines([*wavy(20), 4.0]), lines([*wavy(10), 5.0], first=11, skipped=100)
     before, after = pose([*first, *second], first[20]), pose([*first, *second], second[10])
     assert isinstance(before, Posed) and isinstance(after, Posed)
-    assert before.data_steps == {17: 17, 13: 13, 9: 9, 5: 5, 21: 21}
-    assert after.data_steps == {17: 117, 13: 113, 9: 9, 5: 5, 21: 121}
+    assert before.samples == dict(zip([17, 13, 9, 5, 21], places(17, 13, 9, 5, 21), strict=True))
+    assert after.samples == dict(zip([17, 13, 9, 5, 21], places(117, 113, 9, 5, 121), strict=True))
     assert (before.question.recent[0].loss, after.question.recent[0].loss) == (4.0, 5.0)
 
 

@@ -94,7 +94,12 @@ def test_the_opinion_in_words() -> None:
 
     def printed(question: Question, answers: dict[int, Answer]) -> str:
         out = StringIO()
-        _print_opinion(hear(question, answers), Position(21, 31, None, ()), Path("run"), Console(file=out, width=200))
+        _print_opinion(
+            hear(question, answers),
+            Position(21, 31, ((120, 124),), None, (), (31, 31)),
+            Path("run"),
+            Console(file=out, width=200),
+        )
         return out.getvalue()
 
     data = printed(question, {20: Answer(0.96, 0.02, 0.1)})

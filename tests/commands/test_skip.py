@@ -15,7 +15,6 @@ import pytest
 
 from megatron_stable.commands.app import main
 from megatron_stable.config.load import dump_config, load_config
-from megatron_stable.data.skip import SkipWindows
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.interventions import read_interventions, write_interventions
 from megatron_stable.stability.events import Rollback, Undo
@@ -193,10 +192,8 @@ def test_a_run_that_gave_up(verb: Verb, ranks: Ranks, tmp_path: Path) -> None:
     assert found[0]["data_steps"][0] == tried[0].windows[0][1] + 1, "after what was skipped already"
     assert verb(run, "--from-step", 30, "--to-step", 39, "--learning-rate-factor", 0.5, "--apply").code == 0
     assert ranks.run(1, train_with_faults, values, faults)[0][0] == 0
-    assert (
-        data_steps(run)
-        == [d for d in range(1, STEPS + 40) if d not in SkipWindows([*tried[0].windows, (30, 39)])][:STEPS]
-    )
+    out = {d for first, last in (*tried[0].windows, (30, 39)) for d in range(first, last + 1)}
+    assert data_steps(run) == [d for d in range(1, STEPS + 40) if d not in out][:STEPS]
     assert len(read_interventions(run).items) == 3, "the guard had nothing left to do"  # type: ignore[union-attr]
 
 
@@ -238,13 +235,17 @@ def test_the_ladder_after_the_guards_attempts(verb: Verb, run: Path) -> None:
     change(run, "guard", learning_rate_factors=(1.0, 0.7, 0.1), clip_factors=(1.0, 0.5), widen=(1.0, 2.0))
     verb(run, "--apply")
     (repair,) = read_interventions(run).items  # type: ignore[union-attr]
-    guards = repair.model_copy(update={"by": "guard", "windows": ((90, 91),), "rollback_to": 60, "onset": 41})
+    guards = repair.model_copy(
+        update={"by": "guard", "windows": ((90, 91),), "samples": ((712, 728),), "rollback_to": 60, "onset": 41}
+    )
     write_interventions(run, Interventions((guards,)))
     proposal = verb(run, "--json").facts["proposal"]
     assert (proposal["rollback_to"], proposal["windows"]) == (30, [[34, 45]])
     assert (proposal["learning_rate_factor"], proposal["clip_factor"]) == (0.7, 0.5)
     assert "learning rate x 0.7: attempt 2 here, guard.learning_rate_factors" in proposal["reason"]
-    write_interventions(run, Interventions((guards, guards.model_copy(update={"id": "end", "windows": ()}))))
+    write_interventions(
+        run, Interventions((guards, guards.model_copy(update={"id": "end", "windows": (), "samples": ()})))
+    )
     assert verb(run, "--json").facts["proposal"]["learning_rate_factor"] == 0.7, "to give up is no attempt"
     named = verb(run, "--learning-rate-factor", 1, "--json").facts["proposal"]
     assert (named["learning_rate_factor"], named["clip_factor"]) == (1, 0.5)
@@ -255,9 +256,8 @@ def test_data_steps_are_those_of_the_records(verb: Verb, run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     change(run, "data", skip=((61, 70),))
     for step in range(61, 131):
-        lines.append(
-            {**lines[-20], "step": step, "loss": 9.0 if step in (121, 122, 123) else 3.8, "data_step": step + 10}
-        )
+        place = {"data_step": step + 10, "samples": [[8 * (step + 9), 8 * (step + 10)]]}
+        lines.append({**lines[-20], "step": step, "loss": 9.0 if step in (121, 122, 123) else 3.8, **place})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     facts = verb(run, "--json").facts
     assert [(s["onset"], s["data_steps"]) for s in facts["spikes"]] == [(40, [40, 43]), (121, [131, 133])]

@@ -17,7 +17,6 @@ def generate(dtype: str, **sections: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     values = {
         "batch": {"global_size": 24, "micro_size": 2},
-        "optimizer": {"clip_grad": 0.5},
         "precision": precision,
         **sections,
     }
@@ -26,17 +25,19 @@ def generate(dtype: str, **sections: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_batch_clipping_zero_and_fp32_accumulation(dtype: str, stage: int) -> None:
+def test_batch_zero_and_sums_in_fp32(dtype: str, stage: int) -> None:
     generated = generate(dtype, parallel={"zero_stage": stage})
     assert json.loads(json.dumps(generated)) == generated
     assert generated["train_batch_size"] == 24
     assert generated["train_micro_batch_size_per_gpu"] == 2
     assert generated["gradient_accumulation_steps"] == 4
-    assert generated["gradient_clipping"] == 0.5
+    assert generated["communication_data_type"] == "fp32" and not generated["timers"]["throughput"]["enabled"]
     assert generated["zero_optimization"]["stage"] == stage
     assert generated["data_types"] == {"grad_accum_dtype": "fp32"}
     assert ("bf16" in generated, "fp16" in generated) == (dtype == "bf16", dtype == "fp16")
-    assert not {"optimizer", "scheduler", "tensorboard"} & set(generated), "these are ours"
+    assert not {"optimizer", "scheduler", "tensorboard"} & set(generated) and generated["gradient_clipping"] == 0, (
+        "these are ours"
+    )
 
 
 def test_fp16_has_our_dynamic_loss_scale() -> None:
@@ -69,7 +70,7 @@ def test_deepspeed_takes_it_as_meant(dtype: str) -> None:
         2,
         4,
     )
-    assert taken.gradient_clipping == 0.5
+    assert taken.communication_data_type == float32
     assert taken.zero_optimization_stage == 1 and taken.zero_allow_untested_optimizer
     assert taken.grad_accum_dtype in ("fp32", float32)
     assert taken.bfloat16_config.enabled == (dtype == "bf16")

@@ -124,7 +124,7 @@ def test_scores_depend_on_distance_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norms_equal_the_reference(kind: str, bias: bool, dtype: torch.dtype) -> None:
     cfg = config(norm=kind, bias=bias, norm_eps=0.05)
-    norm = Norm(16, cfg, ALONE, partial=True)
+    norm = Norm(16, cfg, partial=True)
     assert (norm.bias is not None) == (bias and kind == "layernorm")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

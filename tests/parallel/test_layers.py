@@ -14,7 +14,7 @@ from megatron_stable.model.norms import Norm
 from megatron_stable.model.positions import EmbeddingOutput
 from megatron_stable.model.transformer import Head
 from megatron_stable.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron_stable.parallel.parameters import parameter, place
+from megatron_stable.parallel.parameters import is_partial, parameter, place
 from megatron_stable.parallel.shards import Init
 from megatron_stable.parallel.topology import TensorParallel, Topology
 from tests.harness.ranks import Ranks
@@ -77,7 +77,7 @@ def build(name: str, tp: TensorParallel) -> nn.Module:
         layer = EmbeddingOutput(CONFIG, tp)
     else:
         # between blocks ranks see parts of the sequence under SP alone; within attention always their own heads
-        layer = Norm(HIDDEN, CONFIG, tp, partial=tp.sequence if name == "norm" else True)
+        layer = Norm(HIDDEN, CONFIG, partial=tp.active and (tp.sequence or name == "head_norm"))
     layer.double()
     with torch.no_grad():
         for weight in layer.parameters():
@@ -114,6 +114,9 @@ def on_rank(batch: int, sequence: bool) -> list[list[tuple[Tensor, int | None]]]
         found: list[tuple[Tensor, int | None]] = [(y.detach(), case.split_output)]
         if x.grad is not None:
             found.append((x.grad, case.split_input))
+        for p in layer.parameters():
+            if is_partial(p):
+                torch.distributed.all_reduce(p.grad, group=tp.group)
         found += [(p.grad, place(p).dim) for p in layer.parameters() if p.grad is not None]
         results.append(found)
     return results

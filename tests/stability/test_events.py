@@ -23,6 +23,7 @@ from megatron_stable.stability.events import (
     Resume,
     Rise,
     Rollback,
+    SaveFailed,
     SecondOpinion,
     Shift,
     Spike,
@@ -41,7 +42,8 @@ RISE: dict[str, Any] = {"series": "loss", "value": 9.31234, "level": 2.5, "scale
 LAYOUT = ParallelConfig(tensor=2, pipeline=4, sequence=True)
 REPAIR = Intervention(
     id="abc", time="2026-01-01T00:00:00+00:00", by="guard", rule="divergence", onset=119, rollback_to=50,
-    windows=((51, 219),), learning_rate_factor=0.5, clip_factor=0.8, reset_loss_scale=True, reason="attempt 1 of 3",
+    windows=((51, 219),), samples=((50, 219),), learning_rate_factor=0.5, clip_factor=0.8, reset_loss_scale=True,
+    reason="attempt 1 of 3",
 )  # fmt: skip
 TOLD: list[tuple[Event, str]] = [
     (Start(**AT, ranks=1, layout=ParallelConfig()), "training started on 1 rank (TP 1, PP 1, ZeRO 1)"),
@@ -104,6 +106,7 @@ TOLD: list[tuple[Event, str]] = [
         "the loss scale is at its floor, 1; first module with values that are not finite: none in a replay; "
         "gradient norms: embedding 1.5, head not finite",
     ),
+    (SaveFailed(**AT, reason="no room", consecutive=2), "no room; 2 in a row"),
     (Stop(**AT, exit_code=3, reason="diverged"), "stopped with exit code 3: diverged"),
 ]
 

@@ -4,10 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_stable.config.schema import GuardConfig
+from megatron_stable.data import Course, SkipWindows
 from megatron_stable.stability.interventions import Interventions
 from megatron_stable.stability.recovery import Candidate, Trouble, attempt, choose, last_resort, plan, window
 
 SETTINGS = GuardConfig()
+COURSE = Course.begin(8)
 
 
 def at(*steps: int, healthy: bool | None = True) -> list[Candidate]:
@@ -53,9 +55,7 @@ def test_a_window_lies_after_the_checkpoint_and_covers_the_trouble(
 def test_the_ladder_and_its_end() -> None:
     done, tried = Interventions(), []
     for onset in (1000, 1100, 1050, 1200):
-        repair = plan(
-            Trouble("divergence", onset, onset + 50, "it rose"), at(600, 900), (onset, onset + 50), done, SETTINGS
-        )
+        repair = plan(Trouble("divergence", onset, onset + 50, "it rose"), at(600, 900), COURSE, done, SETTINGS)
         if repair is None:
             break
         tried.append((repair.learning_rate_factor, repair.clip_factor, repair.rollback_to, repair.windows))
@@ -70,7 +70,7 @@ def test_the_ladder_and_its_end() -> None:
 
 
 def test_trouble_elsewhere_begins_the_ladder_anew() -> None:
-    repair = plan(Trouble("divergence", 1000, 1050, "it rose"), at(900), (1000, 1050), Interventions(), SETTINGS)
+    repair = plan(Trouble("divergence", 1000, 1050, "it rose"), at(900), COURSE, Interventions(), SETTINGS)
     assert repair is not None
     done = Interventions((repair,))
     assert attempt(done, 1000 + SETTINGS.near_steps, SETTINGS.near_steps) == 1
@@ -82,5 +82,25 @@ def test_trouble_elsewhere_begins_the_ladder_anew() -> None:
 
 def test_nothing_to_go_back_to() -> None:
     trouble = Trouble("divergence", 10, 60, "it rose")
-    assert plan(trouble, [], (10, 60), Interventions(), SETTINGS) is None
+    assert plan(trouble, [], COURSE, Interventions(), SETTINGS) is None
     assert last_resort(trouble, [], SETTINGS) is None
+
+
+def test_what_is_skipped_is_told_in_data_steps_and_holds_in_samples() -> None:
+    trouble = Trouble("divergence", 1000, 1050, "it rose")
+    repair = plan(trouble, at(800), COURSE, Interventions(), SETTINGS)
+    assert repair is not None and repair.windows == ((900, 1099),)
+    assert repair.samples == ((899 * 8, 1099 * 8),)
+    changed = COURSE.resumed(980, 16, [], SkipWindows())  # data step 981 begins with sample 7840
+    repair = plan(trouble, at(800), changed, Interventions(), SETTINGS)
+    assert repair is not None and repair.windows == ((900, 1099),)
+    assert repair.samples == ((899 * 8, 7840 + (1099 - 980) * 16),)
+
+
+def test_the_whole_batch_of_the_trouble_is_skipped_where_it_lies_across_data_steps() -> None:
+    """A window made with another batch size cuts a batch in two."""
+    course = COURSE.resumed(10, 16, [], SkipWindows([(180, 189)]))
+    assert course.samples(17) == (range(176, 180), range(189, 201))
+    repair = plan(Trouble("drops", 17, 17, "inf"), at(10), course, Interventions(), GuardConfig(skip_steps=1))
+    assert repair is not None and repair.windows == ((17, 18),)
+    assert repair.samples == ((176, 208),)

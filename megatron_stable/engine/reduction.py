@@ -1,0 +1,112 @@
+"""What becomes of a step's gradients between the last backward pass and the update.
+
+DeepSpeed's ZeRO-1 under bf16 all-reduces every gradient to every replica and then looks at its own part. Here each
+replica gets the sum of its own part only, which sends half as much, and all that follows (norm, clipping, update) is
+done once over all ranks instead of once per replica::
+
+    flat of a group, fp32   [ part of replica 0 | part of replica 1 | … ]   summed over micro batches by each replica
+                                   │ reduce-scatter over DP, in place
+    on replica r                   part r ── sum of partial gradients over TP ── norm ── clip ── update ── all-gather
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from megatron_stable.engine.shards import local_shards, reduced_gradient
+from megatron_stable.parallel.parameters import is_partial, place
+from megatron_stable.parallel.topology import Topology
+
+
+class ReducingOptimizer(BF16_Optimizer):
+    """DeepSpeed's optimizer for ZeRO-1 under bf16, with the gradients reduced to those who need them."""
+
+    @classmethod
+    def take_over(cls, engine: Any, module: nn.Module, topology: Topology) -> None:
+        """Make ``engine``, DeepSpeed's, reduce its gradients like this."""
+        optimizer = engine.optimizer
+        optimizer.__class__ = cls
+        held = [(w, s) for w, s in zip(module.parameters(), local_shards(engine, module), strict=True) if s.numel]
+        optimizer.held = [shard for _, shard in held]
+        counted = [float(_counts(weight, topology)) for weight, _ in held]
+        optimizer.counted = torch.tensor(counted, dtype=torch.float64, device=engine.device)
+        optimizer.dtype_sent = engine.communication_data_type
+        optimizer.data_group = topology.data_group
+        engine.buffered_allreduce_fallback = lambda *_, **__: optimizer.reduce()
+
+    def reduce(self) -> None:
+        """Average the gradients over the replicas. Collective."""
+        replicas = dist.get_world_size(self.data_group)
+        for whole, part in zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True):
+            if replicas > 1:
+                sent = whole.to(self.dtype_sent)  # itself, in fp32
+                own = part if sent is whole else part.to(sent.dtype)
+                dist.reduce_scatter_tensor(own, sent, group=self.data_group)
+                part.copy_(own)
+                part.div_(replicas)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the weights, if the base optimizer is allowed to. Collective over all ranks."""
+        parts = zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True)
+        for flat, grad in parts:
+            flat.grad = grad
+        self._global_grad_norm = self._norm()
+        self.optimizer.step()
+        self.update_lp_params()
+        self.clear_hp_grads()
+
+    def _norm(self) -> Tensor:
+        """Of the whole gradient, fp64, on the device; no number if any replica's copy holds one."""
+        square = self.fp32_groups_flat_partition[0].new_zeros((), dtype=torch.float64)
+        if self.held:
+            norms = torch.stack(torch._foreach_norm([shard.of(shard.flat.grad) for shard in self.held]))
+            square += (norms.double().square() * self.counted).sum()  # 0 x NaN is NaN
+        dist.all_reduce(square)
+        return square.sqrt()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """What DeepSpeed calls after each step, which has cleared the sums already."""
+        self.clear_lp_grads(set_to_none)
+
+
+def _counts(weight: nn.Parameter, topology: Topology) -> bool:
+    """Whether this rank's shard of a parameter counts in the global norm; of replicated ones one does."""
+    once = place(weight).dim is not None or topology.tensor_rank == 0
+    return once and not getattr(weight, "ds_pipe_replicated", False)
+
+
+def sum_partial_first(engine: Any, module: nn.Module, topology: Topology) -> None:
+    """Let each step of ``engine``, DeepSpeed's, begin with the sum over TP of the partial gradients.
+
+    These belong to parameters that TP replicates and of which each rank saw some positions or heads only. They are
+    summed all in one reduction, once a step, and of each this replica's part only.
+    """
+    shards = [
+        shard
+        for weight, shard in zip(module.parameters(), local_shards(engine, module), strict=True)
+        if is_partial(weight) and shard.numel
+    ]
+    if topology.tensor_size == 1 or not shards:
+        return
+    step: Callable[..., None] = engine.optimizer.step
+
+    def sum_and_step(closure: None = None) -> None:
+        _sum([reduced_gradient(engine, shard) for shard in shards], topology.tensor_group)
+        step(closure)
+
+    engine.optimizer.step = sum_and_step
+
+
+def _sum(parts: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over a group, in place and in one reduction."""
+    parts = [part.view(-1) for part in parts]
+    bucket = torch.cat(parts)
+    dist.all_reduce(bucket, group=group)
+    torch._foreach_copy_(parts, bucket.split([part.numel() for part in parts]))

@@ -1,0 +1,110 @@
+"""Gradients are summed over replicas in fp32, whatever the model's dtype and whoever does the sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_stable.config.schema import Config
+from tests.engine.layouts import assemble, global_batches, make_config, micro_batches, train_on_ranks
+from tests.harness.ranks import Ranks
+
+EXACT = 2e-6
+# (replicas, ZeRO stage, PP)
+LAYOUTS = [
+    (1, 2, 1), (1, 3, 1),
+    (2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 1, 2),
+    (4, 1, 1), (4, 2, 1), (4, 3, 1), (4, 1, 2),
+    (8, 1, 1), (8, 2, 1), (8, 3, 1),
+]  # fmt: skip
+
+
+def bf16(zero_stage: int, pipeline: int = 1, **precision: Any) -> Config:
+    # an update of Adam with a large eps is proportional to the gradient, and clipping would hide its scale
+    optimizer = {"eps": 1.0, "clip_grad": 0.0, "weight_decay": 0.0, "learning_rate": 1.0}
+    parallel = {"zero_stage": zero_stage, "pipeline": pipeline}
+    return make_config(optimizer=optimizer, parallel=parallel, precision={"dtype": "bf16", **precision})
+
+
+def first_step(ranks: Ranks, world: int, config: Config) -> tuple[float, dict[str, Tensor]]:
+    """Gradient norm and weights after one step."""
+    results = ranks.run(world, train_on_ranks, config.model_dump(mode="json"), 1)
+    return results[0]["metrics"][0]["grad_norm"], assemble(results)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks) -> tuple[float, dict[str, Tensor]]:
+    return first_step(ranks, 1, bf16(1))
+
+
+def off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of a weight, relative to the largest of its tensor."""
+    return max(float((found[n] - w).abs().max() / w.abs().max()) for n, w in expected.items() if w.any())
+
+
+@pytest.mark.parametrize("replicas, zero_stage, pipeline", LAYOUTS)
+def test_the_same_micro_batches_make_the_same_step(
+    ranks: Ranks, alone: tuple[float, dict[str, Tensor]], replicas: int, zero_stage: int, pipeline: int
+) -> None:
+    norm, weights = first_step(ranks, replicas * pipeline, bf16(zero_stage, pipeline))
+    assert norm == pytest.approx(alone[0], rel=EXACT)
+    assert off(weights, alone[1]) < EXACT
+
+
+def train_with_small_buckets(values: dict[str, Any], steps: int) -> dict[str, Any]:
+    """On a rank: as :func:`train_on_ranks`, with matrices that are larger than DeepSpeed's buffer for reduction."""
+    from megatron_stable.engine import deepspeed_config
+
+    deepspeed_config.BUCKET = 500
+    return train_on_ranks(values, steps)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_matrices_larger_than_a_bucket(ranks: Ranks, alone: tuple[float, dict[str, Tensor]], zero_stage: int) -> None:
+    results = ranks.run(2, train_with_small_buckets, bf16(zero_stage).model_dump(mode="json"), 1)
+    assert results[0]["metrics"][0]["grad_norm"] == pytest.approx(alone[0], rel=EXACT)
+    assert off(assemble(results), alone[1]) < EXACT
+
+
+def test_sums_in_16_bits_are_rounded(ranks: Ranks, alone: tuple[float, dict[str, Tensor]]) -> None:
+    """What the option costs: the figures of docs/configuration.md, and that the test above could see it."""
+    for zero_stage in (1, 2):
+        norm, weights = first_step(ranks, 4, bf16(zero_stage, reduce_dtype="bf16"))
+        print(f"ZeRO-{zero_stage}: norm {abs(norm / alone[0] - 1):.1e}, weights {off(weights, alone[1]):.1e}")
+        assert EXACT < off(weights, alone[1]) < 1e-2
+
+
+def bytes_on_rank(values: dict[str, Any]) -> dict[str, int]:
+    """On a rank: elements that the collectives over several ranks take in one step, by their name."""
+    from megatron_stable.engine.engine import Engine
+    from megatron_stable.parallel.topology import Topology
+
+    config = Config.model_validate(values)
+    engine = Engine(config, topology := Topology())
+    sent: dict[str, int] = {}
+
+    def counted(name: str) -> Any:
+        call = getattr(torch.distributed, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            given = args[1] if name == "reduce_scatter_tensor" else args[0]
+            if given.numel() > 1000:
+                sent[name] = sent.get(name, 0) + given.numel() * given.element_size()
+            return call(*args, **kwargs)
+
+        return count
+
+    for name in ("all_reduce", "reduce_scatter_tensor"):
+        setattr(torch.distributed, name, counted(name))
+    engine.train_step(1, micro_batches(global_batches(1)[0], config, topology), 1e-3)
+    sent["parameters"] = sum(weight.numel() for weight in engine.module.parameters())
+    return sent
+
+
+def test_each_replica_receives_its_own_part_only(ranks: Ranks) -> None:
+    for sent in ranks.run(2, bytes_on_rank, bf16(1).model_dump(mode="json")):
+        assert "all_reduce" not in sent
+        assert sent["reduce_scatter_tensor"] == pytest.approx(4 * sent["parameters"], rel=0.01)

@@ -1,0 +1,41 @@
+"""Muon gathers its matrices in rounds: bounded, and without a trace in the update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_stable.optim import muon
+from megatron_stable.parallel.shards import Place
+from tests.engine.layouts import assemble, make_config, train_on_ranks
+from tests.harness.ranks import Ranks
+
+
+@given(st.lists(st.integers(1, 3 * muon.ROUND // 2), max_size=30), st.integers(1, 9))
+def test_no_rank_holds_more_than_a_round(sizes: list[int], ranks: int) -> None:
+    places = [Place((1, size), name=str(n)) for n, size in enumerate(sizes)]
+    rounds = muon._rounds(places, ranks)
+    assert sorted(name for owner in rounds for name in owner) == sorted(place.name for place in places)
+    for owner in rounds:
+        for rank in range(ranks):
+            own = [sizes[int(name)] for name in owner if owner[name] == rank]
+            assert sum(own) <= muon.ROUND or len(own) == 1
+    for before in rounds[:-1]:
+        assert len(set(before.values())) == min(ranks, len(before)), (
+            "a rank has nothing to do, and another round follows"
+        )
+
+
+def train_in_rounds(values: dict[str, Any], elements: int) -> dict[str, Any]:
+    """On a rank: two steps with rounds of so many elements."""
+    muon.ROUND = elements
+    return train_on_ranks(values, 2)
+
+
+def test_rounds_leave_no_trace(ranks: Ranks) -> None:
+    config = make_config(parallel={"tensor": 2}, optimizer={"name": "muon"}).model_dump(mode="json")
+    whole, one_by_one = (assemble(ranks.run(2, train_in_rounds, config, elements)) for elements in (2**25, 1))
+    assert all(torch.equal(whole[name], one_by_one[name]) for name in whole)
