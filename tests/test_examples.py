@@ -26,7 +26,7 @@ def ranks(config: Path) -> int:
 
 
 def test_there_is_an_example_of_each_kind() -> None:
-    assert {path.name for path in CONFIGS} == {"laptop.yaml", "830m.yaml", "10b.yaml"}
+    assert {path.name for path in CONFIGS} == {"laptop.yaml", "830m.yaml", "10b.yaml", "30b.yaml"}
     assert {path.suffix for path in SCRIPTS} == {".sh", ".sbatch"} and len(SCRIPTS) == 3
 
 

@@ -94,17 +94,26 @@ class Ranks:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.harness.preload"])
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float = 120.0,
+        only: Sequence[int] | None = None,
+    ) -> list[Any]:
         """Call ``function(*args)`` on each rank of a new world; return the results in the order of the ranks.
 
         :param world_size: 1 to 8 ranks; ``torch.distributed`` and ``deepspeed.comm`` are initialised to that size.
+        :param only: start these ranks of a world of any size, which imagine all others, one another included: nothing
+            that they send arrives (torch's fake process group).
         :param function: a top-level function of an importable module.
         :param args: picklable; the results must be picklable too.
         :param timeout: seconds for the whole job.
         :raises RankError: a rank raised or died, or time ran out; all ranks are gone by then.
         """
         __tracebackhide__ = True
-        if not 1 <= world_size <= MOST_RANKS:
+        if only is None and not 1 <= world_size <= MOST_RANKS:
             raise ValueError(f"world_size is {world_size}; 1 to {MOST_RANKS} are possible")
         if "<" in function.__qualname__:
             raise TypeError(f"{function.__qualname__} is not a top-level function: a rank cannot import it")
@@ -114,9 +123,10 @@ class Ranks:
         with tempfile.TemporaryDirectory() as logs:
             try:
                 self._start_server()
-                for rank in range(world_size):
+                for number, rank in enumerate(range(world_size) if only is None else only):
                     ours, theirs = self._context.Pipe()
-                    job = (rank, world_size, port, timeout, _log(logs, rank), list(sys.path), name, pickle.dumps(args))
+                    world = (rank, world_size, None if only is not None else port)
+                    job = (*world, timeout, _log(logs, number), list(sys.path), name, pickle.dumps(args))
                     process = self._context.Process(target=_rank_main, args=(theirs, *job), name=f"rank {rank}")
                     process.start()
                     theirs.close()
@@ -127,9 +137,9 @@ class Ranks:
                     connection.send_bytes(b"release")
                 for process in processes:
                     process.join(timeout=5)
-                for rank in range(world_size):
-                    for line in _printed(logs, rank).splitlines():
-                        print(f"[rank {rank}] {line}")
+                for number in range(len(processes)):
+                    for line in _printed(logs, number).splitlines():
+                        print(f"[rank {number}] {line}")
                 return results
             finally:
                 for process in processes:
@@ -200,7 +210,7 @@ def _rank_main(
     connection: Connection,
     rank: int,
     world_size: int,
-    port: int,
+    port: int | None,
     timeout: float,
     log: str,
     sys_path: list[str],
@@ -217,7 +227,7 @@ def _rank_main(
     try:
         sys.path[:] = sys_path
         os.environ.pop("PYTHONPATH", None)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % MOST_RANKS), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         import deepspeed
         import torch
@@ -228,8 +238,12 @@ def _rank_main(
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         module, function = name.split(":")
         call = getattr(importlib.import_module(module), function)
+        if port is None:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            torch.distributed.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         deepspeed.init_distributed(
-            dist_backend="gloo",
+            dist_backend="gloo" if port is not None else "fake",
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(seconds=timeout + 60),  # later than the parent's, which shows where each rank stands
