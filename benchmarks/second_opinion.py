@@ -211,7 +211,7 @@ def table(part: str, seen: list[Seen]) -> None:
         said = ", ".join(f"{sum(a['verdict'] == v for a in asked)} {v}" for v in ("state", "data", "undecided"))
         late = f"{median(first):.0f} ({max(first)})" if first else "–"
         rise, gap = (f"{median([a[key] for a in asked]):.2f}" if asked else "–" for key in ("rise", "gap"))
-        healthy = [a["healthy_gap"] / a["rise"] for a in asked if a["healthy_gap"] is not None]
+        healthy = [a["healthy_gap"] / a["rise"] for a in asked if a.get("healthy_gap") is not None]
         part_of = f"{median(healthy):.2f} ({min(healthy):.2f}, {max(healthy):.2f})" if healthy else "–"
         print(f"| {name} | {len(group)} | {len(back)} | {late} | {said} | {rise} | {gap} | {part_of} |", flush=True)
 

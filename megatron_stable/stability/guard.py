@@ -98,7 +98,6 @@ class GuardState(BaseModel):
         consecutive: Of these, in a row.
         overflows: In a row, of fp16.
         asked: Second opinions on the rise in progress that were decided.
-        undecided: Those since then that were not.
         ask: The step from which on another one is wanted.
         data_blamed: Of these, how many in a row blamed the data.
     """
@@ -113,7 +112,6 @@ class GuardState(BaseModel):
     consecutive: int = 0
     overflows: int = 0
     asked: int = 0
-    undecided: int = 0
     ask: int = 0
     data_blamed: int = 0
 
@@ -144,8 +142,7 @@ class Guard:
         self.drift, self.memory = state.drift, deque(state.memory, opinions.REMEMBERED)
         self.drops = list(state.drops)
         self.consecutive, self.overflows = state.consecutive, state.overflows
-        self.asked, self.undecided, self.ask = state.asked, state.undecided, state.ask
-        self.data_blamed = state.data_blamed
+        self.asked, self.ask, self.data_blamed = state.asked, state.ask, state.data_blamed
 
     def state(self) -> GuardState:
         """What :meth:`restore` takes."""
@@ -158,7 +155,6 @@ class Guard:
             consecutive=self.consecutive,
             overflows=self.overflows,
             asked=self.asked,
-            undecided=self.undecided,
             ask=self.ask,
             data_blamed=self.data_blamed,
         )
@@ -231,13 +227,11 @@ class Guard:
             healthy_gap=opinion.healthy and opinion.healthy.gap,
             checkpoint=opinion.checkpoint,
         )
-        if opinion.verdict == "undecided":  # more batches, or a rise that goes on, soon decide it
-            self.undecided += 1
+        if opinion.verdict == "undecided":  # a rise that goes on soon decides it
             self.ask = step + max(self.config.patience // 2, 1)
             return Judgement(bad=True, events=(asked,))
         self.ask = step + (self.config.patience << self.asked)
         self.asked += 1
-        self.undecided = 0
         if opinion.verdict == "data":
             self.data_blamed += 1
             first = self.data_blamed == 1
@@ -257,7 +251,7 @@ class Guard:
         self.detectors["loss"].settle()
         self.watched["loss"] = _Watched(kind="normal")
         self.drift = self.drift.settled()
-        self.asked = self.undecided = self.ask = self.data_blamed = 0
+        self.asked = self.ask = self.data_blamed = 0
 
     def _question(self, step: int, loss: Verdict | None) -> Question | None:
         """What to ask, if anything: of a rise that stays at once, and again after longer and longer."""
@@ -269,9 +263,9 @@ class Guard:
         if step < self.ask:
             return None
         if onset is None:
-            self.asked = self.undecided = self.data_blamed = 0
+            self.asked = self.data_blamed = 0
             return None
-        return opinions.pose(self.memory, onset, least, self.undecided)
+        return opinions.pose(self.memory, onset, least)
 
     def _not_finite(self, loss: float, grad_norm: float, overflow: bool) -> str | None:
         """Why the update must not be made; of an overflow, why it was not."""

@@ -30,7 +30,6 @@ from statistics import fmean, variance
 from typing import Literal, NamedTuple
 
 BATCHES = 4  # of each kind
-MOST = 16  # of each kind, where fewer could not decide
 APART = 4  # steps between old batches: neighbours of the onset may belong to the rise already
 # of the rise: in runs of benchmarks/second_opinion.py a healthy checkpoint's gap was 1.3 to 2.6 times a rise that was
 # the data's (the model had learnt some of them by then), 0.6 of one to which damage had been added, 0.1 of damage alone
@@ -102,28 +101,26 @@ class Opinion(NamedTuple):
     checkpoint: int | None = None
 
 
-def pose(memory: Iterable[Recorded], onset: int, least: float = 0.0, undecided: int = 0) -> Question | None:
+def pose(memory: Iterable[Recorded], onset: int, least: float = 0.0) -> Question | None:
     """The question to ask about a rise that began at ``onset``; ``None`` where too little is remembered.
 
     Args:
         memory: Steps in order, the latest last, with finite losses.
         onset: The first step of the rise, or of a slow one the step of the lowest level.
         least: Damage, nats per token, that is worth a verdict.
-        undecided: How often it has been asked in vain: each time twice as many batches are, up to ``MOST`` of a kind.
     """
     known = list(memory)
     since = next((i for i, batch in enumerate(known) if batch.step >= onset), len(known))
     if since == 0:  # it began before what is remembered: take the oldest
         since = APART * BATCHES
-    old = usual(known[:since], min(BATCHES << undecided, MOST))
-    recent = tuple(known[since:][-len(old) :])
-    question = Question(onset, old[: len(recent)], recent, least)
-    return question if len(question.old) >= BATCHES and question.rise > 0 else None
+    old, recent = usual(known[:since]), known[since:][-BATCHES:]
+    question = Question(onset, old, tuple(recent), least)
+    return question if len(old) == len(recent) == BATCHES and question.rise > 0 else None
 
 
-def usual(before: Sequence[Recorded], batches: int = BATCHES) -> tuple[Recorded, ...]:
-    """Of the batches before a rise those to ask about, the latest first; more are not older, but closer together."""
-    return tuple(before[-APART :: -max(1, APART * BATCHES // batches)][:batches])
+def usual(before: Sequence[Recorded]) -> tuple[Recorded, ...]:
+    """Of the batches before a rise those to ask about, the latest first."""
+    return tuple(before[-APART::-APART][:BATCHES])
 
 
 def answer(question: Question, losses: Sequence[float]) -> Answer:

@@ -96,9 +96,10 @@ def train_many_on_ranks(configs: dict[str, dict[str, Any]], steps: int) -> dict[
 
 
 def update_error(value: Tensor, reference: Tensor, start: Tensor, rate: float) -> float:
-    """How far a parameter is off, relative to how far it has moved."""
+    """How far a parameter is off, relative to how far it has moved; beside what fp32 rounds off the parameter."""
     moved = float((reference - start).norm()) + 0.01 * rate * reference.numel() ** 0.5
-    return float((value - reference).norm()) / moved
+    rounding = 2.0**-23 * float(reference.norm())
+    return max(0.0, float((value - reference).norm()) - rounding) / moved
 
 
 def micro_batches(tokens: Tensor, config: Config, topology: Any) -> list[Tensor]:

@@ -46,8 +46,9 @@ def run_of(folder: Path, name: str, optimizer: dict[str, Any], place: dict[str, 
 
 def saved(run: Path, step: int = STEPS) -> Any:
     """Checksums of all tensors, and the state beside them."""
-    manifest = json.loads((run / f"checkpoints/step_{step:08d}/manifest.json").read_text())
-    return manifest["files"], manifest["state"]
+    folder = run / f"checkpoints/step_{step:08d}"
+    index, manifest = (json.loads((folder / name).read_text()) for name in ("index.json", "manifest.json"))
+    return index, manifest["state"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,7 +8,6 @@ import pytest
 from megatron_stable.stability.opinion import (
     APART,
     BATCHES,
-    MOST,
     Answer,
     Question,
     Recorded,
@@ -43,18 +42,6 @@ def test_the_question_leaves_the_neighbours_of_the_onset_out() -> None:
     assert [batch.step for batch in found.old] == [50 - APART * n for n in range(1, BATCHES + 1)]
     assert [batch.step for batch in found.recent] == [57, 58, 59, 60]
     assert found.steps == (46, 42, 38, 34, 57, 58, 59, 60)
-
-
-def test_asked_in_vain_it_takes_more_batches_of_the_same_time() -> None:
-    memory = [Recorded(step, 3.0 + (step >= 50)) for step in range(1, 71)]
-    asked = [pose(memory, 50, undecided=times) for times in (0, 1, 2, 9)]
-    counts = [len(found.old) for found in asked if found]
-    assert counts == [BATCHES, 2 * BATCHES, MOST, MOST]
-    for found in filter(None, asked):
-        assert len(found.recent) == len(found.old) and found.recent[-1].step == 70
-        assert found.old[0].step <= 50 - APART and found.old[-1].step >= 50 - APART * (BATCHES + 1)
-    few = pose(memory[:56], 50, undecided=2)  # as many as there are since the onset
-    assert few is not None and len(few.old) == len(few.recent) == 7
 
 
 def test_no_question_where_too_little_is_known_or_nothing_rose() -> None:
