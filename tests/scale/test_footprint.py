@@ -73,10 +73,11 @@ def test_bytes_held(counted: tuple[Layout, list[dict[str, Any]]]) -> None:
             assert held["weights"] == pytest.approx(mine.weights, rel=0.02)
         states = held.get("masters", 0) + held.get("moments", 0)
         if layout.zero_stage == 1:
-            assert held["gradients"] == pytest.approx(mine.gradients, rel=0.05)
+            # beside the gradients there are activations, of which such short sequences have little
+            assert held["gradients"] == pytest.approx(mine.gradients, rel=0.01, abs=65536)
             assert states == pytest.approx(mine.optimizer, rel=0.05)
         total = sum(held.values())
-        assert total <= 1.05 * mine.states
+        assert total <= 1.05 * mine.states + 65536
         assert total >= 0.95 * (mine.states - mine.buckets)
 
 
