@@ -106,7 +106,10 @@ def events(values: Values, kind: str) -> list[dict[str, Any]]:
 KINDS = {"tp2": "inf", "pp2": "nan", "zero2": "overflow", "zero3": "nan", "tp2-pp2-sp": "ascent", "tp2-pp2-dp2": "inf"}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+OFTEN = ("zero2", "tp2-pp2-sp", "tp2-pp2-dp2")  # all kinds of layouts and, but for "nan", of faults
+
+
+@pytest.mark.parametrize("name", [it if it in OFTEN else pytest.param(it, marks=pytest.mark.full) for it in LAYOUTS])
 def test_faults_that_pass_and_one_that_does_not(ranks: Ranks, tmp_path: Path, name: str) -> None:
     check(ranks, tmp_path, name, KINDS[name])
 
