@@ -52,7 +52,7 @@ class Footprint:
 def footprints(config: Config, world: int) -> list[Footprint]:
     """One for each pipeline stage of ``world`` ranks; ``config.model.vocab_size`` must be known.
 
-    Supports bf16, the precision of large runs: DeepSpeed's other ways through ZeRO-1 hold more.
+    In bf16, the precision of large runs; for fp32 and fp16 these are lower bounds.
     """
     parallel, batch, model = config.parallel, config.batch, config.model
     replicas = world // (parallel.tensor * parallel.pipeline)

@@ -87,10 +87,11 @@ class Engine:
                     dist_init_required=False,
                 )
         require_engine(self.deepspeed, self.module)
-        if config.precision.dtype == "bf16" and config.parallel.zero_stage == 1:
-            ReducingOptimizer.take_over(self.deepspeed, self.module, topology)
-        sum_partial_first(self.deepspeed, self.module, topology)
         shards = local_shards(self.deepspeed, self.module)
+        held = [(weight, s) for weight, s in zip(self.module.parameters(), shards, strict=True) if s.numel]
+        if config.precision.dtype == "bf16" and config.parallel.zero_stage == 1:
+            ReducingOptimizer.take_over(self.deepspeed, held, topology)
+        sum_partial_first(self.deepspeed, held, topology)
         self._gammas = {s.place.name: s.of(s.flat) for s in shards if s.numel and s.place.name.endswith(".gamma")}
         self.optimizer.bind(
             flats(self.deepspeed),
@@ -215,9 +216,10 @@ class Engine:
 
         Unless there is a loss scale, DeepSpeed judges gradients by their norm, which leaves out what TP ranks but the
         first hold of replicated parameters: a NaN there would go into that rank's weights unseen. So these ranks look
-        at their gradients.
+        at their gradients, unless our own norm has.
         """
-        held = [grad.sum() for grad in gradients(self.deepspeed)] if self.topology.tensor_rank else []
+        seen = self.topology.tensor_rank == 0 or isinstance(self.deepspeed.optimizer, ReducingOptimizer)
+        held = [] if seen else [grad.sum() for grad in gradients(self.deepspeed)]
         return (~torch.stack(held).isfinite().all()).double() if held else self._sums.new_zeros((), dtype=torch.float64)
 
     def _at_floor(self, scaler: LossScalerState) -> bool:

@@ -11,7 +11,7 @@ done once over all ranks instead of once per replica::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,20 +19,22 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from megatron_stable.engine.shards import local_shards, reduced_gradient
+from megatron_stable.engine.shards import reduced_gradient
+from megatron_stable.optim.partition import LocalShard
 from megatron_stable.parallel.parameters import is_partial, place
 from megatron_stable.parallel.topology import Topology
+
+Held = Sequence[tuple[nn.Parameter, LocalShard]]  # what this rank holds of which parameters
 
 
 class ReducingOptimizer(BF16_Optimizer):
     """DeepSpeed's optimizer for ZeRO-1 under bf16, with the gradients reduced to those who need them."""
 
     @classmethod
-    def take_over(cls, engine: Any, module: nn.Module, topology: Topology) -> None:
+    def take_over(cls, engine: Any, held: Held, topology: Topology) -> None:
         """Make ``engine``, DeepSpeed's, reduce its gradients like this."""
         optimizer = engine.optimizer
         optimizer.__class__ = cls
-        held = [(w, s) for w, s in zip(module.parameters(), local_shards(engine, module), strict=True) if s.numel]
         optimizer.held = [shard for _, shard in held]
         counted = [float(_counts(weight, topology)) for weight, _ in held]
         optimizer.counted = torch.tensor(counted, dtype=torch.float64, device=engine.device)
@@ -43,13 +45,13 @@ class ReducingOptimizer(BF16_Optimizer):
     def reduce(self) -> None:
         """Average the gradients over the replicas. Collective."""
         replicas = dist.get_world_size(self.data_group)
+        if replicas == 1:
+            return
         for whole, part in zip(self.fp32_groups_gradients_flat, self.fp32_groups_gradient_flat_partition, strict=True):
-            if replicas > 1:
-                sent = whole.to(self.dtype_sent)  # itself, in fp32
-                own = part if sent is whole else part.to(sent.dtype)
-                dist.reduce_scatter_tensor(own, sent, group=self.data_group)
-                part.copy_(own)
-                part.div_(replicas)
+            sent = whole.to(self.dtype_sent)  # itself, in fp32
+            own = part if sent is whole else part.to(sent.dtype)
+            dist.reduce_scatter_tensor(own, sent, group=self.data_group)
+            part.copy_(own).div_(replicas)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -82,17 +84,13 @@ def _counts(weight: nn.Parameter, topology: Topology) -> bool:
     return once and not getattr(weight, "ds_pipe_replicated", False)
 
 
-def sum_partial_first(engine: Any, module: nn.Module, topology: Topology) -> None:
+def sum_partial_first(engine: Any, held: Held, topology: Topology) -> None:
     """Let each step of ``engine``, DeepSpeed's, begin with the sum over TP of the partial gradients.
 
     These belong to parameters that TP replicates and of which each rank saw some positions or heads only. They are
     summed all in one reduction, once a step, and of each this replica's part only.
     """
-    shards = [
-        shard
-        for weight, shard in zip(module.parameters(), local_shards(engine, module), strict=True)
-        if is_partial(weight) and shard.numel
-    ]
+    shards = [shard for weight, shard in held if is_partial(weight)]
     if topology.tensor_size == 1 or not shards:
         return
     step: Callable[..., None] = engine.optimizer.step

@@ -104,17 +104,6 @@ def reduced_gradient(engine: Any, shard: LocalShard) -> Tensor:
     raise AssertionError(f"{shard.place.name} has no gradient")
 
 
-def optimizer_steps(engine: Any) -> int:
-    """Updates that the base optimizer has applied, which differ from attempted steps by the dropped ones."""
-    updates: int = engine.optimizer.optimizer.updates
-    return updates
-
-
-def set_optimizer_steps(engine: Any, steps: int) -> None:
-    """Set the count of applied updates, on which Adam's bias correction depends."""
-    engine.optimizer.optimizer.set_updates(steps)
-
-
 @torch.no_grad()
 def refresh(engine: Any) -> None:
     """Make the model's weights what the masters say, on all ranks. Collective."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_stable.config.describe import describe
@@ -101,7 +102,7 @@ def reference_page() -> str:
     return "\n".join(parts)
 
 
-def _fields(kind: type[Event], besides: type[Event] | None = None) -> str:
+def _fields(kind: type[BaseModel], besides: type[BaseModel] | None = None) -> str:
     known = () if besides is None else besides.model_fields
     rows = ["| field | type | meaning |", "|---|---|---|"]
     for name, info in kind.model_fields.items():

@@ -7,6 +7,7 @@ of the fields are the documentation of the format, docs/ledger.md. MAD: median a
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -24,7 +25,7 @@ Step: TypeAlias = Annotated[int, Field(ge=0)]
 SERIES: dict[Series, str] = {"loss": "loss", "grad_norm": "gradient norm"}
 
 
-class Event(BaseModel):
+class Event(BaseModel, ABC):
     """What all events have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -43,9 +44,9 @@ class Event(BaseModel):
         data = f" (data step {self.data_step})" if self.data_step is not None else ""
         return one_line(f"step {self.step}{data}: {self.words()}")
 
+    @abstractmethod
     def words(self) -> str:
         """The sentence, without the step."""
-        raise NotImplementedError
 
     def line(self) -> dict[str, Any]:
         """Plain values for JSON, without what there is nothing to say about."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,19 +37,6 @@ def flip_early(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[40] ^= 1
     path.write_bytes(data)
-
-
-@pytest.fixture(scope="module")
-def whole(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 1 and 2."""
-    root = tmp_path_factory.mktemp("whole") / "checkpoints"
-    ranks.run(RANKS, write_checkpoints, str(root), [1, 2])
-    return root
-
-
-@pytest.fixture
-def root(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "checkpoints"))
 
 
 @pytest.mark.parametrize("spoil", [truncate, empty, flip, flip_early])

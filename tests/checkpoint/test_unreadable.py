@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,11 @@ import pytest
 from megatron_stable.checkpoint import disk, store
 from megatron_stable.checkpoint.disk import Unreadable
 from megatron_stable.checkpoint.format import read_manifest
-from tests.checkpoint.stored import choose_step, write_checkpoints
+from tests.checkpoint.stored import choose_step
 from tests.harness.ranks import RankError, Ranks
 
 RANKS = 2
 FILES = ["manifest.json", "index.json", "rank_00000.safetensors", "rank_00001.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def whole(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of steps 1 and 2."""
-    root = tmp_path_factory.mktemp("whole") / "checkpoints"
-    ranks.run(RANKS, write_checkpoints, str(root), [1, 2])
-    return root
-
-
-@pytest.fixture
-def root(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "checkpoints"))
 
 
 def fail(name: str, number: int, times: int) -> Callable[[], int]:

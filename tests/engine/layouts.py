@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,20 +64,25 @@ def train_reference(config: Config, steps: int) -> reference.Trained:
     return reference.train(parameters, batches, config, steps)
 
 
-def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
-    """On a rank: train with the engine; returns metrics per step and this rank's shards of the final parameters."""
+@contextmanager
+def engine_on_rank(values: dict[str, Any]) -> Iterator[Any]:
+    """On a rank: the engine of a configuration, in any precision."""
     from megatron_stable.engine.engine import Engine
-    from megatron_stable.optim.schedule import learning_rate
-    from megatron_stable.parallel.parameters import place
     from megatron_stable.parallel.topology import Topology
 
     config = Config.model_validate(values)
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-    with ExitStack() as stack:
-        if config.precision.dtype == "fp16":
-            stack.enter_context(fp16_on_cpu())
-        engine = Engine(config, topology)
-        metrics = []
+    with fp16_on_cpu() if config.precision.dtype == "fp16" else nullcontext():
+        yield Engine(config, topology)
+
+
+def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
+    """On a rank: train with the engine; returns metrics per step and this rank's shards of the final parameters."""
+    from megatron_stable.optim.schedule import learning_rate
+    from megatron_stable.parallel.parameters import place
+
+    with engine_on_rank(values) as engine:
+        config, topology, metrics = engine.config, engine.topology, []
         for step, tokens in enumerate(global_batches(steps), start=1):
             outcome = engine.train_step(step, micro_batches(tokens, config, topology), learning_rate(config, step))
             metrics.append(vars(outcome.metrics))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_stable.config.schema import Config
-from tests.engine.layouts import global_batches, make_config, micro_batches
-from tests.harness.fp16 import fp16_on_cpu
+from tests.engine.layouts import engine_on_rank, global_batches, make_config, micro_batches
 from tests.harness.ranks import Ranks
 
 STEPS = 10
@@ -50,17 +47,10 @@ class Reads(TorchDispatchMode):
 
 def reads_on_rank(values: dict[str, Any]) -> dict[str, int]:
     """On a rank: where the steps read from the device, and how often."""
-    from megatron_stable.engine.engine import Engine
     from megatron_stable.engine.outcome import Refused
-    from megatron_stable.parallel.topology import Topology
 
-    config = Config.model_validate(values)
-    topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-    with ExitStack() as stack:
-        if config.precision.dtype == "fp16":
-            stack.enter_context(fp16_on_cpu())
-        engine = Engine(config, topology)
-        batch = global_batches(1)[0]
+    with engine_on_rank(values) as engine:
+        config, topology, batch = engine.config, engine.topology, global_batches(1)[0]
         engine.train_step(1, micro_batches(batch, config, topology), 1e-3)  # builds what lasts
         reads = Reads()
         tolist = torch.Tensor.tolist

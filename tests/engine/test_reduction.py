@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_stable.config.schema import Config
-from tests.engine.layouts import assemble, global_batches, make_config, micro_batches, train_on_ranks
+from tests.engine.layouts import assemble, engine_on_rank, global_batches, make_config, micro_batches, train_on_ranks
 from tests.harness.ranks import Ranks
 
 EXACT = 2e-6
@@ -79,11 +79,6 @@ def test_sums_in_16_bits_are_rounded(ranks: Ranks, alone: tuple[float, dict[str,
 
 def bytes_on_rank(values: dict[str, Any]) -> dict[str, int]:
     """On a rank: elements that the collectives over several ranks take in one step, by their name."""
-    from megatron_stable.engine.engine import Engine
-    from megatron_stable.parallel.topology import Topology
-
-    config = Config.model_validate(values)
-    engine = Engine(config, topology := Topology())
     sent: dict[str, int] = {}
 
     def counted(name: str) -> Any:
@@ -99,8 +94,9 @@ def bytes_on_rank(values: dict[str, Any]) -> dict[str, int]:
 
     for name in ("all_reduce", "reduce_scatter_tensor"):
         setattr(torch.distributed, name, counted(name))
-    engine.train_step(1, micro_batches(global_batches(1)[0], config, topology), 1e-3)
-    sent["parameters"] = sum(weight.numel() for weight in engine.module.parameters())
+    with engine_on_rank(values) as engine:
+        engine.train_step(1, micro_batches(global_batches(1)[0], engine.config, engine.topology), 1e-3)
+        sent["parameters"] = sum(weight.numel() for weight in engine.module.parameters())
     return sent
 
 
@@ -108,3 +104,24 @@ def test_each_replica_receives_its_own_part_only(ranks: Ranks) -> None:
     for sent in ranks.run(2, bytes_on_rank, bf16(1).model_dump(mode="json")):
         assert "all_reduce" not in sent
         assert sent["reduce_scatter_tensor"] == pytest.approx(4 * sent["parameters"], rel=0.01)
+
+
+def poisoned_on_rank(values: dict[str, Any], rank: int) -> tuple[bool, bool]:
+    """On a rank: whether the step was dropped, and the weights stayed, where one rank's copy of a gradient is NaN."""
+    from megatron_stable.parallel.parameters import place
+
+    with engine_on_rank(values) as engine:
+        norm = next(w for w in engine.module.parameters() if place(w).name == "final_norm.weight")
+        if torch.distributed.get_rank() == rank:
+            norm.register_hook(lambda grad: torch.full_like(grad, torch.nan))
+        before = [state.tensors["weight"].clone() for state in engine.shards()]
+        batches = micro_batches(global_batches(1)[0], engine.config, engine.topology)
+        skipped = engine.train_step(1, batches, 1e-3).metrics.skipped
+        after = [state.tensors["weight"] for state in engine.shards()]
+    return skipped, all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_in_a_replicated_gradient_is_seen_on_any_rank(ranks: Ranks, rank: int) -> None:
+    config = make_config(parallel={"tensor": 2}, precision={"dtype": "bf16"})
+    assert ranks.run(2, poisoned_on_rank, config.model_dump(mode="json"), rank) == [(True, True)] * 2
