@@ -1,8 +1,10 @@
 # `make demo` and `make test` work in a fresh clone: both set up .venv first, and skip that when it is up to date.
-# Options: PYTHON=python3.12 chooses the interpreter that .venv is made from; TESTS=tests/config the tests that run.
+# Options: PYTHON=python3.12 chooses the interpreter that .venv is made from; TESTS=tests/config the tests that run;
+# JOBS=4 how many run side by side, a file each. A test takes up to 8 processes, so 2 jobs keep a few cores busy.
 
 PYTHON ?= python3
 TESTS ?= tests
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -32,10 +34,10 @@ demo: setup  ## prepare text, train a small model on two ranks, show what came o
 	$(BIN)/megatron-stable demo
 
 test: setup  ## the test suite
-	$(BIN)/python -m pytest $(TESTS) -m 'not full'
+	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile -m 'not full'
 
 test-all: setup  ## the test suite with the full product of layouts and recipes
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile
 
 lint: setup  ## ruff, mypy, codespell
 	$(BIN)/ruff check .

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "instability.py"
 
 
+@pytest.mark.full
 def test_it_prints_a_table_and_draws(tmp_path: Path) -> None:
     figure = tmp_path / "deep" / "figure.png"
     command = [sys.executable, str(EXAMPLE), "--steps", "6", "--learning-rate", "0.1", "--output", str(figure)]

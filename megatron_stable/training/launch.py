@@ -67,6 +67,8 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
 
 def gpu_count() -> int:
     """GPUs that this process may use."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return 0
     import torch  # takes a second, which a wrong command line should not wait for
 
     return torch.cuda.device_count()

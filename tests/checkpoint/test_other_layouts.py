@@ -38,6 +38,7 @@ def chain_settings(folder: Path, name: str, steps: int, place: Layout, **section
     )
 
 
+@pytest.mark.full  # which the bits of each layout, below, and the equivalence of layouts imply
 def test_each_layout_resumes_what_another_wrote(ranks: Ranks, folder: Path) -> None:
     """Every run trains ten steps: five that its predecessor has trained, too, and five that its successor will."""
     constant = {"kind": "constant", "warmup_steps": 0}  # so that the number of steps may differ

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +18,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_an_exception_ends_the_run_with_its_traceback_last(folder: Path, case: tuple[dict[str, Any], str]) -> None:
-    parallel, crashing = case
+OFTEN = ("rank 0 of PP",)
+
+
+@pytest.mark.parametrize("case", [it if it in OFTEN else pytest.param(it, marks=pytest.mark.full) for it in CASES])
+def test_an_exception_ends_the_run_with_its_traceback_last(folder: Path, case: str) -> None:
+    parallel, crashing = CASES[case]
     process = pretrain(
         settings(folder, parallel=parallel),
         PYTHONPATH=os.pathsep.join([str(ROOT), str(Path(__file__).parent / "crash")]),

@@ -24,11 +24,9 @@ def run_settings(folder: Path, name: str, parallel: dict[str, Any]) -> Values:
     return settings(folder, name, STEPS, parallel=parallel, checkpoint={"every": 3, "keep": 2})
 
 
-@pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS)
-def test_killed_processes_resume_bit_for_bit(
-    ranks: Ranks, folder: Path, case: tuple[dict[str, Any], list[list[int]]]
-) -> None:
-    parallel, kills = case
+@pytest.mark.parametrize("name", ["pipeline", pytest.param("tensor", marks=pytest.mark.full)])
+def test_killed_processes_resume_bit_for_bit(ranks: Ranks, folder: Path, name: str) -> None:
+    parallel, kills = LAYOUTS[name]
     whole = run_settings(folder, "whole", parallel)
     assert ranks.run(2, train, whole) == [0, 0]
     expected = curve(folder / "whole")
@@ -76,6 +74,7 @@ def train_until_killed(values: Values, victims: list[int], step: int, delay: flo
     return train(values)
 
 
+@pytest.mark.full
 def test_many_kills_at_random_moments_resume_bit_for_bit(ranks: Ranks, folder: Path) -> None:
     chosen = random.Random(0)
     parallel = layout(tensor=2)
