@@ -49,17 +49,24 @@ class Checkpoints:
         self.bad_steps: list[int] = []
         self.saved = 0
         self._wanted = False  # one is due, or was while the one before was being written
+        self._put_off = 0  # times that the next was due since the last was begun
 
     def due(self, step: int) -> bool:
-        """Whether one is to be written after a step: each that is planned, once the one before it is complete."""
+        """Whether one is to be written after a step: each that is planned, once the one before it is complete.
+
+        One that does not get complete is waited for in the end, lest training outrun what can be kept.
+        """
         planned = step % self.config.checkpoint.every == 0
         self.saver.tell()
         self._wanted = self._wanted or planned
         if self._wanted and not self.saver.idle():
+            self._put_off += planned
+            waits = self._put_off >= self.config.checkpoint.max_failed_saves
             if planned:
                 slow = f"the checkpoint of step {self.saved} is still being written"
-                self.report(f"warning: {slow}: that of step {step} has to wait, training goes on")
-            return False
+                then = "training waits for it" if waits else f"that of step {step} has to wait, training goes on"
+                self.report(f"warning: {slow}: {then}")
+            return waits
         return self._wanted
 
     def note(self, step: int, bad: bool) -> None:
@@ -84,7 +91,7 @@ class Checkpoints:
             dtype=self.config.precision.dtype,
         )
         self.saver.save(step, self.engine.shards(), layout, self.config, state)
-        self.saved, self._wanted = step, False
+        self.saved, self._wanted, self._put_off = step, False, 0
         if self.saver.failures + 1 >= self.config.checkpoint.max_failed_saves:
             self._see_it_through(step)
 

@@ -67,6 +67,36 @@ def test_training_goes_on_and_the_next_save_is_put_off(
     assert second > OPENS, "the one that was put off, not that of step 8 or later alone"
 
 
+def train_on_a_disk_that_hangs(values: Values, gate: str) -> tuple[int, int]:
+    """On a rank: train while a save hangs until training stands still; the exit code, and the step where it stood."""
+    run, stood = Path(values["run"]["directory"]), [0]
+
+    def open_when_training_stands() -> None:
+        before, since = 0, time.monotonic()
+        while time.monotonic() - since < 2.0 or not before:
+            time.sleep(0.1)
+            done = max(metrics(run), default=0) if (run / "metrics.jsonl").exists() else 0
+            if done != before:
+                before, since = done, time.monotonic()
+        stood[0] = before
+        Path(gate).touch()
+
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=open_when_training_stands, daemon=True).start()
+    stall(Path(gate), 1)
+    return train(values), stood[0]
+
+
+def test_training_waits_for_a_save_that_takes_longer_than_many_intervals(
+    ranks: Ranks, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {"checkpoint": {"every": 2, "max_failed_saves": 3}, "parallel": layout(tensor=2)}
+    values = settings(folder, steps=12, **sections)
+    assert ranks.run(2, train_on_a_disk_that_hangs, values, str(folder / "gate")) == [(0, 8), (0, 0)]
+    assert "checkpoint of step 2 is still being written: training waits for it" in capsys.readouterr().out
+    assert [entry.step for entry in store.entries(folder / "run/checkpoints")] == [2, 8, 10, 12]
+
+
 def wait_for_a_slow_save(folder: str) -> tuple[float, int]:
     """On a rank: how long the wait for a save took, and how many collectives."""
     from datetime import timedelta
