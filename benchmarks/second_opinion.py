@@ -30,7 +30,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ from megatron_stable.data import Batches, Course, Tokenizer, open_dataset, prepr
 from megatron_stable.data.standard_library import write_standard_library
 
 VOCAB, SEQUENCE, BATCH, CHANGE, BLEND, BAD = 512, 64, 64, 90, 40, 12
-SIZES = {64: 0.5, 96: 0.7}  # width: a learning rate at which `baseline` diverges
+SIZES = {64: 0.5, 96: 0.6}  # width: a learning rate at which `baseline` diverges
 SETTINGS = (
     f"model.sequence_length={SEQUENCE}", f"batch.global_size={BATCH}", f"batch.micro_size={BATCH}", "model.size=tiny",
     "precision.dtype=fp32", "schedule.kind=constant", "logging.tensorboard=false",
@@ -78,11 +78,21 @@ class Seen(NamedTuple):
         return [line["step"] for line in self.ledger if line["event"] == event]
 
     @property
-    def onset(self) -> int:
+    def lowest(self) -> int:
         """The step about which the mean of 15 losses is lowest, found without the guard."""
-        steps = sorted(self.losses)
-        means = {s: fmean(self.losses[k] for k in range(s - 7, s + 8)) for s in steps[7:-7]}
+        means = self._means()
         return min(means, key=lambda step: means[step])
+
+    @property
+    def onset(self) -> int:
+        """The last step about which that mean is the lowest still, to two standard errors: a plateau is no rise."""
+        means, lowest = self._means(), self.lowest
+        error = stdev(self.losses[k] for k in range(lowest - 7, lowest + 8)) / 15**0.5
+        return max(step for step, mean in means.items() if mean <= means[lowest] + 2 * error)
+
+    def _means(self) -> dict[int, float]:
+        steps = sorted(self.losses)
+        return {s: fmean(self.losses[k] for k in range(s - 7, s + 8)) for s in steps[7:-7]}
 
 
 def kinds_of_text(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -201,15 +211,19 @@ def train(run: Run, root: Path) -> Seen:
 
 def table(part: str, seen: list[Seen]) -> None:
     """What the runs of a part came to, by name."""
-    print(f"\n| {part} | runs | rolled back | steps from onset, median (most)", end="")
-    print(" | opinions | rise, nats | gap, nats | healthy gap / rise (least, most) |\n|" + 8 * "---|")
+    print(f"\n| {part} | runs | rolled back | steps from onset, median (most) | from the lowest mean", end="")
+    print(" | opinions | rise, nats | gap, nats | healthy gap / rise (least, most) |\n|" + 9 * "---|")
     for name in dict.fromkeys(each.run.name for each in seen):
         group = [each for each in seen if each.run.name == name]
         back = [each for each in group if each.steps("rollback") or each.steps("gave_up")]
-        first = [(each.steps("rollback") or each.steps("gave_up"))[0] - each.onset for each in back]
+        first = [(each, (each.steps("rollback") or each.steps("gave_up"))[0]) for each in back]
         asked = [line for each in group for line in each.ledger if line["event"] == "second_opinion"]
         said = ", ".join(f"{sum(a['verdict'] == v for a in asked)} {v}" for v in ("state", "data", "undecided"))
-        late = f"{median(first):.0f} ({max(first)})" if first else "–"
+        onset, lowest = (
+            [step - origin for step, origin in places]
+            for places in ([(step, each.onset) for each, step in first], [(step, each.lowest) for each, step in first])
+        )
+        late = " | ".join(f"{median(steps):.0f} ({max(steps)})" if steps else "–" for steps in (onset, lowest))
         rise, gap = (f"{median([a[key] for a in asked]):.2f}" if asked else "–" for key in ("rise", "gap"))
         healthy = [a["healthy_gap"] / a["rise"] for a in asked if a.get("healthy_gap") is not None]
         part_of = f"{median(healthy):.2f} ({min(healthy):.2f}, {max(healthy):.2f})" if healthy else "–"
@@ -236,7 +250,10 @@ def main() -> None:
             seen.append(each)
             back = sorted(each.steps("rollback") + each.steps("gave_up"))
             asked = [(a["step"], a["verdict"]) for a in each.ledger if a["event"] == "second_opinion"]
-            print(f"{each.run.directory}: onset {each.onset}, asked {asked}, back at {back}", flush=True)
+            print(
+                f"{each.run.directory}: lowest {each.lowest}, onset {each.onset}, asked {asked}, back at {back}",
+                flush=True,
+            )
     for part in args.parts:
         table(part, [each for each in seen if each.run.part == part])
 
