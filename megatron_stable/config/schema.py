@@ -41,9 +41,9 @@ class RunConfig(Section):
     seed: int = Field(1234, ge=0)
     """Seed of initialisation, data order and dropout."""
     patience: int = Field(300, ge=1)
-    """With several ranks: seconds that one may be silent, or get nothing done, before the run ends with its name. Must
-    be longer than the slowest step, batch of an evaluation, or compilation; starting up, and reading and writing
-    checkpoints, may take longer by themselves."""
+    """With several ranks: seconds after which the run has ended everywhere, with the name of the rank, when one falls
+    silent or gets nothing done. Half a minute of it is for telling all: it must be longer by that than the slowest
+    step, batch of an evaluation, or compilation. Starting up and checkpoints may take longer by themselves."""
     deterministic: bool = False
     """On a GPU: the same bits each time, from kernels that add in a fixed order; slower. A kernel that cannot ends the
     run. On a CPU it is so anyway."""

@@ -58,14 +58,14 @@ class Judge:
     """Rank 0's eye on all ranks.
 
     Args:
-        patience: Seconds without a beat after which a rank is silent.
+        limit: Seconds without a beat after which a rank is silent.
         answer: Seconds in which ranks answer when they are asked for their stacks.
         now: Seconds, of the clock by which it is called.
     """
 
-    def __init__(self, ranks: int, patience: float, answer: float, now: float) -> None:
-        self.patience, self.answer = patience, answer
-        self.beats = [Beat(0, 0, patience)] * ranks
+    def __init__(self, ranks: int, limit: float, answer: float, now: float) -> None:
+        self.limit, self.answer = limit, answer
+        self.beats = [Beat(0, 0, limit)] * ranks
         self._beaten, self._moved = [now] * ranks, [now] * ranks
         self._asked: float | None = None
         self._stood = 0.0  # seconds without anything done, of the rank that stands longest
@@ -93,7 +93,7 @@ class Judge:
         silent = self._unheard()
         stuck = [rank for rank in ranks if self.beats[rank].stack and not self.beats[rank].waits]
         if silent:
-            reason = f"{_named(silent, host)} fell silent {self.patience:g} s ago (down, cut off, or stopped)"
+            reason = f"{_named(silent, host)} fell silent {self.limit:.0f} s ago (down, cut off, or stopped)"
         elif 0 < len(stuck) < len(self.beats):
             reason = f"no progress for {self._stood:.0f} s: {_named(stuck, host)}, for whom others wait in a collective"
         else:
@@ -108,7 +108,7 @@ class Judge:
 
     def _trouble(self, now: float) -> bool:
         return any(
-            now - self._beaten[rank] > self.patience or now - self._moved[rank] > beat.allowance
+            now - self._beaten[rank] > self.limit or now - self._moved[rank] > beat.allowance
             for rank, beat in enumerate(self.beats)
             if beat.number != LEFT
         )

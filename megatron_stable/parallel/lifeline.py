@@ -43,14 +43,20 @@ class Lifeline:
     A world of one has nobody to wait for, and nothing of this. Collective; on the main thread.
 
     Args:
-        patience: Seconds that a rank may stay silent, or get nothing done. Starting up may take longer (``SLOW``).
+        patience: Seconds after which the run has ended on all ranks if one falls silent, or gets nothing done.
+            Starting up may take longer (``SLOW``).
+
+    Attributes:
+        limit: Seconds that a rank may stay silent, or get nothing done: less, by what it takes to say so everywhere.
     """
 
     def __init__(self, patience: float) -> None:
         self.size, self.rank, self.patience = dist.get_world_size(), dist.get_rank(), patience
         self.interval = min(5.0, patience / 20)
         self._answer = max(3 * self.interval, 2.0)  # seconds in which ranks tell where they are
-        self._now = (0, max(patience, SLOW))  # how much was done, and how long the next may take
+        self._ends = self._answer + 2 * self.interval + FOLLOWS  # seconds that it takes to end the run everywhere
+        self.limit = max(patience / 2, patience - self._ends)
+        self._now = (0, max(self.limit, SLOW))  # how much was done, and how long the next may take
         self._ring: Ring | None = None
         if self.size == 1:
             return
@@ -69,7 +75,7 @@ class Lifeline:
         self._store.wait([WORD])
         self._store.set_timeout(timedelta(seconds=patience))
         self._heard = time.monotonic()
-        self._judge = Judge(self.size, patience, self._answer, self._heard)
+        self._judge = Judge(self.size, self.limit, self._answer, self._heard)
         self._listener = threading.Thread(target=self._listen, name="lifeline ring", daemon=True)
         self._heart = threading.Thread(target=self._live, name="lifeline heart", daemon=True)
         self._listener.start()
@@ -79,9 +85,9 @@ class Lifeline:
         """Say that something was done.
 
         Args:
-            allowance: Seconds that what comes next may take; ``None``: the patience of the run.
+            allowance: Seconds that what comes next may take; ``None``: the limit.
         """
-        self._now = (self._now[0] + 1, self.patience if allowance is None else allowance)
+        self._now = (self._now[0] + 1, self.limit if allowance is None else allowance)
 
     @contextmanager
     def slow(self) -> Iterator[None]:
@@ -150,10 +156,10 @@ class Lifeline:
         """Beat."""
         last = time.monotonic()
         while True:
-            if (stood := time.monotonic() - last) > self.patience:
+            if (stood := time.monotonic() - last) > self.limit:
                 self._end(f"error: rank {self.rank} stood still for {stood:.0f} s; stopping", CRASHES, 1, FOLLOWS)
             last = time.monotonic()
-            _end_after(self.patience + 2 * self._answer)  # later than all others
+            _end_after(self.limit + self._ends)  # later than all others
             try:
                 self._round()
             except dist.DistError:
@@ -189,7 +195,7 @@ class Lifeline:
         """End this process where nothing has been heard of rank 0."""
         assert self._ring is not None
         # others leave the word to the first
-        limit = self.patience if self._ring.first_here else self.patience + 4 * self.interval
+        limit = self.limit if self._ring.first_here else self.limit + 4 * self.interval
         if (quiet := time.monotonic() - self._heard) > limit:
             stack, _ = stack_of(sys._current_frames()[self._main])
             text = (

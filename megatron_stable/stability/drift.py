@@ -37,7 +37,8 @@ class DriftState(BaseModel):
         """Where a rise by more than this part of the lowest began; ``None``: there is none."""
         if self.lowest is None or len(self.recent) < LENGTH or median(self.recent) <= (1 + part) * self.lowest:
             return None
-        return self.since
+        # after a spike the median is late
+        return self.since if self.recent[-1] > (1 + part / 2) * self.lowest else None
 
     def settled(self) -> DriftState:
         """The loss of today is the usual one from here on."""

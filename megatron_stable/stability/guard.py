@@ -255,17 +255,18 @@ class Guard:
 
     def _question(self, step: int, loss: Verdict | None) -> Question | None:
         """What to ask, if anything: of a rise that stays at once, and again after longer and longer."""
-        onset, least = None, 0.0
+        onset, least, every = None, 0.0, opinions.APART
         if loss is not None and loss.kind in STAYS:
             onset = loss.onset
         elif loss is not None and loss.kind in NORMAL and step > self.config.warmup:  # a spike may yet fall back
             onset, least = self.drift.onset(self.config.drift), self.config.drift * (self.drift.lowest or 0.0)
+            every = 1  # about the lowest level: farther back, the loss was higher
         if step < self.ask:
             return None
         if onset is None:
             self.asked = self.data_blamed = 0
             return None
-        return opinions.pose(self.memory, onset, least)
+        return opinions.pose(self.memory, onset, least, every)
 
     def _not_finite(self, loss: float, grad_norm: float, overflow: bool) -> str | None:
         """Why the update must not be made; of an overflow, why it was not."""

@@ -101,26 +101,27 @@ class Opinion(NamedTuple):
     checkpoint: int | None = None
 
 
-def pose(memory: Iterable[Recorded], onset: int, least: float = 0.0) -> Question | None:
+def pose(memory: Iterable[Recorded], onset: int, least: float = 0.0, every: int = APART) -> Question | None:
     """The question to ask about a rise that began at ``onset``; ``None`` where too little is remembered.
 
     Args:
         memory: Steps in order, the latest last, with finite losses.
         onset: The first step of the rise, or of a slow one the step of the lowest level.
         least: Damage, nats per token, that is worth a verdict.
+        every: Steps between old batches.
     """
     known = list(memory)
     since = next((i for i, batch in enumerate(known) if batch.step >= onset), len(known))
     if since == 0:  # it began before what is remembered: take the oldest
         since = APART * BATCHES
-    old, recent = usual(known[:since]), known[since:][-BATCHES:]
+    old, recent = usual(known[:since], every), known[since:][-BATCHES:]
     question = Question(onset, old, tuple(recent), least)
     return question if len(old) == len(recent) == BATCHES and question.rise > 0 else None
 
 
-def usual(before: Sequence[Recorded]) -> tuple[Recorded, ...]:
+def usual(before: Sequence[Recorded], every: int = APART) -> tuple[Recorded, ...]:
     """Of the batches before a rise those to ask about, the latest first."""
-    return tuple(before[-APART::-APART][:BATCHES])
+    return tuple(before[-APART::-every][:BATCHES])
 
 
 def answer(question: Question, losses: Sequence[float]) -> Answer:

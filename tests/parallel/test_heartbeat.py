@@ -8,7 +8,7 @@ import pytest
 
 from megatron_stable.parallel.heartbeat import END, GO, LEFT, STACKS, Beat, Judge, spans, stack_of
 
-PATIENCE, ANSWER = 100.0, 15.0
+LIMIT, ANSWER = 100.0, 15.0
 
 
 def host(rank: int) -> str:
@@ -19,8 +19,8 @@ class Run:
     """Four ranks that beat and make progress each second, but for those that are told not to."""
 
     def __init__(self) -> None:
-        self.judge, self.now = Judge(4, PATIENCE, ANSWER, 0.0), 0.0
-        self.beats = [Beat(0, 0, PATIENCE)] * 4
+        self.judge, self.now = Judge(4, LIMIT, ANSWER, 0.0), 0.0
+        self.beats = [Beat(0, 0, LIMIT)] * 4
         self.silent: set[int] = set()
         self.still: set[int] = set()
 
@@ -38,7 +38,7 @@ class Run:
         """(seconds, verdict)."""
         began, word = self.now, GO
         while (word := self.second(word)) != END:
-            assert self.now - began < 2 * PATIENCE, "it never ends"
+            assert self.now - began < 2 * LIMIT, "it never ends"
         return self.now - began, self.judge.verdict(host)
 
 
@@ -52,24 +52,24 @@ def run() -> Run:
 def test_a_rank_without_a_beat_is_named_with_its_host_and_where_the_others_are(run: Run) -> None:
     run.silent = {2}
     seconds, verdict = run.until_the_end()
-    assert PATIENCE < seconds < PATIENCE + ANSWER + 3
+    assert LIMIT < seconds < LIMIT + ANSWER + 3
     first, *rest = verdict.splitlines()
     assert first == "error: rank 2 on node1 fell silent 100 s ago (down, cut off, or stopped); stopping"
     assert rest == ["ranks 0-1, 3:", "stack False"]
 
 
 def test_silence_is_noticed_while_something_slow_goes_on(run: Run) -> None:
-    run.beats = [beat._replace(allowance=10 * PATIENCE) for beat in run.beats]
+    run.beats = [beat._replace(allowance=10 * LIMIT) for beat in run.beats]
     run.silent = {0, 1}
     seconds, verdict = run.until_the_end()
-    assert PATIENCE < seconds < PATIENCE + ANSWER + 3
+    assert LIMIT < seconds < LIMIT + ANSWER + 3
     assert verdict.startswith("error: rank 0 on node0, rank 1 on node0 fell silent 100 s ago")
 
 
 def test_a_rank_that_stands_still_is_told_from_those_that_wait_for_it(run: Run) -> None:
     run.still = {1}
     seconds, verdict = run.until_the_end()
-    assert PATIENCE < seconds < PATIENCE + 4  # all answer at once
+    assert LIMIT < seconds < LIMIT + 4  # all answer at once
     first, *rest = verdict.splitlines()
     assert first.startswith("error: no progress for 10") and "rank 1 on node0, for whom others wait" in first
     assert rest == ["ranks 0, 2-3:", "stack False", "rank 1:", "stack True"]
@@ -81,20 +81,20 @@ def test_none_is_blamed_where_all_are_in_the_same_place(run: Run) -> None:
 
 
 def test_what_is_announced_may_take_longer(run: Run) -> None:
-    run.beats = [beat._replace(allowance=10 * PATIENCE) for beat in run.beats]
+    run.beats = [beat._replace(allowance=10 * LIMIT) for beat in run.beats]
     run.still = {1}
-    assert {run.second() for _ in range(int(9 * PATIENCE))} == {GO}
-    assert run.until_the_end()[0] < 2 * PATIENCE
+    assert {run.second() for _ in range(int(9 * LIMIT))} == {GO}
+    assert run.until_the_end()[0] < 2 * LIMIT
 
 
 def test_a_rank_that_goes_on_after_all_is_forgiven(run: Run) -> None:
     run.still = {1}
-    words = [run.second() for _ in range(int(PATIENCE) + 1)]
+    words = [run.second() for _ in range(int(LIMIT) + 1)]
     assert words[-1] == STACKS and {*words[:-1]} == {GO}
     run.still = set()
     assert {run.second(STACKS) for _ in range(10)} == {GO}
     run.still = {1}
-    assert run.until_the_end()[0] > PATIENCE
+    assert run.until_the_end()[0] > LIMIT
 
 
 def test_a_rank_that_has_left_is_not_missed(run: Run) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from math import inf, nan
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -198,5 +199,15 @@ def test_a_rise_that_took_long_is_told_and_left_to_the_user() -> None:
 
 def test_a_spike_however_large_may_fall_back_before_anybody_is_asked() -> None:
     ours = guard(drift=0.05, patience=12)
-    found = [ours.judge(QUIET + n, 5.0 if n <= 10 else 3.0, 0.5) for n in range(1, 20)]
-    assert not any(judgement.question for judgement in found)
+    noise = 0.02 * np.random.default_rng(1).normal(size=40)
+    losses = [*(2.9 + noise), *[5.0] * 10, *[2.9] * 20]  # the lowest level is of just before
+    assert not any(ours.judge(QUIET + n, loss, 0.5).question for n, loss in enumerate(losses, 1))
+
+
+def test_a_slow_rise_is_measured_from_where_the_loss_was_lowest() -> None:
+    ours = guard(drift=0.03, patience=50)
+    noise = 0.02 * np.random.default_rng(1).normal(size=100)
+    losses = noise + [*np.linspace(3.0, 2.0, 40), *np.linspace(2.0, 2.3, 60)]
+    found = [ours.judge(QUIET + n, loss, 0.5) for n, loss in enumerate(losses, 1)]
+    asked = next(judgement.question for judgement in found if judgement.question is not None)
+    assert fmean(batch.loss for batch in asked.old) == pytest.approx(2.0, abs=0.06)

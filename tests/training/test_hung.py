@@ -13,7 +13,7 @@ from tests.harness.ranks import Ranks
 from tests.training.runs import ROOT, curve, error_lines, finish, layout, pretrain, rank_processes, settings, train
 from tests.training.test_killed import _wait_for_steps
 
-STEPS, PATIENCE = 100_000, 10
+STEPS, PATIENCE = 100_000, 20
 pytestmark = pytest.mark.full  # test_lifeline.py has the same, and more, without a trainer
 HOST = socket.gethostname()
 
@@ -28,8 +28,8 @@ def test_a_stopped_rank_ends_the_run_which_resumes(ranks: Ranks, folder: Path) -
     code, output = finish(process)
     assert code == 1, output
     assert time.monotonic() - began < PATIENCE + 60  # half of that is the launcher's, until it kills
-    said = f"error: rank 1 on {HOST} fell silent {PATIENCE} s ago (down, cut off, or stopped); stopping"
-    assert said in error_lines(output), output
+    said = f"error: rank 1 on {HOST} fell silent "
+    assert any(line.startswith(said) for line in error_lines(output)), output
     assert "in train_step" in output  # where rank 0 waits
     done = max(curve(folder / "run"))
     values["run"]["steps"] = done + 3
