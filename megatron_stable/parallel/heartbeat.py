@@ -15,7 +15,8 @@ from types import FrameType
 from typing import NamedTuple
 
 LEFT = -1  # the number of a rank that has left in order
-DEPTH = 16  # frames of a stack that are told
+DEPTH = 20  # frames of a stack that are told
+PLUMBING = ("/torch/nn/modules/module.py", "/deepspeed/utils/nvtx.py")  # frames that say nothing
 WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/megatron_stable/parallel/lifeline.py")
 NAMED = 4  # ranks that are named with their hosts, at most
 GO, STACKS, END = "go", "stacks", "end"  # rank 0's words
@@ -50,7 +51,7 @@ class Beat(NamedTuple):
 
 def stack_of(frame: FrameType) -> tuple[str, bool]:
     """(the innermost frames as text, whether they wait in a collective)."""
-    frames = extract_stack(frame, DEPTH)
+    frames = [each for each in extract_stack(frame) if not each.filename.endswith(PLUMBING)][-DEPTH:]
     return "".join(format_list(frames)), any(mark in each.filename for each in frames[-4:] for mark in WAITING)
 
 
