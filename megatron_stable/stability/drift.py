@@ -1,4 +1,5 @@
-"""A rise of the loss that is too slow to stand out: the median of a few losses is above the lowest it has been.
+"""A rise of the loss that is too slow to stand out: the median of a few losses is above the lowest it has been. Losses
+that do stand out are a spike's, and left out.
 
 So little evidence would raise false alarms by itself; it is enough to ask for a second opinion, which costs little.
 """
@@ -37,8 +38,7 @@ class DriftState(BaseModel):
         """Where a rise by more than this part of the lowest began; ``None``: there is none."""
         if self.lowest is None or len(self.recent) < LENGTH or median(self.recent) <= (1 + part) * self.lowest:
             return None
-        # after a spike the median is late
-        return self.since if self.recent[-1] > (1 + part / 2) * self.lowest else None
+        return self.since
 
     def settled(self) -> DriftState:
         """The loss of today is the usual one from here on."""

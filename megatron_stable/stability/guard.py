@@ -182,8 +182,9 @@ class Guard:
             seen = {name: value for name, value in seen.items() if isfinite(value)}
         if isfinite(loss):
             self.memory.append(Recorded(step, loss))
-            self.drift = self.drift.followed_by(step, loss)
         verdicts = {name: self.detectors[name].update(step, value) for name, value in seen.items()}
+        if isfinite(loss) and verdicts["loss"].kind != "spike":
+            self.drift = self.drift.followed_by(step, loss)
         events = [event for name, value in seen.items() for event in self._turn(name, step, value, verdicts[name])]
         if rule is None and self.config.drop_spikes and any(verdict.kind == "spike" for verdict in verdicts.values()):
             rule = "spike"

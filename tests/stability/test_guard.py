@@ -204,6 +204,13 @@ def test_a_spike_however_large_may_fall_back_before_anybody_is_asked() -> None:
     assert not any(ours.judge(QUIET + n, loss, 0.5).question for n, loss in enumerate(losses, 1))
 
 
+def test_a_few_losses_that_stand_out_are_no_slow_rise() -> None:
+    ours = guard(drift=0.03, patience=12)
+    noise = 0.02 * np.random.default_rng(1).normal(size=40)
+    losses = [*(2.9 + noise), 3.3, 3.4, 3.4, 3.4, 3.3, 3.0, 3.0]
+    assert not any(ours.judge(QUIET + n, loss, 0.5).question for n, loss in enumerate(losses, 1))
+
+
 def test_a_slow_rise_is_measured_from_where_the_loss_was_lowest() -> None:
     ours = guard(drift=0.03, patience=50)
     noise = 0.02 * np.random.default_rng(1).normal(size=100)
