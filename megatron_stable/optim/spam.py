@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import cos, pi
+from math import cos, inf, pi
 
 from torch import Tensor
 
@@ -15,8 +15,11 @@ def clips_spikes(update: int, reset_every: int | None) -> bool:
 
 
 def clip_spikes_(grad: Tensor, second_moment: Tensor, threshold: float) -> None:
-    """g <- sign(g) sqrt(threshold v) where g^2 > threshold v, v being the second moment as kept before this step."""
-    limit = second_moment.mul(threshold).sqrt_()
+    """g <- sign(g) sqrt(threshold v) where g^2 > threshold v, v being the second moment as kept before this step.
+
+    Where v is 0, as of a token that has not been seen yet, nothing is cut: cut to 0, it would stay frozen for ever.
+    """
+    limit = second_moment.mul(threshold).sqrt_().masked_fill_(second_moment == 0, inf)
     grad.clamp_(max=limit).clamp_(min=limit.neg_())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from traceback import extract_stack, format_list
+from traceback import walk_stack
 from types import FrameType
 from typing import NamedTuple
 
@@ -50,9 +50,14 @@ class Beat(NamedTuple):
 
 
 def stack_of(frame: FrameType) -> tuple[str, bool]:
-    """(the innermost frames as text, whether they wait in a collective)."""
-    frames = [each for each in extract_stack(frame) if not each.filename.endswith(PLUMBING)][-DEPTH:]
-    return "".join(format_list(frames)), any(mark in each.filename for each in frames[-4:] for mark in WAITING)
+    """(the innermost frames as text, whether they wait in a collective).
+
+    Without lines of source: what hangs may be the file system that has them.
+    """
+    found = [(each.f_code.co_filename, line, each.f_code.co_name) for each, line in walk_stack(frame)]
+    frames = [each for each in found if not each[0].endswith(PLUMBING)][:DEPTH]
+    text = "".join(f'  File "{file}", line {line}, in {name}\n' for file, line, name in reversed(frames))
+    return text, any(mark in file for file, _, _ in frames[:4] for mark in WAITING)
 
 
 class Judge:

@@ -116,7 +116,7 @@ class Lifeline:
         text = f"{signal.Signals(number).name}: stopped before training began"
         if self._ring is not None:
             self._end(text if self.rank == 0 else "", number, 0, STOPS)
-        print(text, file=sys.stderr, flush=True)
+        _tell(text)
         os._exit(0)
 
     def leave(self) -> None:
@@ -159,7 +159,8 @@ class Lifeline:
             if (stood := time.monotonic() - last) > self.limit:
                 self._end(f"error: rank {self.rank} stood still for {stood:.0f} s; stopping", CRASHES, 1, FOLLOWS)
             last = time.monotonic()
-            _end_after(self.limit + self._ends)  # later than all others
+            if not self._ending.locked():
+                _end_after(self.limit + self._ends)  # later than all others
             try:
                 self._round()
             except dist.DistError:
@@ -210,11 +211,16 @@ class Lifeline:
         if self._ending.acquire(blocking=False):
             _end_after(delay + 10.0)  # whatever holds this thread up
             self._ring.say(word)
-            if text:
-                print(text, file=sys.stderr, flush=True)
+            if text:  # from a thread of its own: whoever reads stderr may have stopped reading
+                threading.Thread(target=_tell, args=(text,), daemon=True).start()
             time.sleep(delay)
             os._exit(code)
         _sleep_on()
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # stderr is gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def _end_after(seconds: float) -> None:

@@ -27,6 +27,8 @@ from megatron_stable.persisted import Count, Persisted, read_as
 LOCK, OWNER = ".lock", "owner.json"
 BEAT = 10.0  # seconds from one count to the next
 PATIENCE = 60.0  # seconds without one after which an owner is gone
+LEASE = 120.0  # seconds for which a file server may keep the lock of a machine that is gone
+RETRIES = (0.2, 1.0, 4.0)  # seconds between attempts to read, on a file system that stumbles
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBERNETES_POD_NAME")
 
 
@@ -103,12 +105,12 @@ class Claim:
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
+            found = _read(self.path)  # none: deleted by somebody who tidied
+            if found is not None and found.token != self.me.token:
+                self._lost(f"{self.run} was taken over by {found}: this run ends, to leave it alone")
+                return
+            self.me = self.me.model_copy(update={"beats": self.me.beats + 1})
             with contextlib.suppress(OSError):  # of a file system that stumbles, or is full
-                found = _read(self.path)  # none: deleted by somebody who tidied
-                if found is not None and found.token != self.me.token:
-                    self._lost(f"{self.run} was taken over by {found}: this run ends, to leave it alone")
-                    return
-                self.me = self.me.model_copy(update={"beats": self.me.beats + 1})
                 self._write()
 
     def _write(self) -> None:
@@ -125,29 +127,42 @@ def machine() -> str:
 
 def end_at_once(message: str) -> None:
     """End this process, and with it the run: the other ranks follow a lost one."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(DataError.exit_code)
+    try:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    finally:  # whatever has become of stderr
+        os._exit(DataError.exit_code)
 
 
 def _locked(run: Path) -> tuple[IO[bytes], bool]:
     """The open lock file, and whether it is locked."""
     lock = (run / LOCK).open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-    except BlockingIOError:
-        lock.close()
-        raise _in_use(run, _read(run / OWNER)) from None
-    except OSError:
-        return lock, False  # a file system without locks
-    return lock, True
+    end = None
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
+            return lock, True
+        except BlockingIOError:
+            owner = _read(run / OWNER)
+            here = owner is None or owner.machine == machine()
+            if here or (end is not None and time.monotonic() > end):
+                lock.close()
+                raise _in_use(run, owner) from None
+            assert owner is not None
+            if end is None:
+                _await_end(run, owner, locked=False)
+                end = time.monotonic() + LEASE
+            time.sleep(min(1.0, LEASE / 10))
+        except OSError:
+            return lock, False  # a file system without locks
 
 
 def _await_end(run: Path, owner: Owner, locked: bool) -> None:
     """Return when an owner has ended. ConfigError: it lives."""
     if owner.machine == machine():
-        if not locked and _alive(owner.pid):
+        if locked:
+            return
+        if _alive(owner.pid):  # else in another container, perhaps
             raise _in_use(run, owner)
-        return
     print(f"{run} belongs to {owner}: watching for {PATIENCE:g} s whether it lives", file=sys.stderr, flush=True)
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
@@ -161,7 +176,9 @@ def _await_end(run: Path, owner: Owner, locked: bool) -> None:
 
 def _in_use(run: Path, owner: Owner | None) -> ConfigError:
     who = f", {owner}" if owner else ""
-    override = f"; if you know that it has, delete {run / OWNER}" if owner and owner.machine != machine() else ""
+    override = (
+        f"; if you know that it has, delete {run / OWNER} and {LOCK}" if owner and owner.machine != machine() else ""
+    )
     return ConfigError(
         f"run.directory {str(run)!r} is in use by a run that has not ended{who}: "
         f"wait for it, stop it, or choose another directory{override}"
@@ -180,7 +197,16 @@ def _alive(pid: int) -> bool:
 
 def _read(path: Path) -> Owner | None:
     """What an owner says of itself; ``None``: there is none, or what is there says nothing."""
-    try:
-        return read_as(Owner, path)
-    except DataError:
-        return None
+    for delay in (*RETRIES, None):
+        try:
+            return read_as(Owner, path)
+        except DataError:
+            try:
+                path.lstat()
+            except FileNotFoundError:
+                return None
+            except OSError:
+                pass
+            if delay is not None:  # replaced in this moment, or a file system that stumbles
+                time.sleep(delay)
+    return None

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +19,7 @@ from megatron_stable.errors import ConfigError, MegatronStableError
 
 if TYPE_CHECKING:
     from megatron_stable.parallel.lifeline import Lifeline
+    from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.stop import StopSignal
 
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
@@ -84,7 +86,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
                 tokenizer = Tokenizer(config.data.tokenizer)
             config = with_vocabulary(config, tokenizer.vocab_size if tokenizer else None)
             if rank == 0:
-                stack.callback(directory.release)
+                stack.push(partial(_release, directory))
                 directory.claim(config)
                 store.clean(directory.checkpoints)
         with together():
@@ -97,7 +99,8 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
         callbacks.message(f"attention backend {backend.name}: {backend.reason}")
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         trainer = Trainer(config, topology, directory, callbacks, tokenizer)
-        changed = trainer.resume()
+        with lifeline.slow():
+            changed = trainer.resume()
         if trainer.step >= config.run.steps:
             callbacks.message(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
             return
@@ -113,6 +116,12 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
                     trainer.recovery.catch_up(trainer.step)
         stopped = trainer.run(stop, lifeline)
         callbacks.message(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
+
+
+def _release(directory: RunDirectory, _: object, error: BaseException | None, __: object) -> None:
+    """Give a run's directory back at an orderly end; after a crash a thread may be writing yet."""
+    if error is None or getattr(error, "agreed", False):
+        directory.release()
 
 
 def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
@@ -158,11 +167,18 @@ def _leave(message: str, code: int) -> int:
 
 def _crash(error: BaseException) -> NoReturn:
     """End this process, and with it the run, because of an error of this rank alone."""
-    from megatron_stable.parallel.world import environment_rank, first_to_crash
-
     if _lost_connection(error):
         time.sleep(5.0)  # another rank is to blame; its word, or that of its neighbour, ends this one
     code = error.exit_code if isinstance(error, MegatronStableError) else 1
+    try:
+        _tell_crash(error, code)
+    finally:
+        os._exit(code)  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
+
+
+def _tell_crash(error: BaseException, code: int) -> None:
+    from megatron_stable.parallel.world import environment_rank, first_to_crash
+
     if first_to_crash():
         if isinstance(error, MegatronStableError):
             text = f"error: rank {environment_rank()}: {error}\n"
@@ -173,7 +189,6 @@ def _crash(error: BaseException) -> NoReturn:
         else:
             print(text, file=sys.stderr, end="", flush=True)
     sys.stdout.flush()
-    os._exit(code)  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
 
 
 def _lost_connection(error: BaseException) -> bool:

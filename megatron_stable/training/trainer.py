@@ -127,14 +127,13 @@ class Trainer:
                 trouble = self._review(outcome, asks=not stopped)
             ends = stopped or trouble is not None or self.step == config.run.steps
             evaluates = self._evaluates() and not stopped
-            # the first step after a rollback supersedes what was recorded before it
             if self.step % config.logging.every == 0 or evaluates or ends or rewound:
                 record = self._record(outcome, clock)
                 if evaluates:
                     with clock.paused():
                         record |= self._evaluate(lifeline)
                 self.callbacks.record(record)
-            rewound = trouble is not None
+            rewound = trouble is not None  # the step after a rollback supersedes what was recorded before it
             if trouble is not None:
                 with lifeline.slow():
                     self._recover(trouble)
@@ -148,6 +147,8 @@ class Trainer:
     def _finish(self, stop: StopSignal | None, lifeline: Lifeline) -> Stopped | None:
         """Save the last step, unless a signal ends the run and the configuration says otherwise. Collective."""
         began = time.monotonic()
+        with lifeline.slow():
+            self.checkpoints.saver.wait()
         with lifeline.slow():
             if self.checkpoints.saved != self.step and (stop is None or self.config.checkpoint.on_signal):
                 self.save()

@@ -106,7 +106,7 @@ class Rules:
         if every and since == 0:
             m, v = torch.zeros_like(w), torch.zeros_like(w)
         if o.spike_threshold and self.t >= self.quiet and since >= self.quiet:
-            spike = g**2 > o.spike_threshold * v
+            spike = (g**2 > o.spike_threshold * v) & (v > 0)
             g = torch.where(spike, g.sign() * (o.spike_threshold * v).sqrt(), g)
         if every and self.t >= every and since < o.momentum_reset_warmup:
             eta *= 1 - 0.99 * (1 + math.cos(math.pi * (since + 1) / (o.momentum_reset_warmup + 1))) / 2

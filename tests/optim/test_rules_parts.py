@@ -92,6 +92,12 @@ def test_statistics_survive_json(clipping: str) -> None:
             assert rules[0] and rules[1] and rules[0].state() == rules[1].state()
 
 
+def test_spam_does_not_freeze_what_has_no_second_moment_yet() -> None:
+    grad = torch.tensor([1e-3, -2.0, 1.0])
+    spam.clip_spikes_(grad, torch.tensor([0.0, 1e-4, 1.0]), 5000.0)
+    assert grad.tolist() == pytest.approx([1e-3, -(0.5**0.5), 1.0])
+
+
 def test_spam_resets_and_warms_up() -> None:
     assert [t for t in range(1, 60) if spam.resets(t, 25)] == [25, 50]
     assert not any(spam.resets(t, None) for t in range(1, 60))

@@ -111,7 +111,7 @@ def test_a_beat_arrives_as_it_was_sent() -> None:
 
 def test_a_stack_is_of_the_innermost_frames_and_does_not_wait_here() -> None:
     text, waits = stack_of(sys._getframe())
-    assert "test_a_stack_is_of_the_innermost_frames" in text.splitlines()[-2] and not waits
+    assert "test_a_stack_is_of_the_innermost_frames" in text.splitlines()[-1] and not waits
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_stable.errors import ConfigError
+from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.records import owner
 from megatron_stable.records.owner import LOCK, OWNER, Claim
 from tests.training.runs import ROOT
@@ -128,6 +129,45 @@ def test_without_locks_the_process_decides(hold: Hold, claim: Claim, monkeypatch
     holder.kill()
     holder.wait()
     claim.take()
+
+
+def test_a_lock_that_outlives_its_machine_is_waited_for(
+    hold: Hold, claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As file servers keep it for a while."""
+    monkeypatch.setattr(owner, "LEASE", 20.0)
+    holder = hold("")
+    holder.send_signal(signal.SIGSTOP)
+    written = json.loads((tmp_path / OWNER).read_text())
+    (tmp_path / OWNER).write_text(json.dumps({**written, "host": "node7", "machine": "node7"}))
+    threading.Timer(4.0, holder.kill).start()
+    began = time.monotonic()
+    claim.take()
+    assert time.monotonic() - began >= 3.5
+    assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
+
+
+def test_a_file_system_that_stumbles_is_asked_again(
+    hold: Hold, claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale handle is not an owner that has left."""
+    holder = hold("node7")
+    read, stumbles = owner.read_as, iter([True, True])
+
+    def stale(kind: type[owner.Owner], path: Path) -> owner.Owner:
+        if next(stumbles, False):
+            raise DataError(f"{path}: Stale file handle")
+        return read(kind, path)
+
+    monkeypatch.setattr(owner, "read_as", stale)
+    with pytest.raises(ConfigError, match=f"process {holder.pid} on node7"):
+        claim.take()
+
+
+def test_a_run_that_was_replaced_ends_although_nobody_can_be_told() -> None:
+    code = "from megatron_stable.records.owner import end_at_once; end_at_once('taken over')"
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=full, timeout=60).returncode == 5
 
 
 def test_it_counts_while_it_lives(claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
