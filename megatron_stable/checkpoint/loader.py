@@ -37,19 +37,16 @@ class Found:
     parts: list[dict[str, Tensor]]
 
     @torch.no_grad()
-    def fill(self, states: list[ShardState]) -> list[ShardState]:
+    def fill(self, states: list[ShardState]) -> bool:
         """Make shards, those that were asked for, what the checkpoint says.
 
         Returns:
-            Those with moments that it does not hold, as another optimizer wrote it; these moments are zero.
+            Whether it holds all of their moments; else another optimizer wrote it, and those that it lacks are zero.
         """
-        incomplete = []
         for state, part in zip(states, self.parts, strict=True):
             for kind, tensor in state.tensors.items():
                 tensor.copy_(part[kind]) if kind in part else tensor.zero_()
-            if part.keys() != state.tensors.keys():
-                incomplete.append(state)
-        return incomplete
+        return all(part.keys() == state.tensors.keys() for state, part in zip(states, self.parts, strict=True))
 
 
 def any_to_load(root: Path) -> bool:

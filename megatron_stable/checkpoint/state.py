@@ -33,7 +33,8 @@ class RunState(Persisted):
     """What a resume needs beside tensors.
 
     Attributes:
-        optimizer_steps: Updates that were applied, on which Adam's bias correction depends.
+        optimizer_steps: Updates that were applied.
+        moments_from: Of these, the number before the moments began; Adam's bias correction depends on the others.
         optimizer: Statistics of the clipping rule, if it keeps any.
         loss_scaler: Of fp16.
         course: Where the run is in its data, in samples, and what was and will be left out, as it was known then.
@@ -43,6 +44,7 @@ class RunState(Persisted):
     """
 
     optimizer_steps: Count
+    moments_from: Count = 0
     optimizer: ClippingState | None = None
     loss_scaler: LossScalerState | None = None
     course: Course

@@ -254,35 +254,44 @@ class Engine:
         refresh(self.deepspeed)
         self._filled = True
 
-    def restart(self, shards: Iterable[ShardState]) -> None:
-        """Begin anew with the moments of shards, which have been set to zero."""
-        for state in shards:
-            self.optimizer.restart(state.shard.flat)
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the engine beside shards: fields of ``RunState``. Collective."""
         return {
             "optimizer_steps": self.optimizer.updates,
+            "moments_from": self.optimizer.moments_from,
             "optimizer": self.optimizer.clipping_state(),
             "loss_scaler": loss_scaler_state(self.deepspeed),
         }
 
     def restore(
-        self, optimizer_steps: int, optimizer: ClippingState | None, loss_scaler: LossScalerState | None
+        self,
+        optimizer_steps: int,
+        moments_from: int,
+        optimizer: ClippingState | None,
+        loss_scaler: LossScalerState | None,
+        whole: bool = True,
     ) -> list[str]:
-        """Go on from what :meth:`state` returned; without ``loss_scaler`` the loss scale begins anew.
+        """Go on from what :meth:`state` returned; without ``loss_scaler`` the loss scale begins anew, and so do all
+        moments if those of the shards are not ``whole``, on any rank.
 
         Returns:
             Messages for the user.
         """
-        self.optimizer.set_updates(optimizer_steps)
+        messages = []
+        self.optimizer.set_updates(optimizer_steps, moments_from)
+        if not whole:  # all, as Adam's bias correction is that of a group
+            self.optimizer.restart()
+            messages.append(
+                f"moments start at zero: optimizer.name {self.config.optimizer.name} keeps others than before"
+            )
         if self.config.precision.dtype == "fp16":
             if loss_scaler is None:
                 reset_loss_scaler(self.deepspeed, self.config.precision)
             else:
                 set_loss_scaler_state(self.deepspeed, loss_scaler)
-        message = self.optimizer.load_clipping_state(optimizer)
-        return [message] if message else []
+        if message := self.optimizer.load_clipping_state(optimizer):
+            messages.append(message)
+        return messages
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         losses = language_model_loss(

@@ -45,6 +45,7 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         updates: Steps that were applied; dropped ones are not counted.
+        moments_from: How many of these there were when the moments began at zero.
         max_logits: Asked once per step that is taken, if the configuration has QK-Clip: by block ("blocks.0"), the
             largest attention logit of each local head over the global batch.
     """
@@ -53,7 +54,7 @@ class Optimizer(torch.optim.Optimizer):
         groups = parameter_groups(parameters, config)
         super().__init__(groups, {"lr": torch.finfo(torch.float32).tiny})
         self.config = config
-        self.updates = 0
+        self.updates = self.moments_from = 0
         self._approve: Callable[[Tensor], bool] | None = None  # of this step
         self.max_logits: Callable[[], Mapping[str, Tensor]] = dict
         self._peaks: Mapping[str, Tensor] = {}  # of this step
@@ -121,17 +122,20 @@ class Optimizer(torch.optim.Optimizer):
         """The state that is kept for each element of a flat, by name."""
         return {name: self._state(flat)[name] for name in MOMENTS[self._rules[flat]]}
 
-    def set_updates(self, updates: int) -> None:
-        """Set the count of applied steps, and with it Adam's bias correction."""
-        self.updates = updates
+    def set_updates(self, updates: int, moments_from: int = 0) -> None:
+        """Set the count of applied steps, and of those before the moments began, and with them Adam's bias correction."""
+        self.updates, self.moments_from = updates, moments_from
         for state in self.state.values():
             if "step" in state:
-                state["step"].fill_(float(updates))
+                state["step"].fill_(float(updates - moments_from))
 
-    def restart(self, flat: Tensor) -> None:
-        """Make Adam's bias correction start anew for a flat whose moments start at zero."""
-        if "step" in self._state(flat):
-            self._state(flat)["step"].zero_()
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew with all moments."""
+        for flat in self.state:
+            for moment in self.moments(flat).values():
+                moment.zero_()
+        self.set_updates(self.updates, self.updates)
 
     def set_clip(self, limit: float) -> None:
         """Change the global norm to which gradients are clipped, under rules that adapt in any case; 0: none."""
@@ -201,7 +205,7 @@ class Optimizer(torch.optim.Optimizer):
             if spam.resets(self.updates, every):
                 for moment in self.moments(flat.weight).values():
                     moment.zero_()
-            if threshold is not None and spam.clips_spikes(self.updates, every):
+            if threshold is not None and spam.clips_spikes(self.updates, every, self.moments_from):
                 spam.clip_spikes_(flat.grad, flat.state["exp_avg_sq"], threshold)
         factor = spam.rate_factor(self.updates, every, settings.momentum_reset_warmup)
         if factor == 1.0:

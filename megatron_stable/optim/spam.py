@@ -9,9 +9,9 @@ from torch import Tensor
 QUIET = 20  # steps at the start and after a reset in which the second moment is too young to judge by
 
 
-def clips_spikes(update: int, reset_every: int | None) -> bool:
-    """Whether update number ``update`` (from 1) cuts off spikes."""
-    return update >= QUIET and (reset_every is None or update % reset_every >= QUIET)
+def clips_spikes(update: int, reset_every: int | None, moments_from: int = 0) -> bool:
+    """Whether update number ``update`` (from 1) cuts off spikes; moments began after number ``moments_from``."""
+    return update - moments_from >= QUIET and (reset_every is None or update % reset_every >= QUIET)
 
 
 def clip_spikes_(grad: Tensor, second_moment: Tensor, threshold: float) -> None:

@@ -45,6 +45,13 @@ def decided(decide: Callable[[], T]) -> T:
     return cast(T, word[0])
 
 
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any rank. Collective."""
+    words = [False] * dist.get_world_size()
+    dist.all_gather_object(words, here)
+    return any(words)
+
+
 def _agreed(kind: type[MegatronStableError], message: str) -> MegatronStableError:
     error = kind(message)
     error.agreed = True

@@ -20,7 +20,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.shards import ShardState
 from megatron_stable.errors import DataError, MegatronStableError
-from megatron_stable.parallel.agreement import decided
+from megatron_stable.parallel.agreement import anywhere, decided
 from megatron_stable.records.callbacks import Callbacks
 from megatron_stable.records.directory import RunDirectory, differences, refuse_other_model
 from megatron_stable.stability.events import Stop
@@ -141,17 +141,13 @@ class Checkpoints:
         Args:
             made: The run's; one that the checkpoint does not know yet may reset the loss scale.
         """
-        incomplete = found.fill(self.engine.shards())
+        whole = not anywhere(not found.fill(self.engine.shards()))
         state = found.manifest.state
         later = made.since(state.interventions) or ()
         scaler = None if any(item.reset_loss_scale for item in later) else state.loss_scaler
-        for message in self.engine.restore(state.optimizer_steps, state.optimizer, scaler):
+        steps, began = state.optimizer_steps, state.moments_from
+        for message in self.engine.restore(steps, began, state.optimizer, scaler, whole):
             self.report(message)
-        if incomplete:  # after that, as Adam's bias correction starts anew with its moments
-            self.engine.restart(incomplete)
-            self.report(
-                f"moments start at zero where optimizer.name {self.config.optimizer.name} keeps others than before"
-            )
         self.engine.refresh()
         self.saved, self.bad_steps, self._wanted = found.step, list(state.bad_steps), False
         return state

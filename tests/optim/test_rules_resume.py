@@ -138,11 +138,18 @@ def test_another_rule_goes_on_with_what_there_is_and_says_so(ranks: Ranks, folde
     moments, step = found["blocks.0.mlp.fc1.weight"]
     assert moments["momentum"] == 0 < moments["weight"] and step == -1
     moments, step = found["head.weight"]
-    assert moments["exp_avg_sq"] > 0 and step == STEPS
-    # and back: Adam's bias correction starts anew where its moments do
+    assert moments["exp_avg_sq"] == 0 and step == 0
+    # and back: Adam's bias correction starts anew, as its moments do, and goes on from there
     muon["run"]["steps"] = STEPS + 3
     assert ranks.run(1, train, muon) == [0]
     said, found, _ = ranks.run(1, resume_with, run_of(folder, "run", {}, layout()))[0]
     assert any("moments start at zero" in text for text in said), said
     moments, step = found["blocks.0.mlp.fc1.weight"]
     assert moments["exp_avg_sq"] == 0 and step == 0
+    plain = run_of(folder, "run", {}, layout())
+    plain["run"]["steps"] = STEPS + 5
+    assert ranks.run(1, train, plain) == [0]
+    _, found, updates = ranks.run(1, resume_with, plain)[0]
+    assert updates == STEPS + 5
+    moments, step = found["blocks.0.mlp.fc1.weight"]
+    assert moments["exp_avg_sq"] > 0 and step == 2
