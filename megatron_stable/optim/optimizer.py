@@ -123,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
         return {name: self._state(flat)[name] for name in MOMENTS[self._rules[flat]]}
 
     def set_updates(self, updates: int, moments_from: int = 0) -> None:
-        """Set the count of applied steps, and of those before the moments began, and with them Adam's bias correction."""
+        """Set the counts of steps, those before the moments began apart, and with them Adam's bias correction."""
         self.updates, self.moments_from = updates, moments_from
         for state in self.state.values():
             if "step" in state:
