@@ -10,8 +10,6 @@ from statistics import median
 
 from pydantic import BaseModel, ConfigDict
 
-LENGTH = 9  # losses behind the median: four steps late, and blind to spikes of four steps
-
 
 class DriftState(BaseModel):
     """What is known; belongs into the checkpoint.
@@ -27,18 +25,18 @@ class DriftState(BaseModel):
     lowest: float | None = None
     since: int = 0
 
-    def followed_by(self, step: int, loss: float) -> DriftState:
-        """One finite loss on."""
-        recent = (*self.recent, loss)[-LENGTH:]
-        if len(recent) == LENGTH and (self.lowest is None or median(recent) < self.lowest):
+    def followed_by(self, step: int, loss: float, patience: int) -> DriftState:
+        """One finite loss on. A rise must have stayed for ``patience`` steps to raise the median."""
+        length = 2 * patience - 1
+        recent = (*self.recent, loss)[-length:]
+        if len(recent) == length and (self.lowest is None or median(recent) < self.lowest):
             return DriftState(recent=recent, lowest=median(recent), since=step)
         return DriftState(recent=recent, lowest=self.lowest, since=self.since)
 
     def onset(self, part: float) -> int | None:
         """Where a rise by more than this part of the lowest began; ``None``: there is none."""
-        if self.lowest is None or len(self.recent) < LENGTH or median(self.recent) <= (1 + part) * self.lowest:
-            return None
-        return self.since
+        rises = self.lowest is not None and median(self.recent) > (1 + part) * self.lowest
+        return self.since if rises else None
 
     def settled(self) -> DriftState:
         """The loss of today is the usual one from here on."""

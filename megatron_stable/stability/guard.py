@@ -184,7 +184,7 @@ class Guard:
             self.memory.append(Recorded(step, loss))
         verdicts = {name: self.detectors[name].update(step, value) for name, value in seen.items()}
         if isfinite(loss) and verdicts["loss"].kind != "spike":
-            self.drift = self.drift.followed_by(step, loss)
+            self.drift = self.drift.followed_by(step, loss, self.config.patience)
         events = [event for name, value in seen.items() for event in self._turn(name, step, value, verdicts[name])]
         if rule is None and self.config.drop_spikes and any(verdict.kind == "spike" for verdict in verdicts.values()):
             rule = "spike"

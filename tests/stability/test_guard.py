@@ -212,7 +212,7 @@ def test_losses_that_stand_out_are_no_part_of_a_slow_rise() -> None:
 
 
 def test_a_slow_rise_is_measured_from_where_the_loss_was_lowest() -> None:
-    ours = guard(drift=0.03, patience=50)
+    ours = guard(drift=0.03, patience=12)
     noise = 0.02 * np.random.default_rng(1).normal(size=100)
     losses = noise + [*np.linspace(3.0, 2.0, 40), *np.linspace(2.0, 2.3, 60)]
     found = [ours.judge(QUIET + n, loss, 0.5) for n, loss in enumerate(losses, 1)]
