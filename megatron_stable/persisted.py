@@ -6,16 +6,15 @@ model; whatever is wrong becomes one :class:`DataError` that names the file and 
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from megatron_stable.disk import ABSENT, parsed, read_bytes
 from megatron_stable.errors import DataError
 
-LARGEST_JSON = 2**26  # bytes: refuse to parse anything absurd; the largest, a manifest, has some 120 bytes per rank
 LARGEST = 2**48  # of a count: elements, steps
 T = TypeVar("T")
 
@@ -80,17 +79,10 @@ def read_json(path: Path) -> Any:
     """A JSON value from a plain file of sane size.
 
     Raises:
-        DataError: It is missing, a link, too large or no JSON.
+        Unreadable: It is missing, no plain file, or cannot be read.
+        Damaged: It is too large, or no JSON.
     """
-    require_plain(path)
-    try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise DataError(f"{path}: {size} bytes is too large to be one of ours")
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: not JSON: the file is damaged or not one of ours") from None
+    return parsed(read_bytes(path, final=ABSENT), path)
 
 
 def read_as(kind: type[T], path: Path) -> T:
@@ -110,11 +102,3 @@ def validated(kind: type[T], value: Any, source: str | Path) -> T:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(map(str, first["loc"])) or "the whole"
         raise DataError(f"{source}: {field}: {first['msg'].removeprefix('Value error, ')}") from None
-
-
-def require_plain(path: Path) -> None:
-    """Raise DataError unless ``path`` is a plain file and no link."""
-    if path.is_symlink():
-        raise DataError(f"{path}: a symbolic link, which is not one of ours")
-    if not path.is_file():
-        raise DataError(f"{path}: missing")

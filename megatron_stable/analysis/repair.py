@@ -10,6 +10,7 @@ from typing import NamedTuple
 from megatron_stable.analysis.lead import settings_for
 from megatron_stable.analysis.series import Series, read_series
 from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.store import Shelf
 from megatron_stable.config.load import load_config
 from megatron_stable.config.schema import GuardConfig
 from megatron_stable.data.course import Course
@@ -79,10 +80,10 @@ class StoppedRun:
 
     def _look(self) -> None:
         """See where the run stands: its interventions and checkpoints, and the course that it would take."""
-        entries = [entry for entry in store.entries(self.directory.checkpoints) if entry.usable]
-        manifests = [entry.manifest for entry in entries if entry.manifest is not None]
+        shelf = Shelf(self.directory.checkpoints)
+        manifests = [entry.manifest for entry in shelf.entries() if entry.usable and entry.manifest is not None]
         own = read_interventions(self.directory.path)
-        self.candidates = store.candidates(entries)
+        self.candidates = shelf.candidates()
         self.done = own or Interventions(manifests[-1].state.interventions if manifests else ())
         size = self.config.batch.global_size
         trained = manifests[-1].state.course if manifests else Course.begin(size)

@@ -30,11 +30,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints, model_validator
 
-from megatron_stable.checkpoint.disk import Damaged, parsed, read_bytes
 from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.checkpoint.tensors import FileEntry
 from megatron_stable.config.load import parse_config
 from megatron_stable.config.schema import Config
+from megatron_stable.disk import Damaged, parsed, read_bytes
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.files import replace_file
 from megatron_stable.parallel.shards import Place, Shard

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_stable.checkpoint import store
-from megatron_stable.checkpoint.disk import Damaged, Unreadable
 from megatron_stable.checkpoint.format import Manifest
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.checkpoint.store import Entry, Shelf
+from megatron_stable.disk import Damaged, Unreadable
 from megatron_stable.engine.shards import ShardState
 from megatron_stable.errors import DataError
 from megatron_stable.parallel.agreement import decided, together

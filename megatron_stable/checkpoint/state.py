@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_stable.data.course import Course
 from megatron_stable.engine.loss_scaler import LossScalerState
@@ -51,3 +51,9 @@ class RunState(Persisted):
     bad_steps: tuple[Count, ...] = ()
     interventions: tuple[Intervention, ...] = ()
     guard: GuardState = GuardState()
+
+    @model_validator(mode="after")
+    def _require_past_moments(self) -> RunState:
+        if self.moments_from > self.optimizer_steps:
+            raise ValueError("moments_from is beyond optimizer_steps")
+        return self

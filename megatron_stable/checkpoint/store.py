@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_stable.checkpoint.disk import Unreadable
 from megatron_stable.checkpoint.format import LATEST, Manifest, directory_name, read_index, read_manifest
 from megatron_stable.checkpoint.health import Retention, doomed, judge, mark, verdict
 from megatron_stable.checkpoint.reader import Reader
+from megatron_stable.disk import Unreadable, patiently
 from megatron_stable.errors import DataError
 from megatron_stable.files import replace_file
 from megatron_stable.persisted import FormatError, Persisted, read_as
@@ -86,6 +86,15 @@ class Shelf:
             self._verdicts[entry.directory] = verdict(entry.directory)
         return self._verdicts[entry.directory]
 
+    def candidates(self) -> list[Candidate]:
+        """What the run could go back to.
+
+        Raises:
+            DataError: As :meth:`entries`.
+        """
+        usable = [(entry, entry.manifest) for entry in self.entries() if entry.usable and entry.manifest is not None]
+        return [Candidate(entry.step, m.state.course.behind(entry.step), self.verdict(entry)) for entry, m in usable]
+
     def put(self, entry: Entry) -> None:
         """Take note of a checkpoint that was just written."""
         self._known[entry.directory], self._verdicts[entry.directory] = entry, None
@@ -126,34 +135,25 @@ def entries(root: Path) -> list[Entry]:
     return Shelf(root).entries()
 
 
-def candidates(found: Iterable[Entry]) -> list[Candidate]:
-    """What a run could go back to, of its checkpoints."""
-    usable = [(entry, entry.manifest) for entry in found if entry.usable and entry.manifest is not None]
-    return [Candidate(entry.step, m.state.course.behind(entry.step), verdict(entry.directory)) for entry, m in usable]
-
-
 def _steps(root: Path) -> dict[Path, int]:
     """The directories that are named as checkpoints are, and their steps."""
-    try:
-        names = [path.name for path in root.iterdir()] if root.is_dir() else []
-    except OSError as error:
-        raise DataError(f"{root} cannot be read: {error.strerror or error}") from None
+    names = patiently(lambda: [path.name for path in root.iterdir()] if root.is_dir() else [], root)
     return {root / name: int(match[1]) for name in names if (match := COMPLETE.fullmatch(name))}
 
 
 def _look(directory: Path, step: int) -> Entry:
     try:
-        if directory.is_symlink():
+        if patiently(directory.is_symlink, directory):
             raise DataError(f"{directory}: a symbolic link, which is not a checkpoint")
-        if (directory / DAMAGED).exists():
+        if patiently((directory / DAMAGED).exists, directory):
             raise DataError(read_as(Damage, directory / DAMAGED).problem)
         manifest = read_manifest(directory)
         if manifest.step != step:
             raise DataError(f"{directory}: its manifest is that of step {manifest.step}")
     except FormatError:  # it is not damaged, and to go on from an older one would abandon it
         raise
-    except (DataError, OSError) as error:
-        return Entry(directory, step, None, str(error), unreadable=isinstance(error, Unreadable | OSError))
+    except DataError as error:
+        return Entry(directory, step, None, str(error), unreadable=isinstance(error, Unreadable))
     return Entry(directory, step, manifest)
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
-from megatron_stable.checkpoint.disk import Damaged, open_plain, parsed, patiently
+from megatron_stable.disk import LARGEST_JSON, Damaged, open_plain, parsed, patiently
 from megatron_stable.errors import DataError
-from megatron_stable.persisted import LARGEST_JSON, Count, Persisted, validated
+from megatron_stable.persisted import Count, Persisted, validated
 
 BYTES = 4  # of an fp32 element
 CHUNK = 2**20  # elements that have a checksum of their own

@@ -173,6 +173,14 @@ def _optimization(config: Config) -> list[Problem]:
                 "are summed in fp32 or in the dtype of the model",
             )
         )
+    if precision.reduce_dtype == "fp16" and config.model.tied_embeddings and config.parallel.pipeline > 1:
+        found.append(
+            Problem(
+                ("precision.reduce_dtype", "model.tied_embeddings"),
+                "precision.reduce_dtype fp16 rounds the gradients of model.tied_embeddings differently on the two "
+                "pipeline stages that hold them: set precision.reduce_dtype=fp32",
+            )
+        )
     if precision.dtype == "fp16" and 2**precision.initial_scale_power < precision.min_scale:
         found.append(
             Problem(

@@ -44,7 +44,9 @@ def settings(known: Place, config: Config) -> dict[str, Any]:
     else:
         rule = "adamw" if optimizer.name == "muon" else optimizer.name
         own = {"rule": rule, "betas": optimizer.betas, "eps": optimizer.eps * by.eps}
-    return {**own, "weight_decay": decay, "rate_factor": by.learning_rate}
+    # pipeline stages keep copies of a tied matrix; alone in its flat, it is summed in the same order on each of them
+    tied = known.name == "embedding.weight" and config.model.tied_embeddings
+    return {**own, "weight_decay": decay, "rate_factor": by.learning_rate, "tied": tied}
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], config: Config) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.config.schema import Config
+from megatron_stable.disk import patiently
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import partial, replace_file, write_partial
 from megatron_stable.persisted import package_version, read_json, refuse_unknown_format
@@ -136,7 +137,7 @@ def require_known_format(run: Path) -> None:
         DataError: What it says is not readable.
     """
     path = run / FORMAT
-    if path.exists():
+    if patiently(path.exists, path):
         refuse_unknown_format(run, read_json(path), VERSION)
 
 

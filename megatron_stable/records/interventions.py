@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_stable.disk import patiently
 from megatron_stable.errors import DataError
 from megatron_stable.files import write_file
 from megatron_stable.persisted import read_as
@@ -20,7 +21,7 @@ def read_interventions(run: Path) -> Interventions | None:
         DataError: The file cannot be used.
     """
     path = run / FILE
-    if not path.exists():
+    if not patiently(path.exists, path):
         return None
     try:
         return Interventions(read_as(tuple[Intervention, ...], path))

@@ -28,7 +28,6 @@ LOCK, OWNER = ".lock", "owner.json"
 BEAT = 10.0  # seconds from one count to the next
 PATIENCE = 60.0  # seconds without one after which an owner is gone
 LEASE = 120.0  # seconds for which a file server may keep the lock of a machine that is gone
-RETRIES = (0.2, 1.0, 4.0)  # seconds between attempts to read, on a file system that stumbles
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBERNETES_POD_NAME")
 
 
@@ -197,16 +196,7 @@ def _alive(pid: int) -> bool:
 
 def _read(path: Path) -> Owner | None:
     """What an owner says of itself; ``None``: there is none, or what is there says nothing."""
-    for delay in (*RETRIES, None):
-        try:
-            return read_as(Owner, path)
-        except DataError:
-            try:
-                path.lstat()
-            except FileNotFoundError:
-                return None
-            except OSError:
-                pass
-            if delay is not None:  # replaced in this moment, or a file system that stumbles
-                time.sleep(delay)
-    return None
+    try:
+        return read_as(Owner, path)
+    except DataError:
+        return None

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_stable.checkpoint import loader, store
-from megatron_stable.checkpoint.disk import Damaged
+from megatron_stable.checkpoint import loader
 from megatron_stable.checkpoint.format import stored_config
 from megatron_stable.checkpoint.health import Retention
 from megatron_stable.checkpoint.loader import Found
@@ -17,6 +16,7 @@ from megatron_stable.checkpoint.saver import Saver
 from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.checkpoint.store import Entry
 from megatron_stable.config.schema import Config
+from megatron_stable.disk import Damaged
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.shards import ShardState
 from megatron_stable.errors import DataError, MegatronStableError
@@ -184,6 +184,6 @@ class Checkpoints:
 
     def _healthy_before(self, onset: int) -> int | None:
         """On rank 0."""
-        healthy = [each for each in store.candidates(store.entries(self.root)) if each.healthy is not False]
+        healthy = [each for each in self.saver.shelf.candidates() if each.healthy is not False]
         found = choose([each for each in healthy if each.step < onset], onset, 0)
         return found and found[0].step

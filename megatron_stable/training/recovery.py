@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.store import Shelf
 from megatron_stable.config.schema import Config
 from megatron_stable.data import Course
 from megatron_stable.engine.diagnosis import Diagnosis
@@ -18,7 +19,7 @@ from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.interventions import write_interventions
 from megatron_stable.stability.events import GaveUp, Rollback
 from megatron_stable.stability.interventions import Intervention, Interventions
-from megatron_stable.stability.recovery import Candidate, Trouble, last_resort, plan
+from megatron_stable.stability.recovery import Trouble, last_resort, plan
 
 FLOOR = "loss scale at its floor"
 
@@ -27,14 +28,15 @@ class Recovery:
     """The repairs of a run. Collective: every rank has one, and calls its methods.
 
     Args:
+        shelf: The run's checkpoints.
         callbacks: Told of what is done.
 
     Attributes:
         interventions: Those in force.
     """
 
-    def __init__(self, config: Config, directory: RunDirectory, callbacks: Callbacks) -> None:
-        self.config, self.directory, self.callbacks = config, directory, callbacks
+    def __init__(self, config: Config, directory: RunDirectory, shelf: Shelf, callbacks: Callbacks) -> None:
+        self.config, self.directory, self.shelf, self.callbacks = config, directory, shelf, callbacks
         self.interventions = Interventions()
 
     def plan(self, trouble: Trouble, course: Course, damaged: Collection[int]) -> Intervention | None:
@@ -49,7 +51,7 @@ class Recovery:
         fp16 = self.config.precision.dtype == "fp16"
 
         def decide() -> Intervention | None:
-            whole = [candidate for candidate in self._candidates() if candidate.step not in damaged]
+            whole = [candidate for candidate in self.shelf.candidates() if candidate.step not in damaged]
             return plan(trouble, whole, course, self.interventions, self.config.guard, fp16)
 
         return decided(decide)
@@ -72,7 +74,7 @@ class Recovery:
 
     def give_up(self, trouble: Trouble, step: int) -> int | None:
         """Leave the run at a checkpoint from before the trouble, if there is one; returns its step."""
-        repair = decided(lambda: last_resort(trouble, self._candidates(), self.config.guard))
+        repair = decided(lambda: last_resort(trouble, self.shelf.candidates(), self.config.guard))
         if repair is None:
             self.callbacks.event(GaveUp(step=step, rule=trouble.rule, onset=trouble.onset, by="guard"))
             return None
@@ -95,9 +97,6 @@ class Recovery:
         force = f"learning rate x {made.learning_rate_factor:g}, clip_grad x {made.clip_factor:g}"
         undo = f"megatron-stable skip {self.directory.path} --undo"
         return "\n".join(["what was tried:", *lines, f"in force: {force}; `{undo}` takes it back, one by one"])
-
-    def _candidates(self) -> list[Candidate]:
-        return store.candidates(store.entries(self.directory.checkpoints))
 
 
 def explain_floor(diagnosis: Diagnosis, min_scale: float, step: int, data_step: int) -> str:

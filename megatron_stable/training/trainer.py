@@ -65,8 +65,8 @@ class Trainer:
         self.source = Source(config, topology, tokenizer)
         self.engine = Engine(config, topology, draw=not loader.any_to_load(directory.checkpoints))
         self.guard = Guard(config.guard, fp16=config.precision.dtype == "fp16")
-        self.recovery = Recovery(config, directory, callbacks)
         self.checkpoints = Checkpoints(config, self.engine, directory, callbacks)
+        self.recovery = Recovery(config, directory, self.checkpoints.saver.shelf, callbacks)
         peak = peak_flops(config.precision.dtype)
         self.peak = peak and peak * topology.world / flops_per_token(config.model)  # tokens/s at full utilisation
 

@@ -87,7 +87,7 @@ def choose_step(folder: str) -> tuple[int | None, list[str]]:
     """On a rank: the step that a resume takes, which is what it reads, and what it said."""
     import torch.distributed as dist
 
-    from megatron_stable.checkpoint import disk
+    from megatron_stable import disk
     from megatron_stable.checkpoint.loader import choose
 
     disk.DELAYS = (0.01, 0.01)

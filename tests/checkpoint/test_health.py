@@ -91,11 +91,14 @@ def test_rotation_of_real_checkpoints_follows_their_health(ranks: Ranks, tmp_pat
     assert [entry.step for entry in store.entries(tmp_path)] == [10, 20, 50]
 
 
+# one after each step: training waits for the one before
+EACH = {"every": 1, "keep": 99, "healthy_after": 2, "max_failed_saves": 1}
+
+
 @pytest.mark.parametrize("mode", ["off", "drop"])
 def test_a_run_judges_its_checkpoints_by_its_dropped_updates(ranks: Ranks, tmp_path: Path, mode: str) -> None:
     write_data(tmp_path / "data")
-    checkpoint = {"every": 1, "keep": 99, "healthy_after": 2}
-    values = settings(tmp_path, steps=16, guard={"mode": mode}, checkpoint=checkpoint)
+    values = settings(tmp_path, steps=16, guard={"mode": mode}, checkpoint=EACH)
     faults = [{"kind": "nan_gradient", "data_steps": (1, 5)}, {"kind": "nan_gradient", "data_steps": (11, 11)}]
     ((code, _),) = ranks.run(1, train_with_faults, values, faults)
     assert code == 0
@@ -111,7 +114,7 @@ def test_an_overflow_of_fp16_is_no_verdict_on_a_checkpoint(ranks: Ranks, tmp_pat
     write_data(tmp_path / "data")
     values = settings(
         tmp_path, steps=24, precision={"dtype": "fp16", "initial_scale_power": 26, "hysteresis": 1},
-        checkpoint={"every": 1, "keep": 99, "healthy_after": 2},
+        checkpoint=EACH,
     )  # fmt: skip
     assert ranks.run(1, train, values) == [0]
     dropped = [step for step, record in metrics(tmp_path / "run").items() if record["skipped"]]

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_stable.checkpoint import disk, store
-from megatron_stable.checkpoint.disk import Unreadable
+from megatron_stable import disk
+from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.format import read_manifest
+from megatron_stable.checkpoint.health import mark
+from megatron_stable.disk import Unreadable
+from megatron_stable.records.interventions import write_interventions
+from megatron_stable.stability.interventions import Interventions
 from tests.checkpoint.stored import choose_step
 from tests.harness.ranks import RankError, Ranks
 
@@ -109,6 +113,32 @@ def test_rotation_leaves_what_it_cannot_read(root: Path, monkeypatch: pytest.Mon
     assert [entry.usable for entry in shelf.entries()] == [False, True]
     (root.parent / "away").rename(manifest)
     assert shelf.rotate(Retention(1)) == [1]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "format.json", "interventions.json", "manifest.json", "health.json"])
+def test_a_rollback_waits_for_what_passes(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A run in progress looks at the files that say where it can go back to."""
+    run = root.parent
+    (run / "format.json").write_text('{"version": 1, "written_by": "0.1.0"}')
+    write_interventions(run, Interventions())
+    mark(root / "step_00000001", healthy=True, judged_at=2)
+    monkeypatch.setattr(disk.time, "sleep", lambda seconds: None)
+    left = [2]
+
+    def stumbling(call: Callable[..., Any]) -> Callable[..., Any]:
+        def stumble(path: Any, *rest: Any, **more: Any) -> Any:
+            if isinstance(path, str | Path) and Path(path).name == name and left[0]:
+                left[0] -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return call(path, *rest, **more)
+
+        return stumble
+
+    for call in ("open", "stat", "lstat", "listdir", "scandir"):
+        monkeypatch.setattr(os, call, stumbling(getattr(os, call)))
+    found = store.Shelf(root).candidates()
+    assert left == [0]
+    assert [(each.step, each.healthy) for each in found] == [(1, True), (2, None)]
 
 
 def test_waiting_is_bounded_and_said(

@@ -106,6 +106,15 @@ CONFLICTS = {
         None,
         ["precision.initial_scale_power 2", "scale of 4", "precision.min_scale 8"],
     ),
+    "tied embeddings summed in fp16": (
+        build(
+            model={"tied_embeddings": True},
+            parallel={"pipeline": 2},
+            precision={"dtype": "fp16", "reduce_dtype": "fp16"},
+        ),
+        None,
+        ["precision.reduce_dtype fp16", "model.tied_embeddings", "precision.reduce_dtype=fp32"],
+    ),
 }
 
 

@@ -125,3 +125,28 @@ def poisoned_on_rank(values: dict[str, Any], rank: int) -> tuple[bool, bool]:
 def test_a_fault_in_a_replicated_gradient_is_seen_on_any_rank(ranks: Ranks, rank: int) -> None:
     config = make_config(parallel={"tensor": 2}, precision={"dtype": "bf16"})
     assert ranks.run(2, poisoned_on_rank, config.model_dump(mode="json"), rank) == [(True, True)] * 2
+
+
+def embedding_on_rank(values: dict[str, Any]) -> list[Tensor]:
+    """On a rank: its copy of the embedding's weights after some steps, if its stage has one."""
+    from megatron_stable.parallel.parameters import place
+
+    with engine_on_rank(values) as engine:
+        for step, tokens in enumerate(global_batches(4), start=1):
+            engine.train_step(step, micro_batches(tokens, engine.config, engine.topology), 1e-3)
+        named = {place(weight).name: weight.detach().clone() for weight in engine.module.parameters()}
+    return [weight for name, weight in named.items() if name == "embedding.weight"]
+
+
+@pytest.mark.parametrize("reduce_dtype", ["fp32", "bf16"])
+def test_stages_keep_equal_copies_of_tied_embeddings(ranks: Ranks, reduce_dtype: str) -> None:
+    """Sums of four replicas depend on their order, which depends on where in its flat a gradient lies."""
+    config = make_config(
+        model={"tied_embeddings": True, "positions": "learned"},
+        parallel={"pipeline": 2},
+        precision={"dtype": "bf16", "reduce_dtype": reduce_dtype},
+    )
+    found = ranks.run(8, embedding_on_rank, config.model_dump(mode="json"))
+    first, *others = [copy for copies in found for copy in copies]
+    assert len(others) == 7
+    assert all(torch.equal(first, copy) for copy in others)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_stable.checkpoint.store import Shelf
 from megatron_stable.config.schema import Config
 from megatron_stable.records.callbacks import Callbacks
 from megatron_stable.records.chronicle import Chronicle
@@ -20,7 +21,8 @@ def test_the_ledger_is_told_of_a_repair_that_a_crash_kept_out_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = RunDirectory(tmp_path)
-    recovery = Recovery(Config(), directory, Callbacks(ProgressLine(Config()), Chronicle(directory)))
+    callbacks = Callbacks(ProgressLine(Config()), Chronicle(directory))
+    recovery = Recovery(Config(), directory, Shelf(directory.checkpoints), callbacks)
     repair = Intervention(
         id="a",
         time="2026-01-01T00:00:00+00:00",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from megatron_stable.errors import ConfigError, DataError
+from megatron_stable import disk
+from megatron_stable.errors import ConfigError
 from megatron_stable.records import owner
 from megatron_stable.records.owner import LOCK, OWNER, Claim
 from tests.training.runs import ROOT
@@ -152,14 +155,14 @@ def test_a_file_system_that_stumbles_is_asked_again(
 ) -> None:
     """A stale handle is not an owner that has left."""
     holder = hold("node7")
-    read, stumbles = owner.read_as, iter([True, True])
+    opened, stumbles = disk.open_plain, iter([True, True])
 
-    def stale(kind: type[owner.Owner], path: Path) -> owner.Owner:
+    def stale(path: Path) -> BinaryIO:
         if next(stumbles, False):
-            raise DataError(f"{path}: Stale file handle")
-        return read(kind, path)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opened(path)
 
-    monkeypatch.setattr(owner, "read_as", stale)
+    monkeypatch.setattr(disk, "open_plain", stale)
     with pytest.raises(ConfigError, match=f"process {holder.pid} on node7"):
         claim.take()
 

@@ -1,4 +1,4 @@
-"""Read the files of a checkpoint: plain ones only, and with patience, for a file system that stumbles damages nothing.
+"""Reading files: plain ones only, and with patience, for a file system that stumbles damages nothing.
 
 Shared file systems return errors that pass: a stale handle, an entry that does not show yet, a server that fails over.
 Only a checksum says what is *in* a file, so there are two kinds of trouble: :class:`Unreadable` and :class:`Damaged`.
@@ -12,17 +12,18 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from megatron_stable.errors import DataError
-from megatron_stable.persisted import LARGEST_JSON
 
 T = TypeVar("T")
 
+LARGEST_JSON = 2**26  # bytes: refuse to parse anything absurd; the largest, a manifest, has some 120 bytes per rank
 DELAYS = (0.2, 1.0, 4.0, 10.0, 15.0)  # seconds between attempts
 FINAL = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}  # will not pass
+ABSENT = FINAL | {errno.ENOENT}  # nor will this, of a file that need not be there
 
 
 class Unreadable(DataError):
@@ -33,8 +34,11 @@ class Damaged(DataError):
     """What a file holds is not what was written."""
 
 
-def patiently(read: Callable[[], T], path: Path) -> T:
+def patiently(read: Callable[[], T], path: Path, final: Collection[int] = FINAL) -> T:
     """What ``read`` returns, which is tried again while the file system raises errors that may pass, and that is said.
+
+    Args:
+        final: Numbers of the errors that will not pass.
 
     Raises:
         Unreadable: It goes on, or the error is of a kind that does not pass.
@@ -44,7 +48,7 @@ def patiently(read: Callable[[], T], path: Path) -> T:
             return read()
         except OSError as error:
             what = f"{path}: {error.strerror or error}"
-            if delay is None or error.errno in FINAL:
+            if delay is None or error.errno in final:
                 raise Unreadable(what) from None
             print(f"warning: {what}; trying again in {delay:g} s", file=sys.stderr, flush=True)
             time.sleep(delay)
@@ -71,8 +75,11 @@ def open_plain(path: Path) -> BinaryIO:
     return file
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, final: Collection[int] = FINAL) -> bytes:
     """What a file of sane size holds.
+
+    Args:
+        final: As for :func:`patiently`.
 
     Raises:
         Damaged: It is too large to be one of ours.
@@ -86,7 +93,7 @@ def read_bytes(path: Path) -> bytes:
             raise Damaged(f"{path}: too large to be one of ours")
         return data
 
-    return patiently(read, path)
+    return patiently(read, path, final)
 
 
 def parsed(data: bytes, path: Path) -> Any:
