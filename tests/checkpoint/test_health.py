@@ -91,8 +91,8 @@ def test_rotation_of_real_checkpoints_follows_their_health(ranks: Ranks, tmp_pat
     assert [entry.step for entry in store.entries(tmp_path)] == [10, 20, 50]
 
 
-# one after each step: training waits for the one before
-EACH = {"every": 1, "keep": 99, "healthy_after": 2, "max_failed_saves": 1}
+# one after each step, unless the one before is being written still
+EACH = {"every": 1, "keep": 99, "healthy_after": 2}
 
 
 @pytest.mark.parametrize("mode", ["off", "drop"])
@@ -106,7 +106,8 @@ def test_a_run_judges_its_checkpoints_by_its_dropped_updates(ranks: Ranks, tmp_p
     assert dropped == [1, 2, 3, 4, 5, 11]
     found = {entry.step: verdict(entry.directory) for entry in store.entries(tmp_path / "run" / "checkpoints")}
     expected = {step: None if step > 14 else step not in (1, 2, 3, 4, 9, 10) for step in range(1, 17)}
-    assert found == expected
+    assert found == {step: expected[step] for step in found}
+    assert {*found.values()} == {True, False, None}
 
 
 def test_an_overflow_of_fp16_is_no_verdict_on_a_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
@@ -121,7 +122,8 @@ def test_an_overflow_of_fp16_is_no_verdict_on_a_checkpoint(ranks: Ranks, tmp_pat
     assert dropped == list(range(1, len(dropped) + 1))
     assert 3 < len(dropped) < 18, "or the scale is not a good choice for this test"
     found = {entry.step: verdict(entry.directory) for entry in store.entries(tmp_path / "run" / "checkpoints")}
-    assert found == {step: None if step > 22 else True for step in range(1, 25)}
+    assert found == {step: None if step > 22 else True for step in found}
+    assert True in found.values()
 
 
 def test_a_damaged_verdict_is_none(tmp_path: Path) -> None:
