@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from megatron_stable.analysis.series import Series, is_gradient_norm
+from megatron_stable.config.schema import GuardConfig
 from megatron_stable.stability.detector import GRAD_NORM, LOSS, DetectorSettings, Spike, find_spikes
 
 NEAR = 20  # recorded steps before a spike of the loss in which one of the gradient norm belongs to it
 
 
-def settings_for(name: str) -> DetectorSettings:
-    """How to search a series of this name: the noise of a norm multiplies, that of a loss adds."""
-    return GRAD_NORM if is_gradient_norm(name) else LOSS
+def settings_for(name: str, guard: GuardConfig | None = None) -> DetectorSettings:
+    """How to search a series of this name: the noise of a norm multiplies, that of a loss adds.
+
+    Args:
+        guard: Of the run that it belongs to, so that what is found is what the guard would find.
+    """
+    settings = GRAD_NORM if is_gradient_norm(name) else LOSS
+    own = guard.model_dump(include={"window", "warmup", "threshold", "patience"}) if guard else {}
+    return replace(settings, **own)
 
 
 def lead(spike: Spike, norm: Series, settings: DetectorSettings = GRAD_NORM) -> int | None:

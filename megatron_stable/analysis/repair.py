@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,8 +105,7 @@ class StoppedRun:
             DataError, ConfigError: See :func:`read_series`.
         """
         series = read_series(source or self.directory.path, tag)
-        own = self.guard.model_dump(include={"window", "warmup", "threshold", "patience"})
-        found = find_spikes(series.steps.tolist(), series.values.tolist(), replace(settings_for(series.name), **own))
+        found = find_spikes(series.steps.tolist(), series.values.tolist(), settings_for(series.name, self.guard))
         recorded = series
         if series.data_steps is None and self.directory.metrics.is_file():
             recorded = read_series(self.directory.path)

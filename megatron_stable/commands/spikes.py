@@ -11,7 +11,9 @@ from rich.table import Table
 from megatron_stable.analysis.figure import Event, draw
 from megatron_stable.analysis.lead import lead, settings_for
 from megatron_stable.analysis.series import Series, is_gradient_norm, read_gradient_norm, read_series
+from megatron_stable.config.load import load_config
 from megatron_stable.numbers import finite
+from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.detector import Spike, find_spikes
 
 DECIDES = (  # the data or the state of the model
@@ -36,15 +38,18 @@ def spikes(
     """Find the spikes of a run: where each began, its peak, how long it lasted, and whether the gradient norm led it.
 
     A spike falls back. A rise stays, as after a change of data or damage to the model: from a curve alone nobody can
-    tell which. A divergence goes on rising, or is higher than a change of data explains, or is not finite. Where a run
-    went back to an earlier step, what it had written from there on is not looked at.
+    tell which. A divergence goes on rising, or is higher than a change of data explains, or is not finite. A run of ours
+    is searched with its guard's settings. Where a run went back to an earlier step, what it had written from there on is
+    not looked at.
 
     Example:
       megatron-stable spikes runs/first
       megatron-stable spikes other/tensorboard --tag "lm loss" --figure spikes.png
     """
     series = read_series(directory, tag)
-    found = find_spikes(series.steps.tolist(), series.values.tolist(), settings_for(series.name))
+    run = RunDirectory(directory)
+    guard = load_config(run.config).guard if run.metrics.is_file() and run.config.is_file() else None
+    found = find_spikes(series.steps.tolist(), series.values.tolist(), settings_for(series.name, guard))
     wanted = grad_norm_tag is not None or ((found or figure is not None) and not is_gradient_norm(series.name))
     norm = read_gradient_norm(directory, grad_norm_tag) if wanted else None
     notes = dict.fromkeys([*series.notes, *(norm.notes if norm is not None else ())])  # each once

@@ -87,6 +87,13 @@ def test_of_our_own(tmp_path: Path) -> None:
         assert word in table.stdout
 
 
+def test_of_our_own_as_its_guard_would(tmp_path: Path) -> None:
+    run = own_run(tmp_path / "run", *curves())
+    for patience, kind in ((3, "divergence"), (16, "spike")):  # it goes on rising for 4 steps, and falls for 4
+        (run / "config.yaml").write_text(f"guard: {{patience: {patience}}}")
+        assert [spike["kind"] for spike in json.loads(verb(run, "--json").stdout)["spikes"]] == [kind]
+
+
 def test_none_is_no_error(tmp_path: Path) -> None:
     done = verb(own_run(tmp_path / "run", *curves(spikes=False)))
     assert done.returncode == 0
