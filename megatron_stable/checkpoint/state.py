@@ -39,7 +39,7 @@ class RunState(Persisted):
         loss_scaler: Of fp16.
         course: Where the run is in its data, in samples, and what was and will be left out, as it was known then.
         bad_steps: The latest steps with a bad verdict.
-        interventions: The repairs in force, oldest first.
+        interventions: The interventions in force, oldest first.
         guard: What the guard has come to know.
     """
 

@@ -10,8 +10,8 @@ import typer
 
 from megatron_stable.analysis.foreign import flags
 from megatron_stable.analysis.lead import settings_for
-from megatron_stable.analysis.repair import Changes, Seen, StoppedRun
 from megatron_stable.analysis.series import Series, read_series
+from megatron_stable.analysis.stopped_run import Changes, Seen, StoppedRun
 from megatron_stable.config.schema import GuardConfig
 from megatron_stable.data.skip import merged
 from megatron_stable.errors import ConfigError
@@ -95,23 +95,23 @@ def skip(
     if run is None:
         _refuse({**changes, "--undo": undo}, "without RUN there is nothing to change")
         if tensorboard is None and not windows:
-            raise ConfigError("give the RUN to repair, or a --tensorboard directory to search")
+            raise ConfigError("give a RUN, or a --tensorboard directory to search")
         facts, lines = _advise(tensorboard, tag, spike, windows)
     elif undo:
         facts, lines = _undo(run)
     else:
         wanted = Changes(learning_rate_factor, clip_factor, not keep_loss_scale)
         stopped = StoppedRun(run)
-        facts, lines, repair = {"notes": [], "series": None, "spikes": []}, [], None
+        facts, lines, intervention = {"notes": [], "series": None, "spikes": []}, [], None
         if windows:
-            repair = stopped.without_data(windows, wanted, checkpoint)
+            intervention = stopped.without_data(windows, wanted, checkpoint)
         else:
             series, seen = stopped.spikes(tensorboard, tag)
             facts, lines = _listed(series, [each.spike for each in seen], seen)
             open_ = [each for each in seen if each.settled is None]
             if chosen := _chosen(seen, spike, open_):
-                repair = stopped.after_spike(chosen, wanted, checkpoint)
-        more, said = _proposed(stopped, repair, apply)
+                intervention = stopped.after_spike(chosen, wanted, checkpoint)
+        more, said = _proposed(stopped, intervention, apply)
         facts, lines = {**facts, **more}, [*lines, *said]
     print(json.dumps(facts, indent=1, allow_nan=False) if as_json else "\n".join(lines).lstrip("\n"))
 
@@ -122,32 +122,35 @@ def _refuse(options: dict[str, Any], why: str) -> None:
         raise ConfigError(f"{why}: leave out {', '.join(given)}")
 
 
-def _proposed(stopped: StoppedRun, repair: Intervention | None, apply: bool) -> tuple[dict[str, Any], list[str]]:
+def _proposed(stopped: StoppedRun, intervention: Intervention | None, apply: bool) -> tuple[dict[str, Any], list[str]]:
     """A proposal in plain values and in lines; applied, if so wanted."""
     run, newest = stopped.directory.path, stopped.stands_at
-    facts = {"proposal": repair and repair.model_dump(mode="json"), "applied": apply and repair is not None}
-    if repair is None:
+    facts = {
+        "proposal": intervention and intervention.model_dump(mode="json"),
+        "applied": apply and intervention is not None,
+    }
+    if intervention is None:
         lines = ["Nothing to skip. To skip data anyway, name it with --from-step and --to-step."]
         lines += _go_on(stopped) if stopped.done.items else []
         return {**facts, "abandoned": [], "command": stopped.command()}, lines
-    what, *why = repair.reason.split("; ")
-    again = newest - repair.rollback_to
+    what, *why = intervention.reason.split("; ")
+    again = newest - intervention.rollback_to
     lines = [
         "",
-        f"Proposal, for the {what}:" if repair.rule != "named by the user" else "Proposal:",
-        f"  roll back to the checkpoint of step {repair.rollback_to}; {again} steps are trained again"
+        f"Proposal, for the {what}:" if intervention.rule != "named by the user" else "Proposal:",
+        f"  roll back to the checkpoint of step {intervention.rollback_to}; {again} steps are trained again"
         if again
         else f"  resume from the newest checkpoint, of step {newest}",
-        f"  skip data steps {_spans(repair.windows)}",
-        f"  learning rate x {repair.learning_rate_factor:g}, optimizer.clip_grad x {repair.clip_factor:g}"
-        + (", loss scale reset" if repair.reset_loss_scale else ""),
+        f"  skip data steps {_spans(intervention.windows)}",
+        f"  learning rate x {intervention.learning_rate_factor:g}, optimizer.clip_grad x {intervention.clip_factor:g}"
+        + (", loss scale reset" if intervention.reset_loss_scale else ""),
         "Reasons:",
         *(f"  {reason}" for reason in why),
         "",
     ]
     abandoned: list[int] = []
     if apply:
-        abandoned = stopped.apply(repair)
+        abandoned = stopped.apply(intervention)
         lines += [f"Written into {run}. To undo it: megatron-stable skip {shlex.quote(str(run))} --undo"]
         lines += _abandoned(abandoned, "deleted once the run has passed them")
         lines += _go_on(stopped)

@@ -38,9 +38,9 @@ def spikes(
     """Find the spikes of a run: where each began, its peak, how long it lasted, and whether the gradient norm led it.
 
     A spike falls back. A rise stays, as after a change of data or damage to the model: from a curve alone nobody can
-    tell which. A divergence goes on rising, or is higher than a change of data explains, or is not finite. A run of ours
-    is searched with its guard's settings. Where a run went back to an earlier step, what it had written from there on is
-    not looked at.
+    tell which. A divergence goes on rising, or is higher than a change of data explains, or is not finite. A run of
+    ours is searched with its guard's settings. Where a run went back to an earlier step, what it had written from there
+    on is not looked at.
 
     Example:
       megatron-stable spikes runs/first

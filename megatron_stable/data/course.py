@@ -107,14 +107,14 @@ class Course(Persisted):
         step: int,
         size: int,
         configured: Iterable[tuple[int, int]],
-        repairs: SkipWindows,
+        interventions: SkipWindows,
         known: Iterable[tuple[tuple[int, int], Stretch]] = (),
     ) -> Course:
         """This course up to a step, and from there on in batches of `size`, leaving out what these windows say.
 
         Args:
             configured: Windows of data steps. One that was there before means the samples that it meant then.
-            repairs: What interventions leave out.
+            interventions: What interventions leave out.
             known: What windows of the configuration were taken to mean elsewhere, if not here.
         """
         position, first = self.position(step), self.eras[0]
@@ -124,7 +124,7 @@ class Course(Persisted):
             eras = (*eras, Era(step=step, data_step=data_step, sample=position, size=size))
         course, meant = self.model_copy(update={"eras": eras}), {**dict(known), **dict(self.configured)}
         named = {window: meant.get(window) or course.stretch(*window) for window in configured}
-        ahead = SkipWindows([*named.values(), *repairs.stretches])
+        ahead = SkipWindows([*named.values(), *interventions.stretches])
         skip = self.windows.continued(position, ahead).stretches
         return Course(eras=eras, skip=skip, configured=tuple(named.items()))
 

@@ -1,4 +1,4 @@
-"""``RUN/interventions.json``: the repairs of a run; see :mod:`megatron_stable.stability.interventions`."""
+"""``RUN/interventions.json``: the interventions of a run; see :mod:`megatron_stable.stability.interventions`."""
 
 from __future__ import annotations
 

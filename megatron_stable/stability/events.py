@@ -242,7 +242,7 @@ class Drop(Event):
         return f"{self.by} dropped the update: {self.rule} ({what}), {self.consecutive} in a row, {self.total} recently"
 
 
-class _Repair(Decision, Event):
+class _Intervening(Decision, Event):
     @classmethod
     def of(cls, intervention: Intervention, step: int) -> Self:
         """The event of an intervention."""
@@ -252,7 +252,7 @@ class _Repair(Decision, Event):
         return f"{self.rule}, began at step {self.onset}" if self.onset is not None else self.rule
 
 
-class Rollback(_Repair):
+class Rollback(_Intervening):
     """The run went back to a checkpoint, and goes on from there otherwise; holds on every later resume."""
 
     event: Literal["rollback"] = "rollback"
@@ -272,7 +272,7 @@ class Rollback(_Repair):
         return text + ". ".join(filter(None, ["; ".join(filter(None, changes)), self.reason, f"id {self.id}"]))
 
 
-class GaveUp(_Repair):
+class GaveUp(_Intervening):
     """What was tried did not help, and the run ends; it may be left at an earlier checkpoint."""
 
     event: Literal["gave_up"] = "gave_up"

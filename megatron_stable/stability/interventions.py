@@ -71,7 +71,7 @@ class Intervention(Decision):
 
 @dataclass(frozen=True)
 class Interventions:
-    """The repairs of a run, oldest first."""
+    """The interventions of a run, oldest first."""
 
     items: tuple[Intervention, ...] = ()
 

@@ -99,13 +99,13 @@ def plan(
     settings: GuardConfig,
     fp16: bool = False,
 ) -> Intervention | None:
-    """The guard's next repair; ``None`` when it has to give up.
+    """The guard's next intervention; ``None`` when it has to give up.
 
     Args:
         trouble: What happened.
         candidates: The run's checkpoints.
         course: The run's, up to ``trouble.step``.
-        done: Earlier repairs.
+        done: Earlier interventions.
         settings: The ladder: each further attempt at one place takes the next rung, the last one again and again.
         fp16: Whether there is a loss scale to reset.
     """
@@ -119,7 +119,7 @@ def plan(
     checkpoint, why = chosen
     onset, found = course.data_step(trouble.onset), course.data_steps(0, course.position(trouble.step))[1]
     skipped = window(checkpoint.data_step, onset, found, round(settings.skip_steps * widen))
-    return _repair(
+    return _intervention(
         trouble,
         rollback_to=checkpoint.step,
         windows=(skipped,),
@@ -136,10 +136,10 @@ def last_resort(trouble: Trouble, candidates: Sequence[Candidate], settings: Gua
     chosen = choose(candidates, trouble.onset, settings.rollback_steps)
     if chosen is None:
         return None
-    return _repair(trouble, rollback_to=chosen[0].step, reason=trouble.reason)
+    return _intervention(trouble, rollback_to=chosen[0].step, reason=trouble.reason)
 
 
-def _repair(trouble: Trouble, **values: Any) -> Intervention:
+def _intervention(trouble: Trouble, **values: Any) -> Intervention:
     return Intervention(id=new_id(), time=now(), by="guard", rule=trouble.rule, onset=trouble.onset, **values)
 
 

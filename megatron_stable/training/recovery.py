@@ -1,4 +1,4 @@
-"""Recovery in a live run: agree on a repair, make it the run's for good, and in the end leave it where it can go on.
+"""Recovery in a live run: agree on an intervention, make it the run's, and in the end leave it where it can go on.
 
 What to do is decided by :mod:`megatron_stable.stability.recovery`, which is pure; here all ranks come to know it.
 """
@@ -25,7 +25,7 @@ FLOOR = "loss scale at its floor"
 
 
 class Recovery:
-    """The repairs of a run. Collective: every rank has one, and calls its methods.
+    """The interventions of a run. Collective: every rank has one, and calls its methods.
 
     Args:
         shelf: The run's checkpoints.
@@ -40,7 +40,7 @@ class Recovery:
         self.interventions = Interventions()
 
     def plan(self, trouble: Trouble, course: Course, damaged: Collection[int]) -> Intervention | None:
-        """The next repair, the same on all ranks; ``None``: give up. No save may be in progress.
+        """The next intervention, the same on all ranks; ``None``: give up. No save may be in progress.
 
         Args:
             course: Of the run so far.
@@ -56,33 +56,33 @@ class Recovery:
 
         return decided(decide)
 
-    def commit(self, event: Rollback | GaveUp, repair: Intervention) -> None:
-        """Make a repair the run's, before anything is done about it.
+    def commit(self, event: Rollback | GaveUp, intervention: Intervention) -> None:
+        """Make an intervention the run's, before anything is done about it.
 
         Raises:
             DataError: On all ranks alike: it cannot be written.
         """
-        self.interventions = self.interventions.add(repair)
+        self.interventions = self.interventions.add(intervention)
 
         def write() -> None:
             with explain_os_errors("write", self.directory.path):
                 write_interventions(self.directory.path, self.interventions)
-                store.point_latest(self.directory.checkpoints, repair.rollback_to)
+                store.point_latest(self.directory.checkpoints, intervention.rollback_to)
 
         decided(write)
         self.callbacks.event(event)
 
     def give_up(self, trouble: Trouble, step: int) -> int | None:
         """Leave the run at a checkpoint from before the trouble, if there is one; returns its step."""
-        repair = decided(lambda: last_resort(trouble, self.shelf.candidates(), self.config.guard))
-        if repair is None:
+        intervention = decided(lambda: last_resort(trouble, self.shelf.candidates(), self.config.guard))
+        if intervention is None:
             self.callbacks.event(GaveUp(step=step, rule=trouble.rule, onset=trouble.onset, by="guard"))
             return None
-        self.commit(GaveUp.of(repair, step), repair)
-        return repair.rollback_to
+        self.commit(GaveUp.of(intervention, step), intervention)
+        return intervention.rollback_to
 
     def catch_up(self, step: int) -> None:
-        """Tell of repairs that a crash kept out of the ledger; on rank 0."""
+        """Tell of interventions that a crash kept out of the ledger; on rank 0."""
         known = {event.id for event in self.directory.ledger.read() if isinstance(event, Rollback | GaveUp)}
         for item in self.interventions.items:
             if item.id not in known:

@@ -207,13 +207,13 @@ class Trainer:
         self.checkpoints.saver.wait()
         self.checkpoints.judge(self.step)
         damaged: set[int] = set()
-        while (repair := self.recovery.plan(trouble, self.source.course, damaged)) is not None:
-            found = self.checkpoints.of(repair.rollback_to)
+        while (intervention := self.recovery.plan(trouble, self.source.course, damaged)) is not None:
+            found = self.checkpoints.of(intervention.rollback_to)
             if found is not None:
-                self.recovery.commit(Rollback.of(repair, self.step), repair)
+                self.recovery.commit(Rollback.of(intervention, self.step), intervention)
                 self._go_to(found)
                 return
-            damaged.add(repair.rollback_to)
+            damaged.add(intervention.rollback_to)
         self._end(trouble)
 
     def _end(self, trouble: Trouble) -> NoReturn:

@@ -91,7 +91,7 @@ def run(spiked: Path, tmp_path: Path) -> Path:
 
 
 def listed(run: Path) -> dict[str, bytes]:
-    """What of a run a repair may change."""
+    """What of a run an intervention may change."""
     return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != ".lock"}
 
 
@@ -146,11 +146,11 @@ def test_apply_go_on_and_undo(verb: Verb, run: Path, ranks: Ranks) -> None:
     assert f"Written into {run}. To undo it: megatron-stable skip {run} --undo" in applied.out
     assert "no longer resumed from: 40, 45, 50, 55, 60" in applied.out
     assert "learning rate x 0.5: named by the user" in applied.out
-    (repair,) = read_interventions(run).items  # type: ignore[union-attr]
-    assert (repair.rollback_to, repair.windows) == (35, ((37, 43),))
-    assert (repair.learning_rate_factor, repair.clip_factor) == (0.5, 0.25)
+    (intervention,) = read_interventions(run).items  # type: ignore[union-attr]
+    assert (intervention.rollback_to, intervention.windows) == (35, ((37, 43),))
+    assert (intervention.learning_rate_factor, intervention.clip_factor) == (0.5, 0.25)
     event = RunDirectory(run).ledger.read()[-1]
-    assert isinstance(event, Rollback) and (event.id, event.by, event.windows) == (repair.id, "user", ((37, 43),))
+    assert isinstance(event, Rollback) and (event.id, event.by, event.windows) == (intervention.id, "user", ((37, 43),))
     assert "skips data steps 37-43" in (run / "logbook.md").read_text()
 
     again = verb(run, "--apply")
@@ -170,7 +170,7 @@ def test_apply_go_on_and_undo(verb: Verb, run: Path, ranks: Ranks) -> None:
     assert "40, 45, 50, 55, 60 (trained with what was undone)" in undone.out
     assert read_interventions(run) == Interventions()
     undo = RunDirectory(run).ledger.read()[-1]
-    assert undo.model_copy(update={"time": None}) == Undo(step=60, by="user", id=repair.id)
+    assert undo.model_copy(update={"time": None}) == Undo(step=60, by="user", id=intervention.id)
     assert "Nothing to skip" in verb(run).out
     goes_on(ranks, undone)
     assert data_steps(run) == list(range(1, STEPS + 1))
@@ -234,8 +234,8 @@ def test_the_ladder_after_the_guards_attempts(verb: Verb, run: Path) -> None:
     """What the guard has tried here already is not tried again."""
     change(run, "guard", learning_rate_factors=(1.0, 0.7, 0.1), clip_factors=(1.0, 0.5), widen=(1.0, 2.0))
     verb(run, "--apply")
-    (repair,) = read_interventions(run).items  # type: ignore[union-attr]
-    guards = repair.model_copy(
+    (intervention,) = read_interventions(run).items  # type: ignore[union-attr]
+    guards = intervention.model_copy(
         update={"by": "guard", "windows": ((90, 91),), "samples": ((712, 728),), "rollback_to": 60, "onset": 41}
     )
     write_interventions(run, Interventions((guards,)))
@@ -376,7 +376,7 @@ def test_for_other_trainers(verb: Verb, tmp_path: Path) -> None:
     assert verb("--tensorboard", calm).out.endswith("Nothing to skip.\n")
     named = verb("--from-step", 9, "--to-step", 12, "--from-step", 5, "--to-step", 8, "--json").facts
     assert (named["windows"], named["rollback_to"]) == ([[5, 12]], 4)
-    verb.fails(2, "give the RUN to repair, or a --tensorboard directory")
+    verb.fails(2, "give a RUN, or a --tensorboard directory")
     verb.fails(2, "leave out --apply", "--tensorboard", logs, "--apply")
     verb.fails(2, "leave out --checkpoint, --clip-factor", "--tensorboard", logs, "--checkpoint", 3, "--clip-factor", 1)
     verb.fails(2, "leave out --undo", "--undo")

@@ -36,13 +36,13 @@ def test_with_one_batch_size_it_is_the_count_of_data_steps(windows: list[tuple[i
 @given(LEGS)
 def test_each_sample_once_whatever_the_batch_size(legs: list) -> None:
     course, step, before = Course.begin(legs[0][1]), 0, list[int]()
-    for more, size, configured, repairs in legs:
+    for more, size, configured, interventions in legs:
         position = course.position(step)
-        then = course.resumed(step, size, configured, SkipWindows(repairs))
+        then = course.resumed(step, size, configured, SkipWindows(interventions))
         assert [batch(then, s) for s in range(1, step + 1)] == [batch(course, s) for s in range(1, step + 1)]
         assert [then.data_step(s) for s in range(1, step + 1)] == [course.data_step(s) for s in range(1, step + 1)]
         course, step = then, step + more
-        ahead = {k for first, end in repairs for k in range(first, end) if k >= position}
+        ahead = {k for first, end in interventions for k in range(first, end) if k >= position}
         assert ahead <= {k for first, end in course.skip for k in range(first, end)}
         for s in range(step - more + 1, step + 1):
             assert len(batch(course, s)) == size
@@ -100,8 +100,8 @@ def test_the_same_time_at_any_step() -> None:
     """No list as long as the run is made: step 10^12 is found among a thousand windows and a hundred eras."""
     course = Course.begin(8)
     for n in range(100):
-        repairs = SkipWindows([(10**6 * n + 1000 * i, 10**6 * n + 1000 * i + 13) for i in range(1000)])
-        course = course.resumed(100 * n, 8 + n, [], repairs)
+        interventions = SkipWindows([(10**6 * n + 1000 * i, 10**6 * n + 1000 * i + 13) for i in range(1000)])
+        course = course.resumed(100 * n, 8 + n, [], interventions)
     late = course.samples(10**12)
     assert sum(map(len, late)) == 107
     assert course.step(late[0].start) == 10**12

@@ -17,13 +17,13 @@ from megatron_stable.training.progress import ProgressLine
 from megatron_stable.training.recovery import Recovery
 
 
-def test_the_ledger_is_told_of_a_repair_that_a_crash_kept_out_of_it(
+def test_the_ledger_is_told_of_an_intervention_that_a_crash_kept_out_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = RunDirectory(tmp_path)
     callbacks = Callbacks(ProgressLine(Config()), Chronicle(directory))
     recovery = Recovery(Config(), directory, Shelf(directory.checkpoints), callbacks)
-    repair = Intervention(
+    intervention = Intervention(
         id="a",
         time="2026-01-01T00:00:00+00:00",
         by="guard",
@@ -32,7 +32,7 @@ def test_the_ledger_is_told_of_a_repair_that_a_crash_kept_out_of_it(
         windows=((4, 9),),
         samples=((24, 72),),
     )
-    recovery.interventions = Interventions((repair,))
+    recovery.interventions = Interventions((intervention,))
     for _ in range(2):
         recovery.catch_up(3)
     (event,) = directory.ledger.read()

@@ -40,7 +40,7 @@ KINDS: tuple[type[Event], ...] = get_args(get_args(AnyEvent)[0])
 AT: dict[str, Any] = {"step": 130, "data_step": 140}
 RISE: dict[str, Any] = {"series": "loss", "value": 9.31234, "level": 2.5, "scale": 0.02, "score": 340.31, "onset": 119}
 LAYOUT = ParallelConfig(tensor=2, pipeline=4, sequence=True)
-REPAIR = Intervention(
+INTERVENTION = Intervention(
     id="abc", time="2026-01-01T00:00:00+00:00", by="guard", rule="divergence", onset=119, rollback_to=50,
     windows=((51, 219),), samples=((50, 219),), learning_rate_factor=0.5, clip_factor=0.8, reset_loss_scale=True,
     reason="attempt 1 of 3",
@@ -91,12 +91,12 @@ TOLD: list[tuple[Event, str]] = [
         "guard dropped the update: non-finite gradient (loss 2.5, gradient norm not finite), 2 in a row, 7 recently",
     ),
     (
-        Rollback.of(REPAIR, 130).model_copy(update=AT),
+        Rollback.of(INTERVENTION, 130).model_copy(update=AT),
         "guard rolled back to step 50 (divergence, began at step 119): skips data steps 51-219; learning rate × 0.5; "
         "gradient clipping × 0.8; loss scale reset. attempt 1 of 3. id abc",
     ),
     (
-        GaveUp.of(REPAIR, 130).model_copy(update=AT),
+        GaveUp.of(INTERVENTION, 130).model_copy(update=AT),
         "guard gave up and rolled back to step 50 (divergence, began at step 119). attempt 1 of 3",
     ),
     (GaveUp(**AT, by="guard", rule="divergence"), "guard gave up (divergence)"),

@@ -102,7 +102,7 @@ class Run:
             self.configured.append((first, first + long))
             self.start()
 
-    def repair(self, window: tuple[int, int]) -> bool:
+    def intervention(self, window: tuple[int, int]) -> bool:
         """By recovery or the tool: go back to a checkpoint from before the window."""
         samples = self.course.stretch(*window)
         usable = [step for step, entry in self.stored.items() if self.done.holds(step, entry.before.items)]
@@ -125,7 +125,7 @@ turns = st.one_of(
     st.tuples(st.just("kill"), st.integers(1, 15), st.just(0)),
     st.tuples(st.just("resize"), st.integers(1, 9), st.just(0)),
     st.tuples(st.just("configure"), st.integers(1, 20), lengths),
-    st.tuples(st.just("repair"), st.integers(1, 60), lengths),
+    st.tuples(st.just("intervention"), st.integers(1, 60), lengths),
     st.tuples(st.just("regret"), st.integers(1, 60), lengths),
     st.tuples(st.just("undo"), st.just(0), st.just(0)),
 )
@@ -134,8 +134,8 @@ turns = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 12), st.lists(turns, min_size=1, max_size=12))
 def test_the_order_is_that_of_knowing_all_windows_from_the_start(every: int, turns: list) -> None:
-    """Random windows, by the configuration at stops and by repairs that go back, some undone; random stops, kills and
-    batch sizes."""
+    """Random windows, by the configuration at stops and by interventions that go back, some undone; random stops, kills
+    and batch sizes."""
     run = Run(every)
     for kind, at, long in turns:
         if kind in ("train", "kill"):
@@ -145,10 +145,10 @@ def test_the_order_is_that_of_knowing_all_windows_from_the_start(every: int, tur
             run.start()
         elif kind == "configure":
             run.configure(at, long)
-        elif kind == "repair":
-            run.repair((at, at + long))
+        elif kind == "intervention":
+            run.intervention((at, at + long))
         elif kind == "regret":
-            if run.repair((at, at + long)):
+            if run.intervention((at, at + long)):
                 run.train(at + 5, killed=False)
                 run.undo()
         elif run.done.items:

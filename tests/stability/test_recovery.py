@@ -55,11 +55,18 @@ def test_a_window_lies_after_the_checkpoint_and_covers_the_trouble(
 def test_the_ladder_and_its_end() -> None:
     done, tried = Interventions(), []
     for onset in (1000, 1100, 1050, 1200):
-        repair = plan(Trouble("divergence", onset, onset + 50, "it rose"), at(600, 900), COURSE, done, SETTINGS)
-        if repair is None:
+        intervention = plan(Trouble("divergence", onset, onset + 50, "it rose"), at(600, 900), COURSE, done, SETTINGS)
+        if intervention is None:
             break
-        tried.append((repair.learning_rate_factor, repair.clip_factor, repair.rollback_to, repair.windows))
-        done = done.add(repair)
+        tried.append(
+            (
+                intervention.learning_rate_factor,
+                intervention.clip_factor,
+                intervention.rollback_to,
+                intervention.windows,
+            )
+        )
+        done = done.add(intervention)
     assert [entry[:3] for entry in tried] == [(1.0, 1.0, 900), (0.7, 1.0, 900), (0.7, 0.5, 600)]
     (one,), (two,), (four,) = (entry[3] for entry in tried)
     assert [last - first + 1 for first, last in (one, two, four)] == [200, 400, 800]
@@ -70,13 +77,13 @@ def test_the_ladder_and_its_end() -> None:
 
 
 def test_trouble_elsewhere_begins_the_ladder_anew() -> None:
-    repair = plan(Trouble("divergence", 1000, 1050, "it rose"), at(900), COURSE, Interventions(), SETTINGS)
-    assert repair is not None
-    done = Interventions((repair,))
+    intervention = plan(Trouble("divergence", 1000, 1050, "it rose"), at(900), COURSE, Interventions(), SETTINGS)
+    assert intervention is not None
+    done = Interventions((intervention,))
     assert attempt(done, 1000 + SETTINGS.near_steps, SETTINGS.near_steps) == 1
     assert attempt(done, 1000 + SETTINGS.near_steps - 1, SETTINGS.near_steps) == 2
     assert attempt(done, 900, SETTINGS.near_steps) == 2
-    by_hand = Interventions((repair.model_copy(update={"by": "user"}),))
+    by_hand = Interventions((intervention.model_copy(update={"by": "user"}),))
     assert attempt(by_hand, 1001, SETTINGS.near_steps) == 1, "the user did something else"
 
 
@@ -88,19 +95,19 @@ def test_nothing_to_go_back_to() -> None:
 
 def test_what_is_skipped_is_told_in_data_steps_and_holds_in_samples() -> None:
     trouble = Trouble("divergence", 1000, 1050, "it rose")
-    repair = plan(trouble, at(800), COURSE, Interventions(), SETTINGS)
-    assert repair is not None and repair.windows == ((900, 1099),)
-    assert repair.samples == ((899 * 8, 1099 * 8),)
+    intervention = plan(trouble, at(800), COURSE, Interventions(), SETTINGS)
+    assert intervention is not None and intervention.windows == ((900, 1099),)
+    assert intervention.samples == ((899 * 8, 1099 * 8),)
     changed = COURSE.resumed(980, 16, [], SkipWindows())  # data step 981 begins with sample 7840
-    repair = plan(trouble, at(800), changed, Interventions(), SETTINGS)
-    assert repair is not None and repair.windows == ((900, 1099),)
-    assert repair.samples == ((899 * 8, 7840 + (1099 - 980) * 16),)
+    intervention = plan(trouble, at(800), changed, Interventions(), SETTINGS)
+    assert intervention is not None and intervention.windows == ((900, 1099),)
+    assert intervention.samples == ((899 * 8, 7840 + (1099 - 980) * 16),)
 
 
 def test_the_whole_batch_of_the_trouble_is_skipped_where_it_lies_across_data_steps() -> None:
     """A window made with another batch size cuts a batch in two."""
     course = COURSE.resumed(10, 16, [], SkipWindows([(180, 189)]))
     assert course.samples(17) == (range(176, 180), range(189, 201))
-    repair = plan(Trouble("drops", 17, 17, "inf"), at(10), course, Interventions(), GuardConfig(skip_steps=1))
-    assert repair is not None and repair.windows == ((17, 18),)
-    assert repair.samples == ((176, 208),)
+    intervention = plan(Trouble("drops", 17, 17, "inf"), at(10), course, Interventions(), GuardConfig(skip_steps=1))
+    assert intervention is not None and intervention.windows == ((17, 18),)
+    assert intervention.samples == ((176, 208),)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_stable.analysis.inspection import inspect
-from megatron_stable.analysis.repair import Changes, StoppedRun
+from megatron_stable.analysis.stopped_run import Changes, StoppedRun
 from megatron_stable.checkpoint import store
 from tests.harness.ranks import Ranks
 from tests.training.faults import run_of
@@ -57,9 +57,9 @@ class Legs:
     def skip(self, first: int, last: int) -> int:
         """By the tool, in data steps; the step that the run goes back to."""
         stopped = StoppedRun(self.run)
-        repair = stopped.without_data([(first, last)], Changes())
-        stopped.apply(repair)
-        return repair.rollback_to
+        intervention = stopped.without_data([(first, last)], Changes())
+        stopped.apply(intervention)
+        return intervention.rollback_to
 
     def batches(self) -> list[list[int]]:
         """The samples of each step, as recorded."""
@@ -115,9 +115,9 @@ def test_the_guard_goes_back_across_a_change(ranks: Ranks, tmp_path: Path) -> No
     legs = Legs(ranks, tmp_path, mode="recover")
     legs.go(7, size=8, micro=4, world=1)
     legs.go(12, 16, 4, 2, ({"kind": "inf_loss", "data_steps": [9, 11]},))
-    (repair,) = StoppedRun(legs.run).done.items
-    assert (repair.rule, repair.rollback_to) == ("consecutive drops", 5)
-    assert (repair.windows, repair.samples) == (((7, 11),), ((48, 56 + 4 * 16),))
+    (intervention,) = StoppedRun(legs.run).done.items
+    assert (intervention.rule, intervention.rollback_to) == ("consecutive drops", 5)
+    assert (intervention.windows, intervention.samples) == (((7, 11),), ((48, 56 + 4 * 16),))
     assert [k for batch in legs.batches() for k in batch] == numbers((0, 48), (120, 224))
     assert [len(batch) for batch in legs.batches()] == [8] * 5 + [16] * 7
 

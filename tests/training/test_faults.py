@@ -76,17 +76,17 @@ def struck(ranks: Ranks, folder: Path, name: str, kind: str, **sections: Any) ->
     assert [code for code, _ in outcome] == [0] * world
     said = [words for _, words in outcome]
     assert all(words == said[0] for words in said), "the ranks disagreed"
-    windows = [w for item in repairs(values) for w in item["windows"]]
+    windows = [w for item in interventions(values) for w in item["windows"]]
     told = run_of(folder, "told", STEPS, parallel=parallel, precision=precision, **sections)
     told["data"]["skip"] = windows
     assert [code for code, _ in ranks.run(world, train_with_faults, told, faults)] == [0] * world
-    assert repairs(told) == [], "there was nothing left to repair"
+    assert interventions(told) == [], "there was nothing left to do"
     assert equal(last(values), last(told)), "not what a run is that never saw the data"
     assert curve(values["run"]["directory"]) == curve(told["run"]["directory"])
     return values, said[0], world
 
 
-def repairs(values: Values) -> list[dict[str, Any]]:
+def interventions(values: Values) -> list[dict[str, Any]]:
     path = Path(values["run"]["directory"]) / "interventions.json"
     return json.loads(path.read_text()) if path.is_file() else []
 
@@ -125,8 +125,8 @@ def test_every_fault_on_every_layout(ranks: Ranks, tmp_path: Path, name: str, ki
 
 def check(ranks: Ranks, folder: Path, name: str, kind: str) -> None:
     values, said, _ = struck(ranks, folder, name, kind)
-    made = repairs(values)
-    assert made, "nothing was repaired"
+    made = interventions(values)
+    assert made, "nothing was done"
     fp16 = values["precision"]["dtype"] == "fp16"
     rule = {"nan": FLOOR if fp16 else "consecutive drops", "inf": "consecutive drops", "ascent": "divergence"}
     assert made[0]["rule"] == rule.get(kind, FLOOR)
@@ -155,7 +155,7 @@ FLOOR = "loss scale at its floor"
 def test_a_poisoned_stretch_of_data(ranks: Ranks, tmp_path: Path) -> None:
     """Updates at spikes are dropped; what stays up is asked about, and is the data's: the run goes on through it."""
     values, said, _ = struck(ranks, tmp_path, "pp2", "poison", guard={"drop_spikes": True})
-    assert repairs(values) == []
+    assert interventions(values) == []
     assert any(taken is False and step >= TROUBLE[0] for step, taken, _, _ in said)
     found = events(values, "drop")
     assert {event["rule"] for event in found if event["data_step"] >= TROUBLE[0]} == {"spike"}

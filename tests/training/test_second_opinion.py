@@ -15,7 +15,7 @@ from tests.checkpoint.stored import equal
 from tests.harness.ranks import Ranks
 from tests.training.faults import RARE, run_of, train_with_faults
 from tests.training.runs import VOCAB, Values, layout, write_data
-from tests.training.test_faults import STEPS, events, last, repairs
+from tests.training.test_faults import STEPS, events, interventions, last
 
 CHANGE = 38  # the step from which on something is different
 DROPOUT = {"dropout": 0.2, "attention_dropout": 0.2}
@@ -95,7 +95,7 @@ def test_a_state_that_fails_is_rolled_back(ranks: Ranks, tmp_path: Path, name: s
     question = opinions[0].question
     assert CHANGE <= question.onset <= CHANGE + 8
     assert question.rise > 0.1 and abs(opinions[0].now.gap) < question.rise / 2
-    assert repairs(values)[0]["rule"] == "divergence"
+    assert interventions(values)[0]["rule"] == "divergence"
     told = events(values, "second_opinion")[0]
     assert (told["verdict"], told["rise"]) == ("state", pytest.approx(question.rise))
     assert told["checkpoint"] is None or told["checkpoint"] < question.onset
@@ -107,7 +107,7 @@ def test_data_that_change_are_a_shift(ranks: Ranks, tmp_path: Path, name: str) -
     opinions = trained(ranks, values, world)
     verdicts = {opinion.verdict for opinion in opinions}
     assert "data" in verdicts and "state" not in verdicts
-    assert repairs(values) == []
+    assert interventions(values) == []
     (shift,) = events(values, "shift")
     assert CHANGE <= shift["onset"] <= CHANGE + 2 and shift["rise"] > 0.5
 

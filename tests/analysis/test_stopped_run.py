@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_stable.analysis.repair import Changes, StoppedRun
+from megatron_stable.analysis.stopped_run import Changes, StoppedRun
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole, summary
 from megatron_stable.config.load import load_config
@@ -93,9 +93,9 @@ def test_by_the_tool_after_stops(ranks: Ranks, folder: Path, told: Values) -> No
     values = go(ranks, small(folder, "run"), run={"steps": 20})
     for window, back, until in ((WINDOWS[0], 10, 28), (WINDOWS[1], 20, STEPS)):
         stopped = StoppedRun(directory(values))
-        repair = stopped.without_data([window], Changes())
-        assert repair.rollback_to == back
-        stopped.apply(repair)
+        intervention = stopped.without_data([window], Changes())
+        assert intervention.rollback_to == back
+        stopped.apply(intervention)
         values = go(ranks, values, run={"steps": until})
     same(values, told)
 
@@ -103,9 +103,9 @@ def test_by_the_tool_after_stops(ranks: Ranks, folder: Path, told: Values) -> No
 def test_the_tool_skips_data_ahead_without_going_back(ranks: Ranks, folder: Path, told: Values) -> None:
     values = go(ranks, small(folder, "run"), run={"steps": 11})
     stopped = StoppedRun(directory(values))
-    repair = stopped.without_data(WINDOWS, Changes())
-    assert repair.rollback_to == 11
-    assert stopped.apply(repair) == []
+    intervention = stopped.without_data(WINDOWS, Changes())
+    assert intervention.rollback_to == 11
+    assert stopped.apply(intervention) == []
     same(go(ranks, values, run={"steps": STEPS}), told)
 
 
@@ -158,10 +158,10 @@ def test_by_recovery_in_the_live_run(ranks: Ranks, folder: Path, killed: bool) -
         with pytest.raises(RankError):
             ranks.run(1, train_until, values, 17, faults)
     assert ranks.run(1, train_with_faults, values, faults)[0][0] == 0
-    repairs = StoppedRun(directory(values)).done.items
-    assert [item.rule for item in repairs] == ["consecutive drops"]
-    assert repairs[0].rollback_to == 15
-    from_start = small(folder, "told", mode="recover", data={"skip": [list(w) for w in repairs[0].windows]})
+    interventions = StoppedRun(directory(values)).done.items
+    assert [item.rule for item in interventions] == ["consecutive drops"]
+    assert interventions[0].rollback_to == 15
+    from_start = small(folder, "told", mode="recover", data={"skip": [list(w) for w in interventions[0].windows]})
     assert ranks.run(1, train_with_faults, from_start, faults)[0][0] == 0
     assert order(values) == order(from_start)
     assert equal(last(values), last(from_start))

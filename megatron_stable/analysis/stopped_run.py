@@ -1,4 +1,4 @@
-"""Repair a stopped run by hand: find the spike, choose checkpoint and data to skip, apply, undo."""
+"""Intervene in a stopped run by hand: find the spike, choose checkpoint and data to skip, apply, undo."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Seen(NamedTuple):
         spike: In steps.
         data_steps: Its first and last data step, as they were counted then.
         samples: [first, end), as they were trained on.
-        settled: Why nothing is left to be done about it; ``None``: it can be repaired.
+        settled: Why nothing is left to be done about it; ``None``: something is.
     """
 
     spike: Spike
@@ -147,7 +147,7 @@ class StoppedRun:
         what = f"{spike.kind} of the loss from {spike.level:.4g} at step {spike.onset}, {spike.duration} steps long"
         why += f"; window: {length} data steps about data step {data_steps[0]}"
         why += f", and on to the last of it, {skipped[1]}" if skipped[1] - skipped[0] >= length else ""
-        return self._repair(what, spike.kind, spike.onset, chosen, why, [skipped], number, changes)
+        return self._intervention(what, spike.kind, spike.onset, chosen, why, [skipped], number, changes)
 
     def without_data(
         self, windows: Sequence[tuple[int, int]], changes: Changes, checkpoint: int | None = None
@@ -171,10 +171,10 @@ class StoppedRun:
             chosen, why = self._choose(onset, 0, checkpoint)
         number = self._attempt(onset)
         what = f"the user names data steps {named}"
-        return self._repair(what, "named by the user", onset, chosen, why, list(wanted), number, changes)
+        return self._intervention(what, "named by the user", onset, chosen, why, list(wanted), number, changes)
 
-    def apply(self, repair: Intervention) -> list[int]:
-        """Write a repair into the run, so that it goes on accordingly when it is started again.
+    def apply(self, intervention: Intervention) -> list[int]:
+        """Write an intervention into the run, so that it goes on accordingly when it is started again.
 
         Returns:
             The steps of the checkpoints that are abandoned by it.
@@ -182,13 +182,13 @@ class StoppedRun:
         Raises:
             ConfigError: The run is in progress, or cannot be written to.
         """
-        return self._write(self.done.add(repair), Rollback.of(repair, self.stands_at))
+        return self._write(self.done.add(intervention), Rollback.of(intervention, self.stands_at))
 
     def undo(self) -> tuple[Intervention, list[int]]:
-        """Take the last repair back; what was trained since is abandoned.
+        """Take the last intervention back; what was trained since is abandoned.
 
         Returns:
-            The repair, and the steps of the checkpoints that are abandoned.
+            The intervention, and the steps of the checkpoints that are abandoned.
 
         Raises:
             ConfigError: There is none, the run is in progress, or cannot be written to.
@@ -229,7 +229,7 @@ class StoppedRun:
             )
         return chosen
 
-    def _repair(
+    def _intervention(
         self,
         what: str,
         rule: str,
