@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 
 from megatron_stable.config.load import load_config
 from megatron_stable.errors import MegatronStableError
+from megatron_stable.parallel.launcher import first_on_machine
 
 
 def main() -> int:
@@ -26,10 +28,8 @@ def main() -> int:
     try:
         config = load_config(given.config, given.overrides)
     except MegatronStableError as error:
-        from megatron_stable.parallel.world import environment_rank
-
-        if environment_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if first_on_machine():
+            print(f"error: {socket.gethostname()}: {error}", file=sys.stderr)
         return error.exit_code
     from megatron_stable.training.pretrain import run_to_exit_code
 

@@ -40,6 +40,8 @@ class RunConfig(Section):
     """Optimizer steps to train, in all."""
     seed: int = Field(1234, ge=0)
     """Seed of initialisation, data order and dropout."""
+    join_timeout: int = Field(300, ge=1)
+    """Seconds that ranks wait at the start for all others to begin; then the run ends, and says which did not."""
     patience: int = Field(300, ge=1)
     """With several ranks: seconds after which the run has ended everywhere, with the name of the rank, when one falls
     silent or gets nothing done. Half a minute of it is for telling all: it must be longer by that than the slowest

@@ -7,7 +7,6 @@ Two sockets per rank, however many ranks there are. The store of the process gro
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import secrets
@@ -16,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_stable.errors import MegatronStableError
+from megatron_stable.parallel.joining import is_loopback
 
 MEETING = 300.0  # seconds in which neighbours, who have all joined the world, find each other
 
@@ -41,7 +41,7 @@ class Ring:
         self.next, self.previous = (rank + 1) % size, (rank - 1) % size
         token, master = secrets.token_hex(16), os.environ.get("MASTER_ADDR", "127.0.0.1")
         family, address = _address_towards(master)
-        everywhere = not _is_loopback(master)
+        everywhere = not is_loopback(master)
         with socket.create_server(("" if everywhere else address, 0), family=family) as server:
             server.settimeout(MEETING)
             store.set(f"{name}/{rank}", json.dumps([self._host, address, server.getsockname()[1], token]))
@@ -85,7 +85,7 @@ class Ring:
 
     def _connect(self, master: str) -> socket.socket:
         host, address, port, token = self._entry(self.next)
-        if host != self._host and _is_loopback(address):
+        if host != self._host and is_loopback(address):
             address = master  # only a machine that is the master's own can take the master's address for a loopback
         try:
             connection = socket.create_connection((address, port), timeout=MEETING)
@@ -116,10 +116,3 @@ def _address_towards(host: str) -> tuple[socket.AddressFamily, str]:
     with socket.socket(family, kind) as probe:
         probe.connect(target)  # sends nothing
         return family, probe.getsockname()[0]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

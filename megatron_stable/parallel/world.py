@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +17,63 @@ import torch
 import torch.distributed as dist
 
 from megatron_stable.errors import ConfigError
-
-# (rank, world size, rank on this machine), as torchrun and deepspeed, Open MPI, MPICH and srun name them
-VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # SLURM_NTASKS is set in a batch script, too
-)
+from megatron_stable.parallel.joining import interface_of, meet
+from megatron_stable.parallel.launcher import PORT, Seat, first_machine, seat, start
 
 
-def environment_rank() -> int:
-    """This process's rank by what its launcher set, 0 without one; no process group is needed."""
-    return next((int(os.environ[rank]) for rank, size, _ in VARIABLES if {rank, size} <= os.environ.keys()), 0)
-
-
-def join_world(patience: float = 1800.0) -> None:
+def join_world(patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[str, Any] | None = None) -> None:
     """Initialise torch.distributed and DeepSpeed: NCCL with CUDA, else gloo; a world of one without a launcher.
 
     Args:
         patience: Seconds that ranks wait for each other in a collective.
+        timeout: Seconds that ranks wait for each other to begin.
+        terms: What must be the same on all ranks, beside versions; see :func:`~megatron_stable.parallel.joining.meet`.
 
     Raises:
-        ConfigError: The launcher started several ranks, but the address of the first is unknown; or, on this rank
-            alone, it has no GPU.
+        ConfigError: The launcher started several ranks, but the address of the first is unknown, or they did not come
+            together; or, on this rank alone, it has no GPU.
     """
-    environment = os.environ
-    for rank, size, local in VARIABLES:
-        if rank in environment and size in environment:
-            environment["RANK"], environment["WORLD_SIZE"] = environment[rank], environment[size]
-            environment["LOCAL_RANK"] = environment.get(local, "0")
-            break
-    else:
-        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    mine, environment = seat(), os.environ
+    if mine is None:
+        mine = Seat(0, 1, 0)
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if "MASTER_ADDR" not in environment:
-        environment["MASTER_ADDR"] = _first_host()
-    environment.setdefault("MASTER_PORT", "29500")
+        environment["MASTER_ADDR"] = first_machine(mine.size)
+    environment.setdefault("MASTER_PORT", str(PORT))
+    environment.update(RANK=str(mine.rank), WORLD_SIZE=str(mine.size), LOCAL_RANK=str(mine.local))
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        index = device_index(int(environment["LOCAL_RANK"]), torch.cuda.device_count())
+        index = device_index(mine.local, torch.cuda.device_count())
         torch.cuda.set_device(index)
         # DeepSpeed takes the rank on this machine for the number of the device, and wants all names of it to agree
         environment["LOCAL_RANK"] = str(index)
         if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
             environment["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
     _allow_open_files()
+    same = {"the start's name": start(), "the number of ranks": mine.size, **_versions(), **(terms or {})}
+    met = meet(mine, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), same, timeout)
+    met.store.set_timeout(timedelta(seconds=patience))
+    if interface := interface_of(
+        met.address
+    ):  # gloo's own choice is what the host's name means, which may be 127.0.1.1
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=met.store,
+        rank=mine.rank,
+        world_size=mine.size,
+        timeout=timedelta(seconds=patience),
+    )
     with quiet():
         import deepspeed  # takes seconds, so only where ranks really start
 
         # an op that only inference calls, which would be compiled at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(
-            "nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=patience),
-        )
+        deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _versions() -> dict[str, str]:
+    return {f"the version of {name}": version(name) for name in ("megatron-stable", "torch", "deepspeed")}
 
 
 def device_index(local_rank: int, devices: int) -> int:
@@ -108,20 +109,6 @@ def quiet() -> Iterator[None]:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
-
-
-def _first_host() -> str:
-    """Address of rank 0's machine where the launcher leaves it to us."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-    if nodes:  # "node[003-006,9],other" -> "node003"
-        match = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
-        assert match is not None
-        return match[1] + (match[2] or "")
-    if os.environ["WORLD_SIZE"] == os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS")):
-        return "127.0.0.1"
-    error = ConfigError("set MASTER_ADDR to the address of the machine of rank 0 (with mpirun: -x MASTER_ADDR=HOST)")
-    error.agreed = True
-    raise error
 
 
 def _free_port() -> str:

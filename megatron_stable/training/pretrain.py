@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, MegatronStableError
+from megatron_stable.parallel.launcher import Seat, first_on_machine, seat
 
 if TYPE_CHECKING:
     from megatron_stable.parallel.lifeline import Lifeline
@@ -43,7 +44,12 @@ def train(config: Config) -> None:
 
     if config.run.deterministic:
         make_deterministic()
-    join_world(config.run.patience + 2 * SLOW)  # the lifeline is the first to lose patience
+    terms = {
+        f"{section}.{key}": value
+        for section, fields in config.model_dump(mode="json").items()
+        for key, value in fields.items()
+    }
+    join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, terms)  # the lifeline loses patience first
     lifeline = Lifeline(config.run.patience)
     with StopSignal(lifeline.stop) as stop:
         try:
@@ -158,9 +164,7 @@ def run_to_exit_code(config: Config) -> int:
 
 
 def _leave(message: str, code: int) -> int:
-    from megatron_stable.parallel.world import environment_rank
-
-    if environment_rank() == 0:
+    if (seat() or Seat(0, 1, 0)).rank == 0:
         print(message, file=sys.stderr, flush=True)
     return code
 
@@ -177,13 +181,17 @@ def _crash(error: BaseException) -> NoReturn:
 
 
 def _tell_crash(error: BaseException, code: int) -> None:
-    from megatron_stable.parallel.world import environment_rank, first_to_crash
+    from megatron_stable.parallel.joining import JoinError
+    from megatron_stable.parallel.world import first_to_crash
 
-    if first_to_crash():
-        if isinstance(error, MegatronStableError):
-            text = f"error: rank {environment_rank()}: {error}\n"
+    if first_on_machine() if isinstance(error, JoinError) else first_to_crash():
+        rank = (seat() or Seat(0, 1, 0)).rank
+        if isinstance(error, JoinError):
+            text = f"error: {error}\n"
+        elif isinstance(error, MegatronStableError):
+            text = f"error: rank {rank}: {error}\n"
         else:
-            text = f"rank {environment_rank()} failed:\n{''.join(traceback.format_exception(error))}"
+            text = f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}"
         if path := os.environ.get(ERROR_FILE):
             Path(path).write_text(f"{code}\n{text}", encoding="utf-8")  # the launcher prints it, last
         else:
