@@ -31,8 +31,8 @@ from typing import Literal, NamedTuple
 
 BATCHES = 4  # of each kind
 APART = 4  # steps between old batches: neighbours of the onset may belong to the rise already
-# of the rise: in runs of benchmarks/second_opinion.py a healthy checkpoint's gap was 1.4 to 7.8 times a rise that was
-# the data's (the model had learnt some of them by then), and at most 0.69 of one that damage had a part in
+# of the rise: in runs of benchmarks/second_opinion.py a healthy checkpoint's gap was 1.4 to 6.2 times a rise that was
+# the data's (the model had learnt some of them by then), and at most 0.70 of one that damage had a part in
 PART = 0.75
 SURE = 2.0  # standard errors between a finding and what it is compared with
 REMEMBERED = 512  # steps whose losses are kept
