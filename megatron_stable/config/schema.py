@@ -46,6 +46,9 @@ class RunConfig(Section):
     """With several ranks: seconds after which the run has ended everywhere, with the name of the rank, when one falls
     silent or gets nothing done. Half a minute of it is for telling all: it must be longer by that than the slowest
     step, batch of an evaluation, or compilation. Starting up and checkpoints may take longer by themselves."""
+    on_hangup: Literal["stop", "continue"] = "stop"
+    """What to do when the terminal is closed, the connection breaks or the launcher is killed: save and stop, or train
+    on unseen. Started with nohup, a run goes on."""
     deterministic: bool = False
     """On a GPU: the same bits each time, from kernels that add in a fixed order; slower. A kernel that cannot ends the
     run. On a CPU it is so anyway."""

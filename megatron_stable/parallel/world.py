@@ -50,26 +50,25 @@ def join_world(patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[
         if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
             environment["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
     _allow_open_files()
-    same = {"the start's name": start(), "the number of ranks": mine.size, **_versions(), **(terms or {})}
-    met = meet(mine, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), same, timeout)
-    met.store.set_timeout(timedelta(seconds=patience))
-    if interface := interface_of(
-        met.address
-    ):  # gloo's own choice is what the host's name means, which may be 127.0.1.1
-        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=met.store,
-        rank=mine.rank,
-        world_size=mine.size,
-        timeout=timedelta(seconds=patience),
-    )
+    if not dist.is_initialized():  # by who calls this as a library
+        same = {"the start's name": start(), "the number of ranks": mine.size, **_versions(), **(terms or {})}
+        _begin("nccl" if on_gpu else "gloo", mine, same, timeout, timedelta(seconds=patience))
     with quiet():
         import deepspeed  # takes seconds, so only where ranks really start
 
         # an op that only inference calls, which would be compiled at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _begin(backend: str, mine: Seat, terms: Mapping[str, Any], timeout: float, patience: timedelta) -> None:
+    """Meet the other ranks, and make the process group."""
+    store, address = meet(mine, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), terms, timeout)
+    store.set_timeout(patience)
+    interface = interface_of(address)
+    if interface is not None:  # gloo would take what this machine's name means, which may be 127.0.1.1
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    dist.init_process_group(backend, store=store, rank=mine.rank, world_size=mine.size, timeout=patience)
 
 
 def _versions() -> dict[str, str]:

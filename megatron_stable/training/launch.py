@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,7 +18,10 @@ from types import FrameType
 import psutil
 
 from megatron_stable.errors import ConfigError
+from megatron_stable.parallel.launcher import START
+from megatron_stable.training.hangup import FRONT
 from megatron_stable.training.pretrain import ERROR_FILE
+from megatron_stable.training.stop import SIGNALS
 
 # the launcher's log says nothing that a user needs, and would bury a rank's error
 LAUNCHER = (
@@ -28,7 +32,7 @@ LAUNCHER = (
 def launch(arguments: Sequence[str], ranks: int) -> int:
     """Run ``megatron_stable.pretrain`` with these arguments on ``ranks`` ranks; returns the exit code.
 
-    SIGTERM and SIGINT go to the ranks, which stop in order, and not to the launcher, which would kill them. If a rank
+    Signals go to the ranks, which stop in order, and not to the launcher, which would kill them. If a rank
     crashes, its error is printed last.
 
     Raises:
@@ -44,7 +48,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         if launcher is not None:
             _signal_ranks(launcher.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in SIGNALS if not _ignored(number)}
     try:
         with tempfile.TemporaryDirectory(prefix="megatron-stable-") as scratch:
             error = Path(scratch) / "error"
@@ -102,7 +106,8 @@ def _command(arguments: Sequence[str], ranks: int) -> list[str]:
 
 
 def _environment(ranks: int, error: Path) -> dict[str, str]:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(error)}
+    start = {START: secrets.token_hex(8), FRONT: str(os.getpid())}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(error), **start}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return environment
 
@@ -115,6 +120,11 @@ def _signal_ranks(launcher: int, number: int) -> None:
             child.send_signal(number)
     except psutil.Error:
         return
+
+
+def _ignored(number: int) -> bool:
+    """As nohup has it, for itself and what it starts."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _is_rank(process: psutil.Process) -> bool:

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,7 +51,7 @@ def train(config: Config) -> None:
     }
     join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, terms)  # the lifeline loses patience first
     lifeline = Lifeline(config.run.patience)
-    with StopSignal(lifeline.stop) as stop:
+    with StopSignal(lifeline.stop, config.run.on_hangup == "stop") as stop:
         try:
             _train_in_world(config, stop, lifeline, dist.get_rank(), dist.get_world_size())
         except BaseException as error:
@@ -78,7 +78,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.records.metrics_file import MetricsFile
     from megatron_stable.records.tensorboard import TensorBoard
-    from megatron_stable.stability.events import Resume, Start
+    from megatron_stable.stability.events import Resume, Start, Stop
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
 
@@ -121,6 +121,9 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
                         callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
                     trainer.recovery.catch_up(trainer.step)
         stopped = trainer.run(stop, lifeline)
+        if stopped and rank == 0:
+            with suppress(OSError):  # the checkpoint counts
+                directory.log(Stop(step=trainer.step, exit_code=0, reason=stopped.signal))
         callbacks.message(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
 
 

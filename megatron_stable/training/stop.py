@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop: after the step in progress, or at once while there is nothing to save."""
+"""A signal, or the end of who started a run, as a wish to stop: after the step in progress, or before the first one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from types import FrameType
 
 from typing_extensions import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from megatron_stable.training.hangup import Watch, drop_dead_streams
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NEAR = 20.0  # seconds from a signal to the end of the save; launchers kill after 30
 
 
@@ -21,7 +23,7 @@ class Stopped:
     """How a signal ended a run.
 
     Attributes:
-        signal: Its name.
+        signal: Its name, or what else it was.
         step: The last that was trained.
         saved: The step that the same command goes on from.
         seconds: That saving took.
@@ -50,19 +52,23 @@ class Stopped:
 
 
 class StopSignal:
-    """The signals of this process, within a ``with``.
+    """The signals of this process, and the end of those who started it, within a ``with``.
 
     Before :meth:`defer` they are acted on at once, whatever the main thread waits for; after it, all ranks learn of
     them with the metrics of a step, whose reduction carries :meth:`wished`.
 
     Args:
         early: Called, from a thread, with the number of a signal that comes before; ends the process.
+        on_hangup: Whether to stop when the terminal is closed, or whoever started this process has ended. Not so in
+            any case where SIGHUP is ignored already, which is what nohup does.
     """
 
-    def __init__(self, early: Callable[[int], None]) -> None:
+    def __init__(self, early: Callable[[int], None], on_hangup: bool = True) -> None:
         self.received: str | None = None
         self.since = 0.0  # when it was received, monotonic
         self._early, self._deferred = early, False
+        self._on_hangup = on_hangup and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        self._watch: Watch | None = None
 
     def __enter__(self) -> Self:
         mailbox, self._slot = os.pipe()
@@ -71,9 +77,15 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         # written to by the handler in C, while Python's waits until the main thread comes back from a collective
         self._slot_before = signal.set_wakeup_fd(self._slot, warn_on_full_buffer=False)
+        if self._on_hangup:
+            self._watch = Watch(self._left_alone)
+        else:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._watch is not None:
+            self._watch.close()
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._slot_before)
@@ -88,8 +100,20 @@ class StopSignal:
         return self.received is not None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._wish(signal.Signals(number).name)
+        if number == signal.SIGHUP:
+            drop_dead_streams()
+
+    def _left_alone(self, what: str) -> None:
+        """In the thread that watches those who started this process."""
+        drop_dead_streams()
+        self._wish(what)
+        if not self._deferred:
+            self._early(signal.SIGHUP)
+
+    def _wish(self, why: str) -> None:
         if self.received is None:
-            self.received, self.since = signal.Signals(number).name, time.monotonic()
+            self.received, self.since = why, time.monotonic()
 
     def _take(self, mailbox: int) -> None:
         while number := os.read(mailbox, 1):

@@ -1,0 +1,85 @@
+"""Whether those who started this process are still there: its launcher, its front end, the connection it came through.
+
+A rank whose terminal is closed or whose launcher is killed hears nothing of it, or only SIGHUP, and would train on
+unseen.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+
+import psutil
+
+FRONT = "MEGATRON_STABLE_FRONT"  # process id of `pretrain --ranks`, whose ranks have a session of their own
+EVERY = 1.0  # seconds between looks
+SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "busybox"}  # may leave a run behind on purpose
+DAEMONS = ("sshd", "slurmstepd", "orted", "prted", "hydra_pmi_proxy", "pmi_proxy")  # connections to other machines
+
+
+def starters() -> list[psutil.Process]:
+    """The processes above this one that are there for its sake.
+
+    Those of its own session, but for shells: who leaves a terminal may want the run to go on, and says so with nohup.
+    Of a session that was begun from afar, also the daemon that holds the connection.
+    """
+    found, session = [], os.getsid(0)
+    try:
+        above = psutil.Process().parents()
+        if front := os.environ.get(FRONT):
+            found.append(psutil.Process(int(front)))
+        for process in above:
+            if process.pid == 1 or (os.getsid(process.pid) != session and not process.name().startswith(DAEMONS)):
+                break
+            if process.name() not in SHELLS:
+                found.append(process)
+    except (psutil.Error, OSError):
+        pass
+    return found
+
+
+class Watch:
+    """Looks after them, in a thread, until it is closed.
+
+    Args:
+        gone: Called once, with words on the first that has ended.
+    """
+
+    def __init__(self, gone: Callable[[str], None]) -> None:
+        self._over, self._gone = threading.Event(), gone
+        self._watched = {process: f"{process.pid} ({process.name()})" for process in starters()}
+        threading.Thread(target=self._look, name="hangup", daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._over.wait(EVERY):
+            for process, name in self._watched.items():
+                if not _lives(process):
+                    self._gone(f"process {name}, which started it, has ended")
+                    return
+
+    def close(self) -> None:
+        """Look no more."""
+        self._over.set()
+
+
+def drop_dead_streams() -> None:
+    """Point stdout and stderr elsewhere where nobody can read them any more: writing there would be an error."""
+    for stream in (1, 2):
+        poll = select.poll()
+        try:
+            poll.register(stream, 0)
+            if poll.poll(0):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
+        except OSError:
+            continue
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
