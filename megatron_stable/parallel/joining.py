@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel.heartbeat import spans
@@ -79,13 +79,12 @@ def meet(seat: Seat, master: str, port: int, terms: Mapping[str, Any], timeout: 
         JoinError: Somebody did not come, is of another start, or has other terms; ``agreed`` where all ranks know.
     """
     end = time.monotonic() + timeout
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store
-    if seat.rank == 0 and not hosted:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        master, port = _beside_torchrun(seat, master, port, end, timeout)
+    if seat.rank == 0:
         store, own, reached = _serve(seat, port, timeout), "127.0.0.1", ""
     else:
         store, own, reached = _reach(seat, master, port, end, timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"megatron-stable/{attempt}", store)
     try:
         word = _agree(store, seat, f"{master}:{port}", reached, terms, end, timeout)
     except dist.DistError:
@@ -116,6 +115,25 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _beside_torchrun(seat: Seat, master: str, port: int, end: float, timeout: float) -> tuple[str, int]:
+    """Where the ranks meet: torchrun's own store goes down with it, before a run that is left alone has saved."""
+    agents, own, _ = _reach(seat, master, port, end, timeout)
+    key = f"megatron-stable/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if seat.rank == 0:
+        with socket.create_server(("", 0)) as server:
+            at = master if is_loopback(own) else own, server.getsockname()[1]
+        agents.set(key, json.dumps(at))
+        return at
+    try:
+        _wait(agents, key, end)
+    except dist.DistError:
+        raise JoinError(
+            f"{_self(seat)} hears nothing of rank 0 at torchrun's {master}:{port}; its output says why"
+        ) from None
+    host, chosen = json.loads(agents.get(key))
+    return host, chosen
 
 
 def _serve(seat: Seat, port: int, timeout: float) -> Any:

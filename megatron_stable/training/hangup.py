@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import psutil
 
+from megatron_stable.parallel.launcher import seat
+
 FRONT = "MEGATRON_STABLE_FRONT"  # process id of `pretrain --ranks`, whose ranks have a session of their own
 EVERY = 1.0  # seconds between looks
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "busybox"}  # may leave a run behind on purpose
@@ -22,20 +24,21 @@ DAEMONS = ("sshd", "slurmstepd", "orted", "prted", "hydra_pmi_proxy", "pmi_proxy
 def starters() -> list[psutil.Process]:
     """The processes above this one that are there for its sake.
 
-    Those of its own session, but for shells: who leaves a terminal may want the run to go on, and says so with nohup.
-    Of a session that was begun from afar, also the daemon that holds the connection.
+    Those of its launcher's session, or of its own, but for shells: who leaves a terminal may want the run to go on, and
+    says so with nohup. Of a session that was begun from afar, also the daemon that holds the connection.
     """
-    found, session = [], os.getsid(0)
+    found = []
     try:
-        above = psutil.Process().parents()
         if front := os.environ.get(FRONT):
             found.append(psutil.Process(int(front)))
+        above = psutil.Process().parents()
+        session = os.getsid(above[0].pid if seat() else 0)  # torchrun gives each rank a session of its own
         for process in above:
             if process.pid == 1 or (os.getsid(process.pid) != session and not process.name().startswith(DAEMONS)):
                 break
             if process.name() not in SHELLS:
                 found.append(process)
-    except (psutil.Error, OSError):
+    except (psutil.Error, OSError, IndexError):
         pass
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -117,6 +118,13 @@ def rank_processes(pid: int) -> dict[int, psutil.Process]:
     except psutil.NoSuchProcess:
         pass
     return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
 def layout(**parallel: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_stable.training import hangup
-from tests.training.runs import curve, layout, pretrain, rank_processes, settings
+from tests.training.runs import ROOT, curve, free_port, layout, pretrain, rank_processes, settings
 from tests.training.test_killed import _wait_for_steps
 
 STEPS = 100_000
@@ -87,6 +87,26 @@ def test_a_run_that_is_told_to_goes_on(folder: Path) -> None:
     assert not psutil.wait_procs(ranks, SECONDS)[1]
 
 
+@pytest.mark.full
+def test_under_torchrun_whose_store_goes_down_with_it(folder: Path) -> None:
+    values = settings(folder, "run", STEPS, parallel=layout(tensor=2), checkpoint={"every": STEPS})
+    (folder / "run.yaml").write_text(json.dumps(values))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+        "-m", "megatron_stable.pretrain", "--config", str(folder / "run.yaml"),
+    ]  # fmt: skip
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _wait_for_steps(process, folder / "run", 3)
+    ranks = [*rank_processes(process.pid).values()]
+    assert len(ranks) == 2
+    process.kill()
+    close(process)
+    assert not psutil.wait_procs(ranks, SECONDS)[1]
+    stopped = max(curve(folder / "run"))
+    assert [path.name for path in (folder / "run/checkpoints").glob("step_*")] == [f"step_{stopped:08d}"]
+
+
 WATCHER = """
 import os, sys, time
 from megatron_stable.training import hangup
@@ -110,6 +130,9 @@ def test_who_started_a_process() -> None:
     (launcher,) = starters_of(apart)
     assert launcher != here
     assert starters_of(apart, **{hangup.FRONT: str(here)})[0] == here
+    torchruns = [sys.executable, "-c", "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])", *watcher]
+    assert starters_of(torchruns) == [], "who takes a session of its own wants to live on"
+    assert starters_of(torchruns, RANK="0", WORLD_SIZE="1")[:1] == [here], "but for ranks of a launcher"
 
 
 def test_streams_that_nobody_reads_are_dropped(tmp_path: Path) -> None:
