@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import signal
 
 # one thread a process: the suite runs many at once, and torch's idle threads spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from tests.harness.ranks import Ranks
+
+# what nohup and background jobs ignore, the processes that tests start would ignore, too
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

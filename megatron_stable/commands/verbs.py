@@ -17,6 +17,8 @@ VERBS = {
     "tokenizer": "Train a SentencePiece tokenizer that can represent any text.",
     "preprocess": "Tokenize text into Megatron's .bin/.idx format.",
     "pretrain": "Train a model, or resume training where it stopped.",
+    "status": "Say whether a run is being trained and where, its step, its rate, the time left, and its last events.",
+    "stop": "Stop a run: it finishes the step in progress, saves and ends with exit code 0 on all ranks.",
     "evaluate": "Measure loss and perplexity on a dataset.",
     "generate": "Sample text from a trained run.",
     "spikes": "Find the spikes of a run: where each began, its peak, how long it lasted, and whether the gradient norm "

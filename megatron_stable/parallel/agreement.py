@@ -45,11 +45,16 @@ def decided(decide: Callable[[], T]) -> T:
     return cast(T, word[0])
 
 
+def everywhere(here: T) -> list[T]:
+    """What it is on each rank. Collective."""
+    words = [here] * dist.get_world_size()
+    dist.all_gather_object(words, here)
+    return words
+
+
 def anywhere(here: bool) -> bool:
     """Whether it is so on any rank. Collective."""
-    words = [False] * dist.get_world_size()
-    dist.all_gather_object(words, here)
-    return any(words)
+    return any(everywhere(here))
 
 
 def _agreed(kind: type[MegatronStableError], message: str) -> MegatronStableError:

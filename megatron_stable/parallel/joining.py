@@ -27,7 +27,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel.heartbeat import spans
-from megatron_stable.parallel.launcher import Seat
+from megatron_stable.parallel.launcher import Seat, hosts
 
 TELLS = 20.0  # seconds before, and between, words on whom a rank waits for
 TURN = 0.2  # seconds between looks
@@ -260,7 +260,7 @@ def _gather(store: Any, seat: Seat, place: str, end: float, timeout: float) -> d
             return {"error": store.get(STRANGER).decode(), "reached": ""}
         now = time.monotonic()
         if now > min(tells, end):
-            absent = spans(rank for rank in range(seat.size) if not store.check([_card(rank)]))
+            absent = _named([rank for rank in range(seat.size) if not store.check([_card(rank)])])
             if now > end:
                 error = (
                     f"{absent} of {seat.size} did not come to {place} within run.join_timeout, {timeout:g} s: the "
@@ -275,6 +275,14 @@ def _gather(store: Any, seat: Seat, place: str, end: float, timeout: float) -> d
         "error": _different(cards),
         "reached": next((c.reached for c in cards[1:] if not is_loopback(c.reached)), ""),
     }
+
+
+def _named(ranks: list[int]) -> str:
+    """Ranks with their machines, where these are known: "ranks 8-15 (node3)"."""
+    known, by_host = hosts(), dict[str, list[int]]()
+    for rank in ranks:
+        by_host.setdefault(known.get(rank, ""), []).append(rank)
+    return ", ".join(f"{spans(own)} ({host})" if host else spans(own) for host, own in by_host.items())
 
 
 def _different(cards: list[Card]) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 from typing import NamedTuple
+
+import psutil
 
 from megatron_stable.errors import ConfigError
 
@@ -50,6 +54,17 @@ def start() -> str:
     """What names this start of all ranks, if its launcher gives it a name: ranks of another have no business here."""
     given = next((os.environ[name] for name in STARTS if name in os.environ), "")
     return f"{given}.{os.environ.get('SLURM_STEP_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+
+
+def hosts() -> dict[int, str]:
+    """The machine of each rank, as far as the launcher lets it be known: DeepSpeed's tells its processes."""
+    try:
+        command = psutil.Process().parents()[0].cmdline()
+        encoded = next(each.partition("=")[2] for each in command if each.startswith("--world_info="))
+        machines = json.loads(base64.urlsafe_b64decode(encoded))
+        return dict(enumerate(host for host, slots in machines.items() for _ in slots))
+    except (psutil.Error, IndexError, StopIteration, ValueError, AttributeError, TypeError):
+        return {}
 
 
 def first_machine(size: int) -> str:

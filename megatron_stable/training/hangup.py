@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import os
 import select
-import threading
-from collections.abc import Callable
 
 import psutil
 
 from megatron_stable.parallel.launcher import seat
 
 FRONT = "MEGATRON_STABLE_FRONT"  # process id of `pretrain --ranks`, whose ranks have a session of their own
-EVERY = 1.0  # seconds between looks
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "busybox"}  # may leave a run behind on purpose
 DAEMONS = ("sshd", "slurmstepd", "orted", "prted", "hydra_pmi_proxy", "pmi_proxy")  # connections to other machines
 
@@ -43,28 +40,18 @@ def starters() -> list[psutil.Process]:
     return found
 
 
-class Watch:
-    """Looks after them, in a thread, until it is closed.
+class Starters:
+    """Those of this process. Called now and then: words on the first that has ended, ``None`` while all live."""
 
-    Args:
-        gone: Called once, with words on the first that has ended.
-    """
-
-    def __init__(self, gone: Callable[[str], None]) -> None:
-        self._over, self._gone = threading.Event(), gone
+    def __init__(self) -> None:
         self._watched = {process: f"{process.pid} ({process.name()})" for process in starters()}
-        threading.Thread(target=self._look, name="hangup", daemon=True).start()
 
-    def _look(self) -> None:
-        while not self._over.wait(EVERY):
-            for process, name in self._watched.items():
-                if not _lives(process):
-                    self._gone(f"process {name}, which started it, has ended")
-                    return
-
-    def close(self) -> None:
-        """Look no more."""
-        self._over.set()
+    def __call__(self) -> str | None:
+        for process, name in self._watched.items():
+            if not _lives(process):
+                drop_dead_streams()
+                return f"process {name}, which started it, has ended"
+        return None
 
 
 def drop_dead_streams() -> None:

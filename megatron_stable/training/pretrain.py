@@ -21,7 +21,7 @@ from megatron_stable.parallel.launcher import Seat, first_on_machine, seat
 if TYPE_CHECKING:
     from megatron_stable.parallel.lifeline import Lifeline
     from megatron_stable.records.directory import RunDirectory
-    from megatron_stable.training.stop import StopSignal
+    from megatron_stable.training.stop import StopSignal, Wish
 
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
 
@@ -71,12 +71,14 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
     from megatron_stable.checkpoint import store
     from megatron_stable.data import Tokenizer
     from megatron_stable.model.backends import choose_backend
-    from megatron_stable.parallel.agreement import together
+    from megatron_stable.parallel.agreement import everywhere, together
     from megatron_stable.parallel.topology import Topology
     from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.chronicle import Chronicle
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.records.metrics_file import MetricsFile
+    from megatron_stable.records.owner import machine
+    from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.tensorboard import TensorBoard
     from megatron_stable.stability.events import Resume, Start, Stop
     from megatron_stable.training.progress import ProgressLine
@@ -95,6 +97,8 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
                 stack.push(partial(_release, directory))
                 directory.claim(config)
                 store.clean(directory.checkpoints)
+                forget_request(directory.path)
+                stop.watch(partial(_asked, directory.path))
         with together():
             if not directory.checkpoints.is_dir():
                 raise ConfigError(
@@ -105,6 +109,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
         callbacks.message(f"attention backend {backend.name}: {backend.reason}")
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         trainer = Trainer(config, topology, directory, callbacks, tokenizer)
+        ranks = everywhere(Rank(host=socket.gethostname(), machine=machine(), pid=os.getpid()))
         with lifeline.slow():
             changed = trainer.resume()
         if trainer.step >= config.run.steps:
@@ -113,6 +118,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
         with together():
             if rank == 0:
                 directory.commit(config)
+                write_start(directory.path, ranks)
                 started: dict[str, Any] = {"step": trainer.step, "ranks": world, "layout": config.parallel}
                 with directory.explained():
                     directory.log(Resume(**started, changed=changed) if trainer.step else Start(**started))
@@ -123,8 +129,18 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
         stopped = trainer.run(stop, lifeline)
         if stopped and rank == 0:
             with suppress(OSError):  # the checkpoint counts
-                directory.log(Stop(step=trainer.step, exit_code=0, reason=stopped.signal))
+                forget_request(directory.path)
+                directory.log(Stop(step=trainer.step, exit_code=0, reason=stopped.reason))
         callbacks.message(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
+
+
+def _asked(run: Path) -> Wish | None:
+    """What a person wishes, on rank 0."""
+    from megatron_stable.records.presence import request
+    from megatron_stable.training.stop import Wish
+
+    asked = request(run)
+    return Wish(asked.by, asked.save) if asked else None
 
 
 def _release(directory: RunDirectory, _: object, error: BaseException | None, __: object) -> None:

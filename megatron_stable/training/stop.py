@@ -9,13 +9,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from typing import NamedTuple
 
 from typing_extensions import Self
 
-from megatron_stable.training.hangup import Watch, drop_dead_streams
+from megatron_stable.training.hangup import Starters, drop_dead_streams
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+EVERY = 1.0  # seconds between looks for other reasons
 NEAR = 20.0  # seconds from a signal to the end of the save; launchers kill after 30
+
+
+class Wish(NamedTuple):
+    """Why a run is to stop, and whether it is to save first."""
+
+    why: str
+    save: bool = True
 
 
 @dataclass(frozen=True)
@@ -23,14 +32,14 @@ class Stopped:
     """How a signal ended a run.
 
     Attributes:
-        signal: Its name, or what else it was.
+        reason: The signal, or what else it was.
         step: The last that was trained.
         saved: The step that the same command goes on from.
         seconds: That saving took.
         since_signal: Seconds from the signal to the end of the save.
     """
 
-    signal: str
+    reason: str
     step: int
     saved: int
     seconds: float
@@ -39,9 +48,9 @@ class Stopped:
     def __str__(self) -> str:
         """For the user."""
         if self.saved < self.step:
-            left = f"{self.signal}: stopped after step {self.step}, without saving (checkpoint.on_signal false)"
+            left = f"{self.reason}: stopped after step {self.step}, without saving"
             return f"{left}; the same command goes on from step {self.saved}"
-        done = f"{self.signal}: stopped after step {self.step}, saved in {self.seconds:.1f} s"
+        done = f"{self.reason}: stopped after step {self.step}, saved in {self.seconds:.1f} s"
         near = ""
         if self.since_signal > NEAR:
             near = (
@@ -64,11 +73,11 @@ class StopSignal:
     """
 
     def __init__(self, early: Callable[[int], None], on_hangup: bool = True) -> None:
-        self.received: str | None = None
+        self.received: Wish | None = None
         self.since = 0.0  # when it was received, monotonic
         self._early, self._deferred = early, False
         self._on_hangup = on_hangup and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-        self._watch: Watch | None = None
+        self._over = threading.Event()
 
     def __enter__(self) -> Self:
         mailbox, self._slot = os.pipe()
@@ -78,42 +87,47 @@ class StopSignal:
         # written to by the handler in C, while Python's waits until the main thread comes back from a collective
         self._slot_before = signal.set_wakeup_fd(self._slot, warn_on_full_buffer=False)
         if self._on_hangup:
-            self._watch = Watch(self._left_alone)
+            starters = Starters()
+            self.watch(lambda: Wish(gone) if (gone := starters()) else None)
         else:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._watch is not None:
-            self._watch.close()
+        self._over.set()
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._slot_before)
         os.close(self._slot)
+
+    def watch(self, look: Callable[[], Wish | None]) -> None:
+        """Call ``look`` every second, from a thread, for a reason to stop."""
+        threading.Thread(target=self._look, args=(look,), name="watch", daemon=True).start()
 
     def defer(self) -> None:
         """From now on a signal waits for the end of a step."""
         self._deferred = True
 
     def wished(self) -> bool:
-        """Whether this rank received a signal."""
+        """Whether this rank has a reason to stop."""
         return self.received is not None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._wish(signal.Signals(number).name)
+        self._wish(Wish(signal.Signals(number).name))
         if number == signal.SIGHUP:
             drop_dead_streams()
 
-    def _left_alone(self, what: str) -> None:
-        """In the thread that watches those who started this process."""
-        drop_dead_streams()
-        self._wish(what)
-        if not self._deferred:
-            self._early(signal.SIGHUP)
+    def _look(self, look: Callable[[], Wish | None]) -> None:
+        while not self._over.wait(EVERY):
+            if wish := look():
+                self._wish(wish)
+                if not self._deferred:
+                    self._early(signal.SIGTERM)
+                return
 
-    def _wish(self, why: str) -> None:
+    def _wish(self, wish: Wish) -> None:
         if self.received is None:
-            self.received, self.since = why, time.monotonic()
+            self.received, self.since = wish, time.monotonic()
 
     def _take(self, mailbox: int) -> None:
         while number := os.read(mailbox, 1):
@@ -121,7 +135,7 @@ class StopSignal:
                 self._early(number[0])
         os.close(mailbox)
 
-    def ended(self, step: int, saved: int, seconds: float) -> Stopped:
-        """How the run ended by it, ``seconds`` after it had stopped; of a signal of other ranks these know more."""
+    def ended(self, wish: Wish, step: int, saved: int, seconds: float) -> Stopped:
+        """How the run ended as one rank wished, ``seconds`` after it had stopped."""
         since = time.monotonic() - self.since if self.received else seconds
-        return Stopped(self.received or "a signal", step, saved, seconds, since)
+        return Stopped(wish.why, step, saved, seconds, since)

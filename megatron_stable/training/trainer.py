@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 from megatron_stable.checkpoint import loader
 from megatron_stable.checkpoint.format import stored_config
-from megatron_stable.checkpoint.loader import Found
 from megatron_stable.checkpoint.state import RunState
 from megatron_stable.config.schema import Config
 from megatron_stable.data import Course, Tokenizer
@@ -18,7 +17,7 @@ from megatron_stable.engine.outcome import Outcome, StepMetrics
 from megatron_stable.errors import DivergenceError, LossScaleError, MegatronStableError
 from megatron_stable.numbers import finite
 from megatron_stable.optim.schedule import learning_rate
-from megatron_stable.parallel.agreement import decided
+from megatron_stable.parallel.agreement import decided, everywhere
 from megatron_stable.parallel.lifeline import Lifeline
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.records.callbacks import Callbacks
@@ -147,13 +146,14 @@ class Trainer:
     def _finish(self, stop: StopSignal | None, lifeline: Lifeline) -> Stopped | None:
         """Save the last step, unless a signal ends the run and the configuration says otherwise. Collective."""
         began = time.monotonic()
+        wish = next(filter(None, everywhere(stop.received))) if stop else None
         with lifeline.slow():
             self.checkpoints.saver.wait()
         with lifeline.slow():
-            if self.checkpoints.saved != self.step and (stop is None or self.config.checkpoint.on_signal):
+            if self.checkpoints.saved != self.step and (not wish or (wish.save and self.config.checkpoint.on_signal)):
                 self.save()
             self.checkpoints.saver.finish()
-        return stop.ended(self.step, self.checkpoints.saved, time.monotonic() - began) if stop else None
+        return stop.ended(wish, self.step, self.checkpoints.saved, time.monotonic() - began) if stop and wish else None
 
     @property
     def rate(self) -> float:
@@ -249,7 +249,7 @@ class Trainer:
         )
         self.checkpoints.save(self.step, state)
 
-    def _go_to(self, found: Found) -> None:
+    def _go_to(self, found: loader.Found) -> None:
         """Make the run what a checkpoint says it was, but for the interventions made since. Collective."""
         state = self.checkpoints.load(found, self.recovery.interventions)
         self.guard.restore(state.guard)

@@ -109,6 +109,7 @@ def test_the_tool_skips_data_ahead_without_going_back(ranks: Ranks, folder: Path
     same(go(ranks, values, run={"steps": STEPS}), told)
 
 
+@pytest.mark.full
 def test_on_another_layout_after_the_stop(ranks: Ranks, folder: Path) -> None:
     """Compared with a run that changes to that layout at the same step, so that rounding is the same as well."""
     values = go(ranks, small(folder, "run"), run={"steps": 20})

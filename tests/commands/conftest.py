@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 from megatron_stable.data.standard_library import write_standard_library
 
@@ -51,8 +52,14 @@ def small_demo(directory: Path, *arguments: str) -> SmallDemo:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallDemo:
-    """A finished demo. Tests leave it as it is."""
-    demo = small_demo(tmp_path_factory.mktemp("small") / "demo", "--ranks", "2", *SMALL)
-    assert demo.code == 0, demo.said
-    return demo
+def small(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> SmallDemo:
+    """A finished demo. Tests leave it as it is; the processes of a test run share it."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base if worker_id == "master" else base.parent) / "small-demo"
+    said = directory.with_suffix(".txt")
+    with FileLock(f"{directory}.lock"):
+        if not said.exists():
+            demo = small_demo(directory, "--ranks", "2", *SMALL)
+            assert demo.code == 0, demo.said
+            said.write_text(demo.said)
+    return SmallDemo(directory, said.read_text(), 0)

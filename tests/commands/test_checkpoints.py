@@ -80,6 +80,7 @@ def test_another_layout_holds_the_same(small: SmallDemo, tmp_path: Path, ranks: 
             assert all(file.get_slice(key).get_dtype() == "F32" for key in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.full
 def test_a_converted_run_goes_on(small: SmallDemo, tmp_path: Path) -> None:
     done = verb("convert", small.run, "--output", tmp_path / "new", "--pipeline", 2)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron_stable.analysis.evaluation import byte_lengths, evaluate, open_data
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint.model import load_model
+from megatron_stable.commands.app import run_verb
 from megatron_stable.data import IndexedDataset, IndexedWriter, Tokenizer, open_dataset, preprocess, train_tokenizer
 from megatron_stable.errors import DataError
 from megatron_stable.records.metrics import latest, read_metrics
@@ -133,16 +134,19 @@ def test_the_verb(small: SmallDemo, excerpt: Path) -> None:
     assert (facts["tokens"], facts["step"], facts["data"]) == (count, 12, str(excerpt))
 
 
-def test_unusable_input_ends_with_a_message_and_its_exit_code(small: SmallDemo, tmp_path: Path) -> None:
+def test_unusable_input_ends_with_a_message_and_its_exit_code(
+    small: SmallDemo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, code, words in [
         ((tmp_path,), 5, ["no run in"]),
         ((small.run, "--data", tmp_path / "nothing"), 5, ["nothing.idx does not exist"]),
         ((small.run, "--batches", 0), 2, ["--batches"]),
     ]:
-        result = verb(*arguments)
-        assert result.returncode == code, result.stderr
-        assert all(word in result.stderr for word in words), result.stderr
-        assert "Traceback" not in result.stderr and result.stdout == ""
+        ended = run_verb(["evaluate", *map(str, arguments)])
+        said = capsys.readouterr()
+        assert ended == code, said.err
+        assert all(word in said.err for word in words), said.err
+        assert "Traceback" not in said.err and said.out == ""
 
 
 def test_data_that_do_not_belong_to_the_model(small: SmallDemo, trained: Trained, tmp_path: Path) -> None:

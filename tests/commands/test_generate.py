@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_stable.analysis.generation import Sampling, choose_token, generate, text_pieces
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint.model import load_model
+from megatron_stable.commands.app import run_verb
 from megatron_stable.config.load import load_config
 from megatron_stable.data import Tokenizer
 from megatron_stable.errors import ConfigError, DataError
@@ -157,7 +158,9 @@ def test_the_verb_prints_prompt_and_continuation(small: SmallDemo, trained: Trai
     assert (facts["tokens"], facts["step"], facts["ended"]) == (len(ids), 12, "length")
 
 
-def test_unusable_input_ends_with_a_message_and_its_exit_code(small: SmallDemo, tmp_path: Path) -> None:
+def test_unusable_input_ends_with_a_message_and_its_exit_code(
+    small: SmallDemo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(small.run, tmp_path / "run")
     # the newest alone: an older one must not be passed off as what the run has come to
     weights = sorted((tmp_path / "run" / "checkpoints").rglob("*.safetensors"))[-1]
@@ -170,10 +173,11 @@ def test_unusable_input_ends_with_a_message_and_its_exit_code(small: SmallDemo, 
         ((small.run, "--temperature", -1), 2, ["temperature -1"]),
         ((small.run, "--tokens", 0), 2, ["--tokens"]),
     ]:
-        result = verb(*arguments)
-        assert result.returncode == code, result.stderr
-        assert all(word in result.stderr for word in words), result.stderr
-        assert "Traceback" not in result.stderr and result.stdout == ""
+        ended = run_verb(["generate", *map(str, arguments)])
+        said = capsys.readouterr()
+        assert ended == code, said.err
+        assert all(word in said.err for word in words), said.err
+        assert "Traceback" not in said.err and said.out == ""
 
 
 def test_a_tokenizer_that_is_not_where_the_run_says(small: SmallDemo, tmp_path: Path) -> None:

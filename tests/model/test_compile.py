@@ -28,6 +28,7 @@ def both(ranks: Ranks, world: int, model: dict[str, Any], parallel: dict[str, An
         assert (weights[name] - weight).norm() < 1e-4 * weight.norm() + 1e-5, name
 
 
+@pytest.mark.full
 def test_compiled_model_trains_like_the_plain_one(ranks: Ranks) -> None:
     both(ranks, 1, {"kv_heads": 2, "activation": "swiglu"}, {})
 

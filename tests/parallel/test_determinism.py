@@ -24,7 +24,7 @@ def deterministic_steps(values: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["qk_norm_cap", "sigma_reparam"])
+@pytest.mark.parametrize("recipe", ["qk_norm_cap", pytest.param("sigma_reparam", marks=pytest.mark.full)])
 def test_steps_are_the_same_again(ranks: Ranks, recipe: str) -> None:
     config = make_config({"recipe": recipe, "dropout": 0.1}, precision={"dtype": "bf16"}, parallel={"tensor": 2})
     values = config.model_dump(mode="json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import multiprocessing
 import os
 import socket
@@ -205,6 +207,16 @@ def test_a_machine_that_is_cut_off(machines: Machines, port: int, networks: Netw
     how, text, _ = end_of(rank)
     assert how == "alone"
     assert "does a firewall let this port through?" in text
+
+
+def test_who_does_not_come_is_named_with_its_machine_under_deepspeed() -> None:
+    """DeepSpeed's launcher has the machines of all ranks in its command line."""
+    world = base64.urlsafe_b64encode(json.dumps({"node1": [0, 1], "node2": [0, 1], "node3": [5]}).encode()).decode()
+    named = "from megatron_stable.parallel.joining import _named; print(_named([1, 2, 3, 4]))"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {named!r}])"
+    command = [sys.executable, "-c", launcher, f"--world_info={world}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "rank 1 (node1), ranks 2-3 (node2), rank 4 (node3)"
 
 
 def test_the_package_is_light_where_it_only_says_no(tmp_path: Path) -> None:

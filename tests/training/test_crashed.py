@@ -41,6 +41,7 @@ def test_an_exception_ends_the_run_with_its_traceback_last(folder: Path, case: s
     assert not rank_processes(process.pid)
 
 
+@pytest.mark.full
 def test_data_that_goes_bad_under_a_run_ends_it_with_a_message(folder: Path) -> None:
     values = settings(folder, steps=100_000, checkpoint={"every": 1_000_000}, batch={"global_size": 2})
     process = pretrain(values)

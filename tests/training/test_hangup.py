@@ -57,8 +57,13 @@ def close(process: subprocess.Popen[str]) -> None:
 def test_a_run_that_is_left_alone_saves_and_ends(folder: Path, end: Callable[[Any], None]) -> None:
     process, ranks = start(folder)
     end(process)
-    close(process)
-    assert not psutil.wait_procs(ranks, SECONDS)[1]
+    try:
+        close(process)
+        assert not psutil.wait_procs(ranks, SECONDS)[1]
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
     stopped = max(curve(folder / "run"))
     assert 3 <= stopped < STEPS
     assert [path.name for path in (folder / "run/checkpoints").glob("step_*")] == [f"step_{stopped:08d}"]

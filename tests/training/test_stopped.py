@@ -79,9 +79,9 @@ def test_nobody_evaluates_once_a_signal_has_come(
     ]
     said = capsys.readouterr().out
     if on_signal:
-        assert "a signal: stopped after step 5, saved in 0." in said
+        assert "SIGTERM: stopped after step 5, saved in 0." in said
     else:
-        assert "a signal: stopped after step 5, without saving (checkpoint.on_signal false); the same command" in said
+        assert "SIGTERM: stopped after step 5, without saving; the same command" in said
         assert "goes on from step 4" in said
 
 

@@ -1,0 +1,119 @@
+"""Who trains a run now, and what it is asked to do: ``RUN/ranks.json`` and ``RUN/stop.json``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from megatron_stable.disk import patiently
+from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.files import write_file
+from megatron_stable.persisted import Count, Persisted, read_as
+from megatron_stable.records.owner import BEAT, OWNER, Owner, machine
+
+RANKS, REQUEST = "ranks.json", "stop.json"
+
+
+class Rank(Persisted):
+    """A process of the last start of a run; ``machine`` tells its host from others of the same name."""
+
+    host: str
+    machine: str
+    pid: Count
+
+    @property
+    def here(self) -> bool:
+        """Whether it is a rank on this machine that lives."""
+        if self.machine != machine():
+            return False
+        try:
+            return "megatron_stable" in " ".join(psutil.Process(self.pid).cmdline())
+        except psutil.Error:
+            return False
+
+
+class Start(Persisted):
+    """The last start of a run: when (seconds since 1970), where its ranks met, and its ranks."""
+
+    began: float
+    address: str
+    ranks: tuple[Rank, ...]
+
+    def hosts(self) -> dict[str, list[int]]:
+        """Numbers of ranks by host."""
+        found: dict[str, list[int]] = {}
+        for number, rank in enumerate(self.ranks):
+            found.setdefault(rank.host, []).append(number)
+        return found
+
+    def alive_here(self) -> dict[int, int]:
+        """Process ids, by rank, of those that live on this machine."""
+        return {number: rank.pid for number, rank in enumerate(self.ranks) if rank.here}
+
+
+class Request(Persisted):
+    """That a run stop. By whom, and whether it is to save first."""
+
+    by: str
+    save: bool = True
+
+
+def write_start(run: Path, ranks: Sequence[Rank]) -> None:
+    """Record who has begun to train. DataError: it cannot be written."""
+    at = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    start = Start(began=time.time(), address=at, ranks=tuple(ranks))
+    write_file(run / RANKS, f"{start.model_dump_json()}\n".encode())
+
+
+def last_start(run: Path) -> Start | None:
+    """The last start of a run, if it has begun to train."""
+    return read_as(Start, run / RANKS) if patiently((run / RANKS).exists, run / RANKS) else None
+
+
+def owner(run: Path) -> Owner | None:
+    """Who trains a run, ``None`` if nobody does; to find out takes a while if that is another machine."""
+    found = _owner(run)
+    if found is None or found.machine == machine():
+        return found if found and psutil.pid_exists(found.pid) else None
+    until = time.monotonic() + 2.5 * BEAT
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        now = _owner(run)
+        if now is None or now != found:
+            return now
+    return None
+
+
+def ask_to_stop(run: Path, by: str, save: bool) -> None:
+    """Leave the wish that a run stop. DataError: it cannot be written."""
+    write_file(run / REQUEST, f"{Request(by=by, save=save).model_dump_json()}\n".encode())
+
+
+def request(run: Path) -> Request | None:
+    """What a run is asked, if anything."""
+    try:
+        return read_as(Request, run / REQUEST)
+    except DataError:
+        return None
+
+
+def forget_request(run: Path) -> None:
+    """What was asked is done, or of an earlier start."""
+    (run / REQUEST).unlink(missing_ok=True)
+
+
+def require_run(run: Path) -> None:
+    """Raise ConfigError unless this is a run's directory."""
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
+
+
+def _owner(run: Path) -> Owner | None:
+    try:
+        return read_as(Owner, run / OWNER)
+    except DataError:
+        return None
