@@ -12,15 +12,18 @@ import psutil
 
 from megatron_stable.errors import ConfigError
 
-# (rank, world size, rank on this machine), as torchrun and deepspeed, Open MPI, MPICH and srun name them
-VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # SLURM_NTASKS is set in a batch script, too
-)
 START = "MEGATRON_STABLE_START"  # names one start of all ranks; our own launcher's
-STARTS = (START, "TORCHELASTIC_RUN_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID")
+# (rank, world size, rank on this machine; what names the start), by torchrun and deepspeed, Open MPI, MPICH and srun
+VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", (START, "TORCHELASTIC_RUN_ID")),
+    (
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ()),
+    # SLURM_NTASKS is set in a batch script, too
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_JOB_ID", "SLURM_STEP_ID")),
+)  # fmt: skip
 PORT = 29500
 
 
@@ -38,7 +41,7 @@ class Seat(NamedTuple):
 
 def seat() -> Seat | None:
     """This process's, by what its launcher set; ``None`` without one."""
-    for rank, size, local in VARIABLES:
+    for rank, size, local, _ in VARIABLES:
         if {rank, size} <= os.environ.keys():
             return Seat(int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0")))
     return None
@@ -52,8 +55,8 @@ def first_on_machine() -> bool:
 
 def start() -> str:
     """What names this start of all ranks, if its launcher gives it a name: ranks of another have no business here."""
-    given = next((os.environ[name] for name in STARTS if name in os.environ), "")
-    return f"{given}.{os.environ.get('SLURM_STEP_ID', '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+    names = next((names for rank, size, _, names in VARIABLES if {rank, size} <= os.environ.keys()), ())
+    return ".".join(os.environ[name] for name in names if name in os.environ)
 
 
 def hosts() -> dict[int, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from statistics import median
 
 from megatron_stable.config.schema import Config
 from megatron_stable.records.callbacks import Callback
@@ -15,26 +17,29 @@ class ProgressLine(Callback):
     """A live line on a terminal; elsewhere a line now and then."""
 
     SECONDS = 10.0  # between lines where there is no terminal
+    RECENT = 50  # records whose pace makes the time left: a stall, or a slow start, is not what comes
 
     def __init__(self, config: Config) -> None:
         self.steps = config.run.steps
         self.live = sys.stdout.isatty()
         self.width = len(str(self.steps))
         self.last = -self.SECONDS
-        self.began: tuple[float, int] | None = None
+        self.before: tuple[float, int] | None = None  # time and step of the last record
+        self.paces = deque[float](maxlen=self.RECENT)  # seconds per step
         self.shown = False
 
     def record(self, record: Record) -> None:
         now = time.monotonic()
-        if self.began is None:
-            self.began = (now, record["step"])
+        if self.before is not None and record["step"] > self.before[1]:
+            self.paces.append((now - self.before[0]) / (record["step"] - self.before[1]))
+        self.before = now, record["step"]
         ended = record["step"] >= self.steps or "validation_loss" in record
         if not self.live and not ended and now - self.last < self.SECONDS:
             return
         self.last = now
-        self._show(self._line(record, now), keep=not self.live or ended)
+        self._show(self._line(record), keep=not self.live or ended)
 
-    def _line(self, record: Record, now: float) -> str:
+    def _line(self, record: Record) -> str:
         step = record["step"]
         parts = [
             f"step {step:{self.width}}/{self.steps}",
@@ -49,10 +54,8 @@ class ProgressLine(Callback):
             parts.append(f"MFU {record['mfu']:.1%}")
         if record["skipped"]:
             parts.append("update dropped")
-        assert self.began is not None
-        if step > self.began[1]:
-            seconds = (now - self.began[0]) / (step - self.began[1]) * (self.steps - step)
-            parts.append(f"{duration(seconds)} left")
+        if self.paces:
+            parts.append(f"{duration(median(self.paces) * (self.steps - step))} left")
         return " · ".join(parts)
 
     def _show(self, line: str, keep: bool) -> None:
@@ -60,7 +63,7 @@ class ProgressLine(Callback):
         self.shown = not keep
 
     def rewind(self, step: int) -> None:
-        self.began = None
+        self.before = None
 
     def event(self, event: Event) -> None:
         self.message(event.sentence())

@@ -36,3 +36,14 @@ def test_nobody_needs_to_read_the_progress_line(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3599.9, "1:00:00"), (90061, "25:01:01")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_stall_does_not_count_for_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, now = ProgressLine(Config.model_validate({"run": {"steps": 200}})), 0.0
+    for step in range(1, 101):
+        now += 75.0 if step == 60 else 2.0
+        monkeypatch.setattr("time.monotonic", lambda now=now: now)
+        line.record({**RECORD, "step": step})
+    assert capsys.readouterr().out.splitlines()[-1].endswith("step 100/200 · loss 2.5000 · grad norm 0.5 · 3:20 left")
