@@ -22,9 +22,9 @@ class Status(BaseModel):
 
     Attributes:
         running: Who trains it, in words; ``None``: nobody.
-        hosts: Numbers of ranks by host, of its last start.
-        address: Where these met.
-        began: When, seconds since 1970.
+        hosts: Numbers of ranks by host, while it is being trained.
+        address: The launcher's, of rank 0.
+        began: When these ranks began, seconds since 1970.
         step, steps: The last that was recorded, and the last that is to come.
         loss, grad_norm, tokens_per_second: Of that step.
         seconds_left: At that rate.
@@ -58,15 +58,16 @@ def status_of(run: Path) -> Status:
     require_known_format(run)
     directory, config = RunDirectory(run), load_config(run / "config.yaml")
     found, start = owner(run), last_start(run)
+    current = start if start and found and start.led_by(found) else None
     last = _last_record(directory.metrics)
     rate, left = last.get("tokens_per_second"), config.run.steps - last.get("step", 0)
     tokens = config.batch.global_size * config.model.sequence_length
     whole = [entry.step for entry in store.entries(directory.checkpoints) if entry.usable]
     return Status(
         running=str(found) if found else None,
-        hosts=start.hosts() if start else {},
-        address=start.address if start else None,
-        began=start.began if start else None,
+        hosts=current.hosts() if current else {},
+        address=current.address if current else None,
+        began=current.began if current else None,
         step=last.get("step", 0),
         steps=config.run.steps,
         loss=last.get("loss"),

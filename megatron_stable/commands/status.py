@@ -32,7 +32,7 @@ def status(
 def _text(run: Path, found: Status) -> str:
     ranks = ", ".join(f"{host}: {spans(numbers)}" for host, numbers in found.hosts.items())
     if found.running:
-        lines = [f"{run} is being trained by {found.running}; {ranks}; met at {found.address}"]
+        lines = [f"{run} is being trained by {found.running}; {ranks or 'its ranks are starting'}"]
     else:
         again = "; the command that started it goes on" if found.step < found.steps else ""
         lines = [f"{run} is not being trained{again}"]

@@ -33,10 +33,12 @@ def stop(
     found = owner(run)
     if found is None:
         raise ConfigError(f"{run} is not being trained; `megatron-stable status {run}` says what became of it")
-    ask_to_stop(run, f"stopped by {getpass.getuser()} on {socket.gethostname()}", save=not now)
+    ledger = RunDirectory(run).ledger
+    before = len(list(ledger.read()))
+    ask_to_stop(run, found, f"stopped by {getpass.getuser()} on {socket.gethostname()}", save=not now)
     print(f"{found} is asked to stop", flush=True)
-    while wait and owner(run) is not None:
+    while wait and (at := owner(run)) is not None and at.token == found.token:
         time.sleep(0.5)
     if wait:
-        ends = [event for event in RunDirectory(run).ledger.read() if isinstance(event, Stop)]
-        print(ends[-1].sentence() if ends else "it has ended")
+        ends = [event for event in list(ledger.read())[before:] if isinstance(event, Stop)]
+        print(ends[-1].sentence() if ends else f"{found} has ended; `megatron-stable status {run}` says how")

@@ -25,7 +25,7 @@ def together() -> Iterator[None]:
     dist.all_gather_object(verdicts, (type(mine), str(mine)) if mine else None)
     for verdict in verdicts:
         if verdict is not None:
-            raise _agreed(*verdict) from None
+            raise agreed(*verdict) from None
 
 
 def decided(decide: Callable[[], T]) -> T:
@@ -41,7 +41,7 @@ def decided(decide: Callable[[], T]) -> T:
             word[1] = (type(error), str(error))
     dist.broadcast_object_list(word, src=0)
     if word[1] is not None:
-        raise _agreed(*word[1])
+        raise agreed(*word[1])
     return cast(T, word[0])
 
 
@@ -57,7 +57,8 @@ def anywhere(here: bool) -> bool:
     return any(everywhere(here))
 
 
-def _agreed(kind: type[MegatronStableError], message: str) -> MegatronStableError:
+def agreed(kind: type[MegatronStableError], message: str) -> MegatronStableError:
+    """An error that every rank raises."""
     error = kind(message)
     error.agreed = True
     return error

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ TELLS = 20.0  # seconds before, and between, words on whom a rank waits for
 TURN = 0.2  # seconds between looks
 LEAVES = 3.0  # seconds that rank 0 keeps the store open for others to read why the ranks do not begin
 ANOTHER = "set another port: MASTER_PORT, or the launcher's --master_port"
+AT = "megatron-stable/at"  # in torchrun's store
 TERMS, COUNT, STRANGER, WORD, READ = "join/terms", "join/count", "join/stranger", "join/word", "join/read"
 
 
@@ -80,11 +81,11 @@ def meet(seat: Seat, master: str, port: int, terms: Mapping[str, Any], timeout: 
     """
     end = time.monotonic() + timeout
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        master, port = _beside_torchrun(seat, master, port, end, timeout)
-    if seat.rank == 0:
+        store, own, reached = _beside_torchrun(seat, master, port, end, timeout)
+    elif seat.rank == 0:
         store, own, reached = _serve(seat, port, timeout), "127.0.0.1", ""
     else:
-        store, own, reached = _reach(seat, master, port, end, timeout)
+        store, own, reached = _reach(seat, lambda: (master, port), end, timeout)
     try:
         word = _agree(store, seat, f"{master}:{port}", reached, terms, end, timeout)
     except dist.DistError:
@@ -117,23 +118,21 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _beside_torchrun(seat: Seat, master: str, port: int, end: float, timeout: float) -> tuple[str, int]:
-    """Where the ranks meet: torchrun's own store goes down with it, before a run that is left alone has saved."""
-    agents, own, _ = _reach(seat, master, port, end, timeout)
-    key = f"megatron-stable/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+def _beside_torchrun(seat: Seat, master: str, port: int, end: float, timeout: float) -> tuple[Any, str, str]:
+    """As :func:`_reach`, but a store of rank 0's own: torchrun's goes down with it, before a run that is left alone has
+    saved. Where it is is asked again before each attempt: after a restart the last one's is still there."""
+    agents, own, there = _reach(seat, lambda: (master, port), end, timeout)
     if seat.rank == 0:
-        with socket.create_server(("", 0)) as server:
-            at = master if is_loopback(own) else own, server.getsockname()[1]
-        agents.set(key, json.dumps(at))
-        return at
-    try:
-        _wait(agents, key, end)
-    except dist.DistError:
-        raise JoinError(
-            f"{_self(seat)} hears nothing of rank 0 at torchrun's {master}:{port}; its output says why"
-        ) from None
-    host, chosen = json.loads(agents.get(key))
-    return host, chosen
+        store = _serve(seat, 0, timeout)
+        here = master if own == there or is_loopback(own) else own
+        agents.set(AT, json.dumps([here, store.port]))
+        return store, "127.0.0.1", ""
+
+    def where() -> tuple[str, int]:
+        host, chosen = json.loads(agents.get(AT)) if agents.check([AT]) else (master, 0)
+        return host, chosen
+
+    return _reach(seat, where, end, timeout)
 
 
 def _serve(seat: Seat, port: int, timeout: float) -> Any:
@@ -160,29 +159,29 @@ def _holder(port: int) -> str:
     return ""
 
 
-def _reach(seat: Seat, master: str, port: int, end: float, timeout: float) -> tuple[Any, str, str]:
+def _reach(seat: Seat, where: Callable[[], tuple[str, int]], end: float, timeout: float) -> tuple[Any, str, str]:
     """(the store, this machine's address and rank 0's), once rank 0 answers."""
     tells = time.monotonic() + TELLS
     while True:
+        master, port = where()
+        left = max(1.0, end - time.monotonic())
         try:
-            with socket.create_connection((master, port), timeout=max(1.0, min(10.0, end - time.monotonic()))) as line:
+            with socket.create_connection((master, port), timeout=min(10.0, left)) as line:
                 own, reached = line.getsockname()[0], line.getpeername()[0]
-            break
         except OSError as error:
             why, remedy = _unreached(error, master)
+        else:
+            if store := _client(master, port, seat.size, max(5.0, min(30.0, left))):
+                return store, own, reached
+            why, remedy = "what answers there is not rank 0 of a run", f"end it, or {ANOTHER}"
         if (now := time.monotonic()) > end:
-            raise JoinError(
-                f"{_self(seat)} could not reach rank 0 at {master}:{port} for {timeout:g} s: {why}; {remedy}"
-            )
+            wanted = f"rank 0 at {master}:{port} for {timeout:g} s"
+            raise JoinError(f"{_self(seat)} could not reach {wanted}: {why}; {remedy}")
         if now > tells:
             tells = now + TELLS
             if seat.local == 0:
                 _tell(f"{_self(seat)} waits for rank 0 at {master}:{port}: {why}")
         time.sleep(5 * TURN)
-    store = _client(master, port, seat.size, max(5.0, end - time.monotonic()))
-    if store is None:
-        raise JoinError(f"what answers {_self(seat)} at {master}:{port} is not rank 0 of a run: end it, or {ANOTHER}")
-    return store, own, reached
 
 
 def _client(master: str, port: int, size: int, seconds: float) -> Any:

@@ -42,6 +42,11 @@ class RunDirectory:
         self.logbook = self.path / "logbook.md"
         self._claim: Claim | None = None
 
+    @property
+    def token(self) -> str | None:
+        """Of this process's claim."""
+        return self._claim.me.token if self._claim else None
+
     def log(self, event: Event) -> None:
         """Put an event into the ledger, and the ledger into the logbook. OSError: it cannot be written."""
         self.ledger.write(event)

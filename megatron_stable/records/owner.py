@@ -20,14 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from megatron_stable.disk import open_plain
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.files import replace_file
-from megatron_stable.persisted import Count, Persisted, read_as
+from megatron_stable.persisted import Count, Persisted
 
 LOCK, OWNER = ".lock", "owner.json"
 BEAT = 10.0  # seconds from one count to the next
 PATIENCE = 60.0  # seconds without one after which an owner is gone
 LEASE = 120.0  # seconds for which a file server may keep the lock of a machine that is gone
+RETRIES = (0.2, 1.0, 4.0)  # seconds between attempts to read what makes no sense
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "KUBERNETES_POD_NAME")
 
 
@@ -196,7 +198,17 @@ def _alive(pid: int) -> bool:
 
 def _read(path: Path) -> Owner | None:
     """What an owner says of itself; ``None``: there is none, or what is there says nothing."""
-    try:
-        return read_as(Owner, path)
-    except DataError:
-        return None
+    for delay in (*RETRIES, None):
+        try:  # with less patience than other files: the count must go on
+            with open_plain(path) as file:
+                return Owner.model_validate_json(file.read(2**16))
+        except (OSError, ValueError, DataError):
+            try:
+                path.lstat()
+            except FileNotFoundError:
+                return None
+            except OSError:
+                pass
+            if delay is not None:  # cut off, perhaps, by a file system that stumbles
+                time.sleep(delay)
+    return None

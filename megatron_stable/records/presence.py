@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,25 +14,39 @@ from megatron_stable.disk import patiently
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.files import write_file
 from megatron_stable.persisted import Count, Persisted, read_as
-from megatron_stable.records.owner import BEAT, OWNER, Owner, machine
+from megatron_stable.records.owner import OWNER, PATIENCE, Owner, machine
 
 RANKS, REQUEST = "ranks.json", "stop.json"
 
 
 class Rank(Persisted):
-    """A process of the last start of a run; ``machine`` tells its host from others of the same name."""
+    """A process of the last start of a run.
+
+    Attributes:
+        machine: What tells its host, and the container there, from all others.
+        began: When the process did, seconds since 1970.
+    """
 
     host: str
     machine: str
     pid: Count
+    began: float
+
+    @classmethod
+    def myself(cls) -> Rank:
+        """This process."""
+        return cls(host=socket.gethostname(), machine=_place(), pid=os.getpid(), began=psutil.Process().create_time())
+
+    @property
+    def visible(self) -> bool:
+        """Whether it is, or was, where this process can see whether it lives."""
+        return self.machine == _place()
 
     @property
     def here(self) -> bool:
-        """Whether it is a rank on this machine that lives."""
-        if self.machine != machine():
-            return False
+        """Whether it is visible, and lives."""
         try:
-            return "megatron_stable" in " ".join(psutil.Process(self.pid).cmdline())
+            return self.visible and abs(psutil.Process(self.pid).create_time() - self.began) < 1.0
         except psutil.Error:
             return False
 
@@ -42,6 +57,10 @@ class Start(Persisted):
     began: float
     address: str
     ranks: tuple[Rank, ...]
+
+    def led_by(self, owner: Owner) -> bool:
+        """Whether an owner of the run is its rank 0."""
+        return bool(self.ranks) and (self.ranks[0].host, self.ranks[0].pid) == (owner.host, owner.pid)
 
     def hosts(self) -> dict[str, list[int]]:
         """Numbers of ranks by host."""
@@ -56,10 +75,11 @@ class Start(Persisted):
 
 
 class Request(Persisted):
-    """That a run stop. By whom, and whether it is to save first."""
+    """That a run stop: by whom, whether it is to save first, and which of its owners is asked."""
 
     by: str
     save: bool = True
+    token: str
 
 
 def write_start(run: Path, ranks: Sequence[Rank]) -> None:
@@ -77,9 +97,12 @@ def last_start(run: Path) -> Start | None:
 def owner(run: Path) -> Owner | None:
     """Who trains a run, ``None`` if nobody does; to find out takes a while if that is another machine."""
     found = _owner(run)
-    if found is None or found.machine == machine():
-        return found if found and psutil.pid_exists(found.pid) else None
-    until = time.monotonic() + 2.5 * BEAT
+    if found is None:
+        return None
+    start = last_start(run)
+    if start is not None and start.led_by(found) and start.ranks[0].visible:
+        return found if start.ranks[0].here else None
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         time.sleep(0.5)
         now = _owner(run)
@@ -88,9 +111,9 @@ def owner(run: Path) -> Owner | None:
     return None
 
 
-def ask_to_stop(run: Path, by: str, save: bool) -> None:
+def ask_to_stop(run: Path, who: Owner, by: str, save: bool) -> None:
     """Leave the wish that a run stop. DataError: it cannot be written."""
-    write_file(run / REQUEST, f"{Request(by=by, save=save).model_dump_json()}\n".encode())
+    write_file(run / REQUEST, f"{Request(by=by, save=save, token=who.token).model_dump_json()}\n".encode())
 
 
 def request(run: Path) -> Request | None:
@@ -102,7 +125,7 @@ def request(run: Path) -> Request | None:
 
 
 def forget_request(run: Path) -> None:
-    """What was asked is done, or of an earlier start."""
+    """What was asked is done."""
     (run / REQUEST).unlink(missing_ok=True)
 
 
@@ -110,6 +133,14 @@ def require_run(run: Path) -> None:
     """Raise ConfigError unless this is a run's directory."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
+
+
+def _place() -> str:
+    """This machine and, as process ids mean something there only, the container on it."""
+    try:
+        return f"{machine()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return machine()
 
 
 def _owner(run: Path) -> Owner | None:

@@ -26,13 +26,13 @@ def starters() -> list[psutil.Process]:
     """
     found = []
     try:
-        if front := os.environ.get(FRONT):
-            found.append(psutil.Process(int(front)))
         above = psutil.Process().parents()
         session = os.getsid(above[0].pid if seat() else 0)  # torchrun gives each rank a session of its own
         for process in above:
             if process.pid == 1 or (os.getsid(process.pid) != session and not process.name().startswith(DAEMONS)):
                 break
+            if process.name() == "sshd" and process.ppid() == 1:
+                break  # it listens for new connections, and may be started anew under those that there are
             if process.name() not in SHELLS:
                 found.append(process)
     except (psutil.Error, OSError, IndexError):
@@ -41,17 +41,25 @@ def starters() -> list[psutil.Process]:
 
 
 class Starters:
-    """Those of this process. Called now and then: words on the first that has ended, ``None`` while all live."""
+    """Those of this process, which is best asked when it begins. Called now and then: words on the first that has
+    ended, ``None`` while all live."""
 
     def __init__(self) -> None:
-        self._watched = {process: f"{process.pid} ({process.name()})" for process in starters()}
+        self._gone: str | None = None
+        self._watched = {process: f"{process.pid} ({_name(process)})" for process in starters()}
+        if front := os.environ.get(FRONT):
+            try:
+                self._watched[psutil.Process(int(front))] = f"{front} (pretrain)"
+            except psutil.Error:
+                self._gone = f"process {front} (pretrain), which started it, has ended"
 
     def __call__(self) -> str | None:
         for process, name in self._watched.items():
             if not _lives(process):
-                drop_dead_streams()
-                return f"process {name}, which started it, has ended"
-        return None
+                self._gone = f"process {name}, which started it, has ended"
+        if self._gone:
+            drop_dead_streams()
+        return self._gone
 
 
 def drop_dead_streams() -> None:
@@ -66,6 +74,13 @@ def drop_dead_streams() -> None:
                 os.close(nowhere)
         except OSError:
             continue
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return "gone"
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -17,6 +17,7 @@ from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, MegatronStableError
 from megatron_stable.parallel.launcher import Seat, first_on_machine, seat
+from megatron_stable.training.hangup import Starters
 
 if TYPE_CHECKING:
     from megatron_stable.parallel.lifeline import Lifeline
@@ -42,6 +43,7 @@ def train(config: Config) -> None:
     from megatron_stable.parallel.world import join_world
     from megatron_stable.training.stop import StopSignal
 
+    starters = Starters() if config.run.on_hangup == "stop" else None  # before anything that takes time
     if config.run.deterministic:
         make_deterministic()
     terms = {
@@ -51,7 +53,7 @@ def train(config: Config) -> None:
     }
     join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, terms)  # the lifeline loses patience first
     lifeline = Lifeline(config.run.patience)
-    with StopSignal(lifeline.stop, config.run.on_hangup == "stop") as stop:
+    with StopSignal(lifeline.stop, starters) as stop:
         try:
             _train_in_world(config, stop, lifeline, dist.get_rank(), dist.get_world_size())
         except BaseException as error:
@@ -71,13 +73,12 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
     from megatron_stable.checkpoint import store
     from megatron_stable.data import Tokenizer
     from megatron_stable.model.backends import choose_backend
-    from megatron_stable.parallel.agreement import everywhere, together
+    from megatron_stable.parallel.agreement import agreed, everywhere, together
     from megatron_stable.parallel.topology import Topology
     from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.chronicle import Chronicle
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.records.metrics_file import MetricsFile
-    from megatron_stable.records.owner import machine
     from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.tensorboard import TensorBoard
     from megatron_stable.stability.events import Resume, Start, Stop
@@ -97,8 +98,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
                 stack.push(partial(_release, directory))
                 directory.claim(config)
                 store.clean(directory.checkpoints)
-                forget_request(directory.path)
-                stop.watch(partial(_asked, directory.path))
+                stop.watch(partial(_asked, directory))
         with together():
             if not directory.checkpoints.is_dir():
                 raise ConfigError(
@@ -109,7 +109,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
         callbacks.message(f"attention backend {backend.name}: {backend.reason}")
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         trainer = Trainer(config, topology, directory, callbacks, tokenizer)
-        ranks = everywhere(Rank(host=socket.gethostname(), machine=machine(), pid=os.getpid()))
+        ranks = everywhere(Rank.myself())
         with lifeline.slow():
             changed = trainer.resume()
         if trainer.step >= config.run.steps:
@@ -130,17 +130,19 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
         if stopped and rank == 0:
             with suppress(OSError):  # the checkpoint counts
                 forget_request(directory.path)
-                directory.log(Stop(step=trainer.step, exit_code=0, reason=stopped.reason))
+                directory.log(Stop(step=trainer.step, exit_code=int(stopped.forced), reason=stopped.reason))
+        if stopped and stopped.forced:  # no launcher on another machine is to take it for done
+            raise agreed(MegatronStableError, str(stopped))
         callbacks.message(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
 
 
-def _asked(run: Path) -> Wish | None:
-    """What a person wishes, on rank 0."""
+def _asked(directory: RunDirectory) -> Wish | None:
+    """What a person wishes of this start of the run, on rank 0."""
     from megatron_stable.records.presence import request
     from megatron_stable.training.stop import Wish
 
-    asked = request(run)
-    return Wish(asked.by, asked.save) if asked else None
+    asked = request(directory.path)
+    return Wish(asked.by, asked.save) if asked and asked.token == directory.token else None
 
 
 def _release(directory: RunDirectory, _: object, error: BaseException | None, __: object) -> None:

@@ -16,15 +16,26 @@ from typing_extensions import Self
 from megatron_stable.training.hangup import Starters, drop_dead_streams
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NAMES = {number.name for number in SIGNALS}
 EVERY = 1.0  # seconds between looks for other reasons
 NEAR = 20.0  # seconds from a signal to the end of the save; launchers kill after 30
 
 
 class Wish(NamedTuple):
-    """Why a run is to stop, and whether it is to save first."""
+    """Why a run is to stop.
+
+    Attributes:
+        save: Whether it is to save first; ``None``: `checkpoint.on_signal` says.
+        forced: It was left alone, which is no success.
+    """
 
     why: str
-    save: bool = True
+    save: bool | None = None
+    forced: bool = False
+
+    def saves(self, on_signal: bool) -> bool:
+        """Whether a run saves first, by its `checkpoint.on_signal`."""
+        return on_signal if self.save is None else self.save
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Stopped:
         step: The last that was trained.
         saved: The step that the same command goes on from.
         seconds: That saving took.
-        since_signal: Seconds from the signal to the end of the save.
+        since_signal: Seconds from the signal to the end of the save; 0 if there was none.
+        forced: It was left alone, which is no success.
     """
 
     reason: str
@@ -44,6 +56,7 @@ class Stopped:
     saved: int
     seconds: float
     since_signal: float
+    forced: bool = False
 
     def __str__(self) -> str:
         """For the user."""
@@ -68,15 +81,15 @@ class StopSignal:
 
     Args:
         early: Called, from a thread, with the number of a signal that comes before; ends the process.
-        on_hangup: Whether to stop when the terminal is closed, or whoever started this process has ended. Not so in
-            any case where SIGHUP is ignored already, which is what nohup does.
+        starters: Stop when one of them has ended, or the terminal is closed; ``None``: neither. Nor where SIGHUP is
+            ignored already, which is what nohup does.
     """
 
-    def __init__(self, early: Callable[[int], None], on_hangup: bool = True) -> None:
+    def __init__(self, early: Callable[[int], None], starters: Starters | None = None) -> None:
         self.received: Wish | None = None
         self.since = 0.0  # when it was received, monotonic
         self._early, self._deferred = early, False
-        self._on_hangup = on_hangup and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        self._starters = None if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else starters
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -86,9 +99,8 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         # written to by the handler in C, while Python's waits until the main thread comes back from a collective
         self._slot_before = signal.set_wakeup_fd(self._slot, warn_on_full_buffer=False)
-        if self._on_hangup:
-            starters = Starters()
-            self.watch(lambda: Wish(gone) if (gone := starters()) else None)
+        if starters := self._starters:
+            self.watch(lambda: Wish(gone, forced=True) if (gone := starters()) else None)
         else:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
@@ -137,5 +149,5 @@ class StopSignal:
 
     def ended(self, wish: Wish, step: int, saved: int, seconds: float) -> Stopped:
         """How the run ended as one rank wished, ``seconds`` after it had stopped."""
-        since = time.monotonic() - self.since if self.received else seconds
-        return Stopped(wish.why, step, saved, seconds, since)
+        since = time.monotonic() - self.since if self.received and wish.why in NAMES else 0.0
+        return Stopped(wish.why, step, saved, seconds, since, wish.forced)

@@ -150,7 +150,7 @@ class Trainer:
         with lifeline.slow():
             self.checkpoints.saver.wait()
         with lifeline.slow():
-            if self.checkpoints.saved != self.step and (not wish or (wish.save and self.config.checkpoint.on_signal)):
+            if self.checkpoints.saved != self.step and (not wish or wish.saves(self.config.checkpoint.on_signal)):
                 self.save()
             self.checkpoints.saver.finish()
         return stop.ended(wish, self.step, self.checkpoints.saved, time.monotonic() - began) if stop and wish else None

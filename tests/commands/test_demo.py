@@ -146,6 +146,7 @@ def test_a_second_call_uses_what_is_there(small: SmallDemo) -> None:
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
+@pytest.mark.full
 def test_a_run_that_gives_up_is_what_the_demo_shows(
     small: SmallDemo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

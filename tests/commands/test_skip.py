@@ -386,6 +386,7 @@ def test_for_other_trainers(verb: Verb, tmp_path: Path) -> None:
     verb.fails(5, "holds neither", "--tensorboard", tmp_path / "empty")
 
 
+@pytest.mark.full
 def test_the_tool_is_the_verb(verb: Verb, run: Path) -> None:
     """And what it prints goes on for real."""
     arguments = [str(run), "--from-step", "56", "--to-step", "57"]

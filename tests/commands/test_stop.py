@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_stable.records.presence import Rank, write_start
@@ -65,12 +66,11 @@ def test_a_run_in_progress(tmp_path: Path, now: bool) -> None:
 def test_ranks_that_live_on_without_rank_0_are_named(tmp_path: Path) -> None:
     orphan = subprocess.Popen([sys.executable, "-c", "input('megatron_stable.pretrain')"], stdin=subprocess.PIPE)
     try:
-        from megatron_stable.records.owner import machine
-
         (tmp_path / "config.yaml").write_text("{}")
-        gone = Rank(host=HOST, machine=machine(), pid=2**22 + 1)
-        elsewhere = Rank(host="node7", machine="another", pid=orphan.pid)
-        write_start(tmp_path, [gone, Rank(host=HOST, machine=machine(), pid=orphan.pid), elsewhere])
+        alive = Rank.myself().model_copy(update={"pid": orphan.pid, "began": psutil.Process(orphan.pid).create_time()})
+        gone, reused = (alive.model_copy(update=other) for other in ({"pid": 2**22 + 1}, {"began": 7.0}))
+        elsewhere = alive.model_copy(update={"machine": "another"})
+        write_start(tmp_path, [gone, alive, reused, elsewhere])
         said = verb("status", tmp_path).stdout
         assert f"rank 1 of its last start live on here without rank 0; to end them: kill {orphan.pid}\n" in f"{said}\n"
     finally:

@@ -143,7 +143,9 @@ def test_the_port_is_taken(machines: Machines, port: int) -> None:
         assert f"(process {os.getpid()}: " in text and "--master_port" in text
         how, text, _ = end_of(second)
         assert how == "alone"
-        assert text.startswith(f"what answers rank 1 on {HOST} at 127.0.0.1:{port} is not rank 0 of a run: ")
+        assert text.startswith(
+            f"rank 1 on {HOST} could not reach rank 0 at 127.0.0.1:{port} for 5 s: what answers there"
+        )
 
 
 def test_an_earlier_run_still_lives(machines: Machines, port: int) -> None:

@@ -162,7 +162,7 @@ def test_a_file_system_that_stumbles_is_asked_again(
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return opened(path)
 
-    monkeypatch.setattr(disk, "open_plain", stale)
+    monkeypatch.setattr(owner, "open_plain", stale)
     with pytest.raises(ConfigError, match=f"process {holder.pid} on node7"):
         claim.take()
 

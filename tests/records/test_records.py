@@ -103,7 +103,7 @@ def test_the_configuration_is_there_resolved(resumed: Path) -> None:
 def test_only_what_the_design_names_is_in_the_directory(resumed: Path) -> None:
     assert {path.name for path in resumed.iterdir()} == {
         "config.yaml", "metrics.jsonl", "ledger.jsonl", "logbook.md", "tensorboard", "checkpoints", "format.json",
-        ".lock",
+        "ranks.json", ".lock",
     }  # fmt: skip
     assert (resumed / "checkpoints/latest").read_text() == "step_00000010\n"
     names = {path.name for path in (resumed / "checkpoints").iterdir()}

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_stable.training import hangup
+from megatron_stable.training import hangup, stop
 from tests.training.runs import ROOT, curve, free_port, layout, pretrain, rank_processes, settings
 from tests.training.test_killed import _wait_for_steps
 
@@ -68,7 +68,7 @@ def test_a_run_that_is_left_alone_saves_and_ends(folder: Path, end: Callable[[An
     assert 3 <= stopped < STEPS
     assert [path.name for path in (folder / "run/checkpoints").glob("step_*")] == [f"step_{stopped:08d}"]
     last = json.loads((folder / "run/ledger.jsonl").read_text().splitlines()[-1])
-    assert (last["event"], last["step"], last["exit_code"]) == ("stop", stopped, 0)
+    assert (last["event"], last["step"], last["exit_code"]) == ("stop", stopped, int(end is not terminal))
     assert ("SIGHUP" if end is terminal else "which started it, has ended") in last["reason"]
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_is_told_to_goes_on(folder: Path) -> None:
         terminal(process)
         front_end(process)
         close(process)
-        time.sleep(3 * hangup.EVERY)
+        time.sleep(3 * stop.EVERY)
         before = max(curve(folder / "run"))
         deadline = time.monotonic() + 60
         while max(curve(folder / "run")) < before + 5:
@@ -114,8 +114,8 @@ def test_under_torchrun_whose_store_goes_down_with_it(folder: Path) -> None:
 
 WATCHER = """
 import os, sys, time
-from megatron_stable.training import hangup
-print(*(process.pid for process in hangup.starters()), flush=True)
+from megatron_stable.training import hangup, stop
+print(*(process.pid for process in hangup.Starters()._watched), flush=True)
 """
 
 
@@ -134,7 +134,7 @@ def test_who_started_a_process() -> None:
     apart = [sys.executable, "-c", "import os, subprocess, sys; os.setsid(); subprocess.run(sys.argv[1:])", *watcher]
     (launcher,) = starters_of(apart)
     assert launcher != here
-    assert starters_of(apart, **{hangup.FRONT: str(here)})[0] == here
+    assert starters_of(apart, **{hangup.FRONT: str(here)})[1:] == [here]
     torchruns = [sys.executable, "-c", "import os, sys; os.setsid(); os.execv(sys.argv[1], sys.argv[1:])", *watcher]
     assert starters_of(torchruns) == [], "who takes a session of its own wants to live on"
     assert starters_of(torchruns, RANK="0", WORLD_SIZE="1")[:1] == [here], "but for ranks of a launcher"

@@ -19,7 +19,8 @@ STEPS = 400  # more than are trained before the signals arrive
 LAYOUTS = {"tensor": (layout(tensor=2), signal.SIGTERM), "pipeline": (layout(pipeline=2), signal.SIGINT)}
 
 
-@pytest.mark.parametrize("name", ["pipeline", pytest.param("tensor", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_signal_stops_in_order_and_the_run_goes_on_bit_for_bit(ranks: Ranks, folder: Path, name: str) -> None:
     parallel, number = LAYOUTS[name]
     values = settings(folder, "run", STEPS, parallel=parallel, checkpoint={"every": 1000})
