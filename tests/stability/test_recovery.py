@@ -58,17 +58,11 @@ def test_the_ladder_and_its_end() -> None:
         intervention = plan(Trouble("divergence", onset, onset + 50, "it rose"), at(600, 900), COURSE, done, SETTINGS)
         if intervention is None:
             break
-        tried.append(
-            (
-                intervention.learning_rate_factor,
-                intervention.clip_factor,
-                intervention.rollback_to,
-                intervention.windows,
-            )
-        )
+        tried.append(intervention)
         done = done.add(intervention)
-    assert [entry[:3] for entry in tried] == [(1.0, 1.0, 900), (0.7, 1.0, 900), (0.7, 0.5, 600)]
-    (one,), (two,), (four,) = (entry[3] for entry in tried)
+    made = [(each.learning_rate_factor, each.clip_factor, each.rollback_to) for each in tried]
+    assert made == [(1.0, 1.0, 900), (0.7, 1.0, 900), (0.7, 0.5, 600)]
+    (one,), (two,), (four,) = (each.windows for each in tried)
     assert [last - first + 1 for first, last in (one, two, four)] == [200, 400, 800]
     assert done.learning_rate_factor == 0.7 * 0.7
     again = last_resort(Trouble("divergence", 1200, 1250, "it rose"), at(700, 900), SETTINGS)
