@@ -8,8 +8,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from megatron_stable.disk import patiently
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.files import write_file
@@ -24,18 +22,18 @@ class Rank(Persisted):
 
     Attributes:
         machine: What tells its host, and the container there, from all others.
-        began: When the process did, seconds since 1970.
+        began: When the process did, in the kernel's ticks, which a clock that is set does not move.
     """
 
     host: str
     machine: str
     pid: Count
-    began: float
+    began: Count
 
     @classmethod
     def myself(cls) -> Rank:
         """This process."""
-        return cls(host=socket.gethostname(), machine=_place(), pid=os.getpid(), began=psutil.Process().create_time())
+        return cls(host=socket.gethostname(), machine=_place(), pid=os.getpid(), began=begin_of(os.getpid()) or 0)
 
     @property
     def visible(self) -> bool:
@@ -45,10 +43,7 @@ class Rank(Persisted):
     @property
     def here(self) -> bool:
         """Whether it is visible, and lives."""
-        try:
-            return self.visible and abs(psutil.Process(self.pid).create_time() - self.began) < 1.0
-        except psutil.Error:
-            return False
+        return self.visible and begin_of(self.pid) == self.began
 
 
 class Start(Persisted):
@@ -133,6 +128,15 @@ def require_run(run: Path) -> None:
     """Raise ConfigError unless this is a run's directory."""
     if not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
+
+
+def begin_of(pid: int) -> int | None:
+    """When a process of this machine began, in ticks since its boot; ``None``: there is none that lives."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else int(rest[18])
 
 
 def _place() -> str:

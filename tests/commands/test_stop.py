@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
-from megatron_stable.records.presence import Rank, write_start
+from megatron_stable.records.presence import Rank, begin_of, write_start
 from tests.training.runs import ROOT, curve, finish, layout, pretrain, rank_processes, settings, write_data
 from tests.training.test_killed import _wait_for_steps
 
@@ -67,8 +66,8 @@ def test_ranks_that_live_on_without_rank_0_are_named(tmp_path: Path) -> None:
     orphan = subprocess.Popen([sys.executable, "-c", "input('megatron_stable.pretrain')"], stdin=subprocess.PIPE)
     try:
         (tmp_path / "config.yaml").write_text("{}")
-        alive = Rank.myself().model_copy(update={"pid": orphan.pid, "began": psutil.Process(orphan.pid).create_time()})
-        gone, reused = (alive.model_copy(update=other) for other in ({"pid": 2**22 + 1}, {"began": 7.0}))
+        alive = Rank.myself().model_copy(update={"pid": orphan.pid, "began": begin_of(orphan.pid)})
+        gone, reused = (alive.model_copy(update=other) for other in ({"pid": 2**22 + 1}, {"began": 7}))
         elsewhere = alive.model_copy(update={"machine": "another"})
         write_start(tmp_path, [gone, alive, reused, elsewhere])
         said = verb("status", tmp_path).stdout
