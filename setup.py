@@ -33,7 +33,17 @@ setup(
         "xxhash>=3",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "codespell", "types-PyYAML"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "filelock",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "codespell",
+            "types-PyYAML",
+        ],
         "mpi": ["mpi4py"],
         "hf": ["transformers"],
     },

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from megatron_stable.checkpoint import store
 from megatron_stable.config.load import load_config
-from megatron_stable.records.directory import RunDirectory, require_known_format
-from megatron_stable.records.presence import last_start, owner, require_run
+from megatron_stable.records.directory import RunDirectory, require_known_format, require_run
+from megatron_stable.records.presence import last_start, owner
 
 TAIL = 2**16  # bytes from the end of a file in which its last lines are
 EVENTS = 5

@@ -17,7 +17,7 @@ from megatron_stable.data.course import Course
 from megatron_stable.data.skip import SkipWindows, merged
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.files import explain_os_errors
-from megatron_stable.records.directory import RunDirectory, require_known_format
+from megatron_stable.records.directory import RunDirectory, require_known_format, require_run
 from megatron_stable.records.interventions import read_interventions, write_interventions
 from megatron_stable.stability.detector import Spike, find_spikes
 from megatron_stable.stability.events import Event, Rollback, Shift, Start, Undo
@@ -71,8 +71,7 @@ class StoppedRun:
 
     def __init__(self, run: str | Path) -> None:
         self.directory = RunDirectory(run)
-        if not self.directory.config.is_file():
-            raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
+        require_run(run)
         require_known_format(self.directory.path)
         self.config = load_config(self.directory.config)
         self.guard: GuardConfig = self.config.guard

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from megatron_stable.errors import ConfigError
-from megatron_stable.records.directory import RunDirectory
-from megatron_stable.records.presence import ask_to_stop, owner, require_run
+from megatron_stable.records.directory import RunDirectory, require_run
+from megatron_stable.records.presence import ask_to_stop, owner
 from megatron_stable.stability.events import Stop
 
 

@@ -84,10 +84,7 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the run from being started inside the block. ConfigError: it is no run's, or in use."""
-        if not self.config.is_file():
-            raise ConfigError(
-                f"{self.path} is no run's directory: it has no config.yaml; name the run.directory of a run"
-            )
+        require_run(self.path)
         with self.explained(), ExitStack() as stack:
             claim = Claim(self.path, end_at_once)
             stack.callback(claim.release)
@@ -132,6 +129,12 @@ class RunDirectory:
                 f"run.directory {str(self.path)!r} cannot be written: {error.strerror or error}; "
                 "choose another directory, or make room or permission there"
             ) from None
+
+
+def require_run(run: str | Path) -> None:
+    """Raise ConfigError unless this is a run's directory."""
+    if not RunDirectory(run).config.is_file():
+        raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
 
 
 def require_known_format(run: Path) -> None:

@@ -86,7 +86,7 @@ class Claim:
             OSError: It cannot be written to.
         """
         self._lock, locked = _locked(self.run)
-        before = _read(self.path)
+        before = read_owner(self.path)
         if before is not None:
             _await_end(self.run, before, locked)
             print(f"taking {self.run} over from {before}, which ended without a word", file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ class Claim:
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
-        found = _read(self.path)
+        found = read_owner(self.path)
         if found is not None and found.token == self.me.token:
             self.path.unlink()
         if self._lock is not None:
@@ -106,7 +106,7 @@ class Claim:
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT):
-            found = _read(self.path)  # none: deleted by somebody who tidied
+            found = read_owner(self.path)  # none: deleted by somebody who tidied
             if found is not None and found.token != self.me.token:
                 self._lost(f"{self.run} was taken over by {found}: this run ends, to leave it alone")
                 return
@@ -143,7 +143,7 @@ def _locked(run: Path) -> tuple[IO[bytes], bool]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
             return lock, True
         except BlockingIOError:
-            owner = _read(run / OWNER)
+            owner = read_owner(run / OWNER)
             here = owner is None or owner.machine == machine()
             if here or (end is not None and time.monotonic() > end):
                 lock.close()
@@ -168,7 +168,7 @@ def _await_end(run: Path, owner: Owner, locked: bool) -> None:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         time.sleep(min(1.0, PATIENCE / 10))
-        found = _read(run / OWNER)
+        found = read_owner(run / OWNER)
         if found is None:
             return  # it has left in order
         if found != owner:
@@ -196,7 +196,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _read(path: Path) -> Owner | None:
+def read_owner(path: Path) -> Owner | None:
     """What an owner says of itself; ``None``: there is none, or what is there says nothing."""
     for delay in (*RETRIES, None):
         try:  # with less patience than other files: the count must go on

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_stable.disk import patiently
-from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.errors import DataError
 from megatron_stable.files import write_file
 from megatron_stable.persisted import Count, Persisted, read_as
-from megatron_stable.records.owner import OWNER, PATIENCE, Owner, machine
+from megatron_stable.records.owner import OWNER, PATIENCE, Owner, machine, read_owner
 
 RANKS, REQUEST = "ranks.json", "stop.json"
 
@@ -91,7 +91,7 @@ def last_start(run: Path) -> Start | None:
 
 def owner(run: Path) -> Owner | None:
     """Who trains a run, ``None`` if nobody does; to find out takes a while if that is another machine."""
-    found = _owner(run)
+    found = read_owner(run / OWNER)
     if found is None:
         return None
     start = last_start(run)
@@ -100,7 +100,7 @@ def owner(run: Path) -> Owner | None:
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         time.sleep(0.5)
-        now = _owner(run)
+        now = read_owner(run / OWNER)
         if now is None or now != found:
             return now
     return None
@@ -124,12 +124,6 @@ def forget_request(run: Path) -> None:
     (run / REQUEST).unlink(missing_ok=True)
 
 
-def require_run(run: Path) -> None:
-    """Raise ConfigError unless this is a run's directory."""
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run} is no run's directory: it has no config.yaml; name the run.directory of a run")
-
-
 def begin_of(pid: int) -> int | None:
     """When a process of this machine began, in ticks since its boot; ``None``: there is none that lives."""
     try:
@@ -145,10 +139,3 @@ def _place() -> str:
         return f"{machine()} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return machine()
-
-
-def _owner(run: Path) -> Owner | None:
-    try:
-        return read_as(Owner, run / OWNER)
-    except DataError:
-        return None
