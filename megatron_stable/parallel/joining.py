@@ -9,7 +9,6 @@ claimed, or other terms.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import socket
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_stable.errors import ConfigError
+from megatron_stable.parallel.addresses import is_loopback
 from megatron_stable.parallel.heartbeat import spans
 from megatron_stable.parallel.launcher import Seat, hosts
 
@@ -97,25 +97,6 @@ def meet(seat: Seat, master: str, port: int, terms: Mapping[str, Any], timeout: 
         error.agreed = True
         raise error
     return Meeting(store, word["reached"] if is_loopback(own) and word["reached"] else own)
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface of this machine that has an address."""
-    loopback = is_loopback(address)
-    for name, entries in psutil.net_if_addrs().items():
-        for entry in entries:
-            plain = entry.address.partition("%")[0]
-            if plain == address or (loopback and is_loopback(plain)):
-                return str(name)
-    return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address reaches only the machine that it is used on."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _beside_torchrun(seat: Seat, master: str, port: int, end: float, timeout: float) -> tuple[Any, str, str]:

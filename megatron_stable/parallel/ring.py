@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from megatron_stable.errors import MegatronStableError
-from megatron_stable.parallel.joining import is_loopback
+from megatron_stable.parallel.addresses import is_loopback
 
 MEETING = 300.0  # seconds in which neighbours, who have all joined the world, find each other
 

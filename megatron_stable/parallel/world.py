@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_stable.errors import ConfigError
-from megatron_stable.parallel.joining import interface_of, meet
+from megatron_stable.parallel.addresses import interface_of
+from megatron_stable.parallel.joining import meet
 from megatron_stable.parallel.launcher import PORT, Seat, first_machine, seat, start
 
 

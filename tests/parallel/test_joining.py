@@ -31,7 +31,7 @@ def be_a_rank(
     stays: float,
 ) -> None:
     """In a process of its own: meet the others, and say what came of it."""
-    from megatron_stable.parallel import joining
+    from megatron_stable.parallel import addresses, joining
     from megatron_stable.parallel.launcher import Seat
 
     if network:
@@ -43,7 +43,7 @@ def be_a_rank(
     except ConfigError as error:
         line.send(("agreed" if error.agreed else "alone", str(error)))
     else:
-        line.send(("met", f"{met.address} {joining.interface_of(met.address)}"))
+        line.send(("met", f"{met.address} {addresses.interface_of(met.address)}"))
         time.sleep(stays)
 
 

@@ -54,6 +54,11 @@ class Networks:
             nobody = ["lladdr", "02:00:00:00:00:01", "nud", "permanent"]
             _ip("-n", each, "neigh", "replace", peer, *nobody, "dev", "cable")
 
+    def mend(self) -> None:
+        """Undo :meth:`cut`."""
+        for each, peer in zip(self.names, reversed(self.addresses), strict=True):
+            _ip("-n", each, "neigh", "flush", "to", peer, "dev", "cable", "nud", "permanent")
+
     def remove(self) -> None:
         """Remove them."""
         for each in self.names:

@@ -1,0 +1,111 @@
+"""`megatron-stable launch`: look at the machines of a hostfile, and start the ranks of a run on all of them."""
+
+import os
+import secrets
+import shutil
+import socket
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_stable.config.checks import check
+from megatron_stable.config.load import load_config
+from megatron_stable.config.schema import Config
+from megatron_stable.errors import ConfigError
+from megatron_stable.launching.asking import Answer, ask
+from megatron_stable.launching.checks import master_address, problems
+from megatron_stable.launching.command import LAUNCHERS, NEEDS, Start, as_text, travelling
+from megatron_stable.launching.hosts import read_hostfile, span
+from megatron_stable.launching.running import run
+from megatron_stable.launching.survey import Question
+from megatron_stable.parallel.launcher import PORT
+
+
+class Launcher(str, Enum):
+    """By which machines are reached."""
+
+    pdsh = "pdsh"
+    openmpi = "openmpi"
+    slurm = "slurm"
+
+
+def launch(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields to override, by dotted key.")
+    ] = None,
+    config: Annotated[Path, typer.Option(help="The run's YAML, where all machines see it.")] = Path("config.yaml"),
+    hostfile: Annotated[Path, typer.Option(help="A line 'HOST slots=RANKS' for each machine.")] = Path("hosts"),
+    launcher: Annotated[
+        Launcher, typer.Option(help="pdsh (DeepSpeed's), openmpi (mpirun), or slurm (srun).")
+    ] = Launcher.pdsh,
+    port: Annotated[int, typer.Option(help="On which the ranks meet, on the first machine.")] = PORT,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, and start nothing.")] = False,
+    checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Look at the machines first.")] = True,
+) -> None:
+    """Start a run on the machines of a hostfile, after a look at each of them.
+
+    Looks, over ssh: are all reached, with the same versions, source and configuration, on one file system; is the port
+    free and let through; do the clocks agree; is there space for the checkpoints; does a run live there already?
+
+    Ctrl-C, SIGTERM or a closed terminal has the run finish its step, save and end with exit code 0, however long that
+    takes; once more ends it at once. The same command goes on where it stopped.
+
+    Example:
+      megatron-stable launch --config 10b.yaml --hostfile hosts --dry-run
+      megatron-stable launch --config 10b.yaml --hostfile hosts run.steps=5000
+    """
+    given = overrides or []
+    loaded = load_config(config, given)
+    slots = read_hostfile(hostfile)
+    check(loaded, sum(slots.values()))
+    if shutil.which(NEEDS[launcher.value]) is None:
+        raise ConfigError(f"{NEEDS[launcher.value]}, which --launcher {launcher.value} needs, is not installed here")
+    directory = Path(loaded.run.directory).absolute()
+    address, cores = next(iter(slots)), os.cpu_count() or 1
+    if checks:
+        answers = _look(loaded, config.absolute(), directory, slots, port)
+        address = master_address(answers)
+        cores = min(answer.survey.cores for answer in answers if answer.survey)
+    start = Start(slots, hostfile.absolute(), address, port, ["--config", str(config.absolute()), *given])
+    environment = travelling(threads=max(1, cores // max(slots.values())))
+    command = LAUNCHERS[launcher.value](start, environment)
+    if dry_run:
+        print(as_text(command, environment, launcher.value))
+        return
+    raise typer.Exit(run(command, environment, directory, loaded.run.on_hangup))
+
+
+def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], port: int) -> list[Answer]:
+    """The machines' answers. ConfigError: no run would come of it."""
+    waits = set(slots)
+
+    def told(answer: Answer) -> None:
+        waits.discard(answer.host)
+        if sys.stderr.isatty() and waits:
+            print(
+                f"\r\033[2Klooking at {len(slots)} machines; waiting for {span(sorted(waits))}", end="", file=sys.stderr
+            )
+
+    there = next(parent for parent in directory.parents if parent.is_dir())
+    token = there / f".megatron-stable-{secrets.token_hex(8)}"
+    try:
+        token.write_text(f"{socket.gethostname()}\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.directory {directory} cannot be made: {error}") from None
+    try:
+        answers = ask(slots, Question(next(iter(slots)), port, str(token), str(path)), told)
+    finally:
+        token.unlink(missing_ok=True)
+        if sys.stderr.isatty():
+            print("\r\033[2K", end="", file=sys.stderr)
+    found = problems(answers, slots, port, str(directory), needed=0)
+    for problem in found:
+        print(problem, file=sys.stderr)
+    if any(problem.fatal for problem in found):
+        raise ConfigError("nothing was started; --no-checks would start it all the same")
+    names = [f"{host} ({ranks} ranks)" for host, ranks in slots.items()]
+    print(f"{span(names)}: alike, reached, on one file system", file=sys.stderr, flush=True)
+    return answers

@@ -1,0 +1,126 @@
+"""The command that starts all ranks, for each launcher, and the environment that must travel with it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_stable.errors import ConfigError
+from megatron_stable.parallel.launcher import START
+
+# What decides how ranks compute and talk; an ssh or an mpirun would leave most of it behind. Not CUDA_VISIBLE_DEVICES:
+# launchers set it by the hostfile's slots.
+PREFIXES = (
+    "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_DEVICE_MAX", "CUDA_LAUNCH", "CUBLAS_", "OMP_", "MKL_", "UCX_", "FI_",
+    "DS_", "TRITON_", "MEGATRON_STABLE_", "PYTHON", "LD_LIBRARY_PATH", "DEEPSPEED_",
+)  # fmt: skip
+USERS_FILE = ".deepspeed_env"
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of all ranks.
+
+    Attributes:
+        slots: Ranks by host; the first is rank 0's.
+        hostfile: Where they were read.
+        arguments: For ``megatron_stable.pretrain``.
+    """
+
+    slots: Mapping[str, int]
+    hostfile: Path
+    address: str
+    port: int
+    arguments: Sequence[str]
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return sum(self.slots.values())
+
+
+def pdsh(start: Start, environment: Mapping[str, str]) -> list[str]:
+    """DeepSpeed's launcher over pdsh; reads the environment from the file that DS_ENV_FILE names."""
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(start.hostfile), "--force_multi",
+        "--master_addr", start.address, "--master_port", str(start.port), "--no_local_rank",
+        "--module", "megatron_stable.pretrain", *start.arguments,
+    ]  # fmt: skip
+
+
+def openmpi(start: Start, environment: Mapping[str, str]) -> list[str]:
+    """Open MPI's mpirun. Ranks are not bound to one core, and have an hour to save when it is told to end."""
+    sent = {**environment, "MASTER_ADDR": start.address, "MASTER_PORT": str(start.port)}
+    return [
+        "mpirun", *["--allow-run-as-root"] * (os.geteuid() == 0), "-n", str(start.ranks),
+        "--hostfile", str(start.hostfile), "--bind-to", "none", "--mca", "odls_base_sigkill_timeout", "3600",
+        *(word for name in sorted(sent) for word in ("-x", f"{name}={sent[name]}")),
+        sys.executable, "-u", "-m", "megatron_stable.pretrain", *start.arguments,
+    ]  # fmt: skip
+
+
+def slurm(start: Start, environment: Mapping[str, str]) -> list[str]:
+    """Slurm's srun, which passes the environment on by itself.
+
+    Raises:
+        ConfigError: Not the same number of ranks on each host.
+    """
+    if len(each := set(start.slots.values())) > 1:
+        raise ConfigError("srun starts as many ranks on each machine: give all hosts in the hostfile the same slots")
+    return [
+        "srun", f"--nodes={len(start.slots)}", f"--nodelist={','.join(start.slots)}",
+        f"--ntasks-per-node={each.pop()}", "--kill-on-bad-exit=1",
+        sys.executable, "-u", "-m", "megatron_stable.pretrain", *start.arguments,
+    ]  # fmt: skip
+
+
+LAUNCHERS = {"pdsh": pdsh, "openmpi": openmpi, "slurm": slurm}
+NEEDS = {"pdsh": "pdsh", "openmpi": "mpirun", "slurm": "srun"}
+
+
+def travelling(threads: int) -> dict[str, str]:
+    """What of this environment the ranks need, ``.deepspeed_env`` of the home and of this folder included.
+
+    Args:
+        threads: For OMP_NUM_THREADS, where nobody has said.
+
+    Raises:
+        ConfigError: A line of such a file is no NAME=VALUE, on which DeepSpeed would fail.
+    """
+    found = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
+    for folder in (Path.home(), Path.cwd()):
+        found |= _users_file(folder / os.environ.get("DS_ENV_FILE", USERS_FILE))
+    found.setdefault("OMP_NUM_THREADS", str(threads))
+    return {**found, "PYTHONUNBUFFERED": "1", START: secrets.token_hex(8)}
+
+
+def as_text(command: Sequence[str], environment: Mapping[str, str], launcher: str) -> str:
+    """For the user, to read or to run; without the name of this one start."""
+    environment = {name: value for name, value in environment.items() if name != START}
+    lines = []
+    if launcher == "pdsh":
+        lines = [
+            f"# {USERS_FILE} in this folder, or in the home:",
+            *(f"#   {n}={environment[n]}" for n in sorted(environment)),
+        ]
+    elif launcher == "slurm":
+        lines = [f"export {name}={shlex.quote(environment[name])}" for name in sorted(environment)]
+    return "\n".join([*lines, shlex.join(command)])
+
+
+def _users_file(path: Path) -> dict[str, str]:
+    found = {}
+    if path.is_file():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            name, separator, value = line.partition("=")
+            if not separator or not name.strip().isidentifier():
+                raise ConfigError(
+                    f"{path}, line {number}: {line!r} is not NAME=VALUE, and DeepSpeed takes nothing else"
+                )
+            found[name.strip()] = value.strip()
+    return found

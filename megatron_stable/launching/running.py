@@ -1,0 +1,120 @@
+"""Run a launcher's command until its ranks have ended, and have the run stop in order when a signal comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_stable.errors import MegatronStableError
+from megatron_stable.records.owner import OWNER, Owner, read_owner
+from megatron_stable.records.presence import ask_to_stop
+from megatron_stable.training.hangup import drop_dead_streams
+from megatron_stable.training.stop import SIGNALS
+
+LOOK = 0.5  # seconds between looks for signals
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], directory: Path, on_hangup: str) -> int:
+    """Returns the exit code.
+
+    The first signal asks the run to stop, as ``megatron-stable stop`` does: all ranks finish their step and save,
+    however long that takes, and end with code 0. Launchers would end them in a hurry. One more ends the launcher.
+
+    Args:
+        environment: Added to this process's; pdsh's launcher is given it in a file.
+        directory: The run's.
+        on_hangup: The run's setting: with "continue" a terminal that is closed is no reason to stop.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    if on_hangup == "continue" and signal.SIGHUP in caught:
+        caught.remove(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {number: signal.signal(number, receive) for number in caught}
+    earlier = _owner(directory)
+    with tempfile.NamedTemporaryFile("w", prefix="megatron-stable-", suffix=".env") as file:
+        file.writelines(f"{name}={value}\n" for name, value in environment.items())
+        file.flush()
+        # A process group of its own, so that Ctrl-C at a terminal reaches this process alone; but not a session, so
+        # that the ranks know this process for who started them.
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment, "DS_ENV_FILE": file.name},
+            stdin=subprocess.DEVNULL,
+            preexec_fn=os.setpgrp,
+        )
+        try:
+            code, passed_on = _await(process, received, directory, earlier)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+    return _explained(code, directory, passed_on)
+
+
+def _await(
+    process: subprocess.Popen[bytes], received: list[int], directory: Path, earlier: Owner | None
+) -> tuple[int, bool]:
+    """(exit code, whether the launcher was told to end)"""
+    done, passed_on = 0, False
+    while True:
+        try:
+            return process.wait(LOOK), passed_on
+        except subprocess.TimeoutExpired:
+            pass
+        if len(received) == done:
+            continue
+        done += 1
+        name = signal.Signals(received[done - 1]).name
+        drop_dead_streams()
+        owner = _owner(directory)
+        began = owner is not None and (earlier is None or owner.token != earlier.token)
+        if began and done == 1 and _asked(directory, owner, name):
+            _tell(f"{name}: the run stops after the step in progress and saves; once more to end it at once")
+            continue
+        passed_on = True
+        _tell(f"{name}: ending the launcher")
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def _asked(directory: Path, owner: Owner | None, name: str) -> bool:
+    try:
+        assert owner is not None
+        ask_to_stop(directory, owner, f"{name} to `megatron-stable launch`", save=True)
+    except MegatronStableError as error:
+        _tell(f"warning: the run cannot be asked to stop: {error}")
+        return False
+    return True
+
+
+def _owner(directory: Path) -> Owner | None:
+    try:
+        return read_owner(directory / OWNER)
+    except MegatronStableError:
+        return None
+
+
+def _explained(code: int, directory: Path, passed_on: bool) -> int:
+    if code in range(6) and not passed_on:
+        return code
+    if passed_on:
+        _tell(f"the launcher was ended; `megatron-stable status {directory}` says how far the run is")
+    else:
+        _tell(
+            f"error: the launcher ended with {code}; its output above says why; the same command goes on from the last "
+            "checkpoint"
+        )
+    return 1
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

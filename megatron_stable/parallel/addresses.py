@@ -1,0 +1,26 @@
+"""Addresses of this machine. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import psutil
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an address."""
+    loopback = is_loopback(address)
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            plain = entry.address.partition("%")[0]
+            if plain == address or (loopback and is_loopback(plain)):
+                return str(name)
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches only the machine that it is used on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
