@@ -13,13 +13,25 @@ import argparse
 import socket
 import sys
 
-from megatron_stable.config.load import load_config
-from megatron_stable.errors import MegatronStableError
-from megatron_stable.parallel.launcher import first_on_machine
-
 
 def main() -> int:
     """Parse the command line of one rank and train; returns the exit code."""
+    try:
+        return _train()
+    except ModuleNotFoundError as error:  # which `python` means another one on another machine
+        print(
+            f"error: {socket.gethostname()}: {sys.executable} has no module {error.name}: start all ranks with the "
+            "absolute path of the Python that megatron-stable is installed in",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _train() -> int:
+    from megatron_stable.config.load import load_config
+    from megatron_stable.errors import MegatronStableError
+    from megatron_stable.parallel.launcher import first_on_machine
+
     parser = argparse.ArgumentParser(prog="megatron_stable.pretrain", description="Train on this rank of a launcher.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a field: run.steps=5000")

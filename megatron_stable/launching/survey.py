@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import xxhash
 
-import megatron_stable
 from megatron_stable.parallel.addresses import is_loopback
 
 MARK = "megatron-stable survey: "  # what shells' start files print goes before
@@ -90,7 +89,7 @@ def survey(question: Question) -> Survey:
         clock=time.time(),
         python=platform.python_version(),
         versions={name: _version(name) for name in ("megatron-stable", "torch", "deepspeed")},
-        source=_digest(Path(megatron_stable.__file__).parent),
+        source=_digest(Path(__file__).parents[1]),
         config=_file_digest(Path(question.config)),
         sees=sees,
         free=shutil.disk_usage(token.parent).free if token.parent.is_dir() else 0,

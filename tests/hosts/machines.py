@@ -22,6 +22,7 @@ from tests.training.networks import Networks
 NAMES = ("node1", "node2")
 PROGRAMS = ("unshare", "nsenter", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
 NEWS = ["--mount", "--pid", "--ipc", "--uts"]
+DAEMONS = ("sshd", "munged", "slurmctld", "slurmd")  # that live as long as their machine
 BOOT = """
 set -e
 hostname $NAME
@@ -73,7 +74,7 @@ class Machine:
     def __init__(self, name: str, address: str, network: str, folder: Path, hosts: str, keys: Path) -> None:
         self.name, self.address, self._folder = name, address, folder
         (folder / "ssh").mkdir(parents=True)
-        self.set_hosts(hosts)
+        (folder / "etc-hosts").write_text(hosts)
         shutil.copy(keys / "id_ed25519", folder / "ssh")
         shutil.copy(keys / "id_ed25519.pub", folder / "ssh/authorized_keys")
         shutil.copy(keys / "known_hosts", folder / "ssh")
@@ -103,10 +104,6 @@ class Machine:
                 stderr=file,
             )
 
-    def set_hosts(self, text: str) -> None:
-        """Replace what its /etc/hosts holds."""
-        (self._folder / "etc-hosts").write_text(text)
-
     def processes(self, mark: str) -> list[psutil.Process]:
         """Its processes with a word in their command line, but for its first."""
         space = _space(self._first)
@@ -131,9 +128,10 @@ class Machine:
 
     def sweep(self) -> None:
         """End what still runs there of a test."""
-        for mark in ("megatron_stable", "deepspeed", "torch.distributed.run", "mpirun", "orted", "pdsh", "ssh "):
-            for process in self.processes(mark):
-                with suppress(psutil.Error):
+        for process in self.processes(""):
+            with suppress(psutil.Error):
+                session = "sshd" in process.name() and " -D " not in " ".join(process.cmdline())
+                if session or process.name() not in DAEMONS:
                     process.kill()
 
     def end(self) -> None:
@@ -150,7 +148,6 @@ class Machines:
 
     def __init__(self, machines: Sequence[Machine], network: Networks) -> None:
         self.machines, self.network = machines, network
-        self.hosts = hosts_file(network.addresses)
 
     def __getitem__(self, number: int) -> Machine:
         return self.machines[number]
@@ -162,7 +159,6 @@ class Machines:
         """As they were at the beginning."""
         self.network.mend()
         for each in self.machines:
-            each.set_hosts(self.hosts)
             each.sweep()
 
 
@@ -181,7 +177,7 @@ def machines(folder: Path) -> Iterator[Machines]:
         known = [f"{name},{address} {public}\n" for name, address in zip(NAMES, network.addresses, strict=True)]
         (keys / "known_hosts").write_text("".join(known))
         for name, address, space in zip(NAMES, network.addresses, network.names, strict=True):
-            made.append(Machine(name, address, space, folder / name, hosts_file(network.addresses), keys))
+            made.append(Machine(name, address, space, folder / name, hosts_file(name, network.addresses), keys))
         for each in made:
             _await_port(each, 22)
         yield Machines(made, network)
@@ -191,10 +187,10 @@ def machines(folder: Path) -> Iterator[Machines]:
         network.remove()
 
 
-def hosts_file(addresses: Sequence[str]) -> str:
-    """As a careful administrator writes it."""
-    names = [f"{address} {name}\n" for name, address in zip(NAMES, addresses, strict=True)]
-    return "127.0.0.1 localhost\n" + "".join(names)
+def hosts_file(own: str, addresses: Sequence[str]) -> str:
+    """As Debian and Ubuntu write it: a machine's own name means 127.0.1.1 there."""
+    known = {**dict(zip(NAMES, addresses, strict=True)), own: "127.0.1.1"}
+    return "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in known.items())
 
 
 def at_terminal(process: subprocess.Popen[bytes], number: int) -> None:
