@@ -128,10 +128,10 @@ class Judge:
         quiet = self._now - max(self._beaten[rank] for rank in ranks)
         places = {self.beats[rank].place for rank in ranks}
         if quiet > self.answer:
-            return f"{_named(ranks, host)} (silent for {quiet:.0f} s)"
-        return (
-            f"{_named(ranks, host)} (in {places.pop()})" if len(places) == 1 and places != {""} else _named(ranks, host)
-        )
+            known = f" (silent for {quiet:.0f} s)"
+        else:
+            known = f" (in {places.pop()})" if len(places) == 1 else ""
+        return _named(ranks, host) + known
 
     def verdict(self, host: Callable[[int], str]) -> Verdict:
         """Why the run ends, and where every rank stands."""

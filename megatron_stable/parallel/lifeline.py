@@ -220,6 +220,7 @@ class Lifeline:
             self._store.set(WORD, f"{self._count} {word}")
             if word == END:
                 # others read the word before the store goes down with this process
+                assert self._ring is not None
                 verdict = self._judge.verdict(self._ring.host)
                 lost = Lost(self._doing.step, 1, f"{verdict.reason}; {verdict.remedy}", verdict.stacks)
                 self._end(_in_full(verdict), CRASHES, 1, FOLLOWS + 2 * self.interval, lost)
@@ -248,11 +249,11 @@ class Lifeline:
     def _go_on(self, **changes: Any) -> None:
         before, now = self._doing, time.monotonic()
         self._watch.done(before, now - before.since)
-        self._doing = before._replace(count=before.count + 1, since=now, **changes)
+        self._doing = before._replace(number=before.number + 1, since=now, **changes)
 
     def _beat(self, asked: bool) -> Beat:
         stack, waits, place = stack_of(sys._current_frames()[self._main])
-        return Beat(self._count, self._doing.count, self._doing.allowance, stack if asked else "", waits, place)
+        return Beat(self._count, self._doing.number, self._doing.allowance, stack if asked else "", waits, place)
 
     def _see_to_rank_0(self) -> None:
         """End this process where nothing has been heard of rank 0."""

@@ -20,14 +20,14 @@ class Doing(NamedTuple):
     """What a rank's main thread does.
 
     Attributes:
-        count: Of what was done before.
+        number: Of what was done before.
         allowance: Seconds that it may take.
         step: The last one that has begun.
         after: Whether that is over: an evaluation, a checkpoint, or whatever follows.
         since: When it began.
     """
 
-    count: int
+    number: int
     allowance: float
     step: int
     after: bool
@@ -111,7 +111,7 @@ class Watch:
         """Something is over; on the main thread."""
         if not doing.after:
             self._paces.append(seconds)
-        if self._spoken is not None and self._spoken[0].count == doing.count:
+        if self._spoken is not None and self._spoken[0].number == doing.number:
             self._took = seconds
 
     def due(self, doing: Doing) -> float:
@@ -137,7 +137,7 @@ class Watch:
         """
         seconds = now - doing.since
         late = silent or seconds > self.due(doing)
-        if self._spoken is not None and (self._spoken[0].count != doing.count or not late):
+        if self._spoken is not None and (self._spoken[0].number != doing.number or not late):
             before, after, _ = self._spoken
             went_on = WentOn(before.step, before.after, max(self._took, after))
             self._spoken, self._took = None, 0.0
@@ -158,9 +158,8 @@ def told(word: Waiting | WentOn) -> str:
     what = str(Doing(0, 0.0, word.step, word.after, 0.0))
     if isinstance(word, WentOn):
         return f"{what} went on after {word.seconds:.0f} s"
-    return f"{what} has taken {word.seconds:.0f} s; " + (
-        f"waiting for {word.who}" if word.who else "no rank stands out"
-    )
+    whom = f"waiting for {word.who}" if word.ranks else "no rank stands out"
+    return f"{what} has taken {word.seconds:.0f} s; {whom}"
 
 
 class Recorder:
