@@ -92,6 +92,7 @@ class Judge:
         self.limit, self.answer = limit, answer
         self.beats = [Beat(0, 0, limit)] * ranks
         self._beaten, self._moved = [now] * ranks, [now] * ranks
+        self._missed = 2 / 3 * answer  # seconds: two beats that did not come, of the three in which ranks answer
         self._asked: float | None = None
         self._now = now
         self._stood = 0.0  # seconds without anything done, of the rank that stands longest
@@ -115,7 +116,7 @@ class Judge:
 
     def awaited(self) -> list[int]:
         """Ranks that the others wait for, as far as the last beats tell: the silent, or those that stand apart."""
-        return self._silent(self.answer) or self._apart()
+        return self._silent(self._missed) or self._apart()
 
     def silent(self, seconds: float) -> bool:
         """Whether a rank has been, for so long."""
@@ -127,7 +128,7 @@ class Judge:
             return ""
         quiet = self._now - max(self._beaten[rank] for rank in ranks)
         places = {self.beats[rank].place for rank in ranks}
-        if quiet > self.answer:
+        if quiet > self._missed:
             known = f" (silent for {quiet:.0f} s)"
         else:
             known = f" (in {places.pop()})" if len(places) == 1 else ""
@@ -141,7 +142,7 @@ class Judge:
             remedy = "see to that machine, or start without it"
         elif apart:
             reason = f"no progress for {self._stood:.0f} s: {_named(apart, host)}, for whom others wait"
-            remedy = "where that is, its stack says"
+            remedy = "its stack says where"
         else:
             reason = f"no progress for {self._stood:.0f} s, and no rank stands out: a GPU or the network hangs"
             remedy = "see the kernel's log of each machine (dmesg)"
