@@ -38,18 +38,16 @@ def address_of_rank_0() -> str:
         found = world.allgather((here, next((each for each in candidates if _answers(each, port, token)), None)))
     own = found[world.Get_rank()][1]
     MPI.Finalize()
-    # on the machine of rank 0 all of its addresses answer: take one that others reach, too
-    away = [(name, address) for name, address in found if name != host]
-    if missing := sorted({name for name, address in away if address is None}):
+    if missing := sorted({name for name, address in found[1:] if address is None}):
         error = JoinError(
             f"none of the addresses of rank 0 on {host} ({', '.join(candidates)}) answers on {', '.join(missing)}: set "
             "MASTER_ADDR to one that does (mpirun -x MASTER_ADDR=HOST …), or see to the network or its firewall"
         )
         error.agreed = True
         raise error
-    if here == host and away:
-        own = away[0][1]
-    return own or "127.0.0.1"
+    # on the machine of rank 0 all of its addresses answer: take one that others reach, too
+    away = next((address for name, address in found if name != host), None)
+    return str(away if here == host and away else own or found[-1][1])
 
 
 @contextmanager

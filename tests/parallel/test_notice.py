@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -112,7 +113,7 @@ def test_a_step_of_half_an_hour_is_spoken_of_now_and_then() -> None:
     assert 7 <= len(lines) <= 9
     waits = [word for word in run.words if isinstance(word, Waiting)]
     assert [word.again for word in waits] == [False] + [True] * (len(lines) - 1)
-    assert all(later.seconds >= 2 * earlier.seconds for earlier, later in zip(waits, waits[1:], strict=False))
+    assert all(later.seconds >= 2 * earlier.seconds for earlier, later in pairwise(waits))
     flickers = Run(1800.0)
     for _ in range(5):
         flickers.step(2.0)
