@@ -1,4 +1,4 @@
-"""What the lifeline says goes into the ledger of its own start; that rank 0 is lost, only if it is silent there, too."""
+"""What the lifeline says goes into the ledger of its own start; the loss of rank 0 only if it is silent there, too."""
 
 from __future__ import annotations
 
