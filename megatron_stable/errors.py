@@ -1,5 +1,10 @@
 """Errors a user can mend, each with the exit code the command line promises."""
 
+from __future__ import annotations
+
+import socket
+import sys
+
 
 class MegatronStableError(Exception):
     """Base of all errors whose message is for the user: printed without a traceback."""
@@ -12,6 +17,10 @@ class ConfigError(MegatronStableError):
     """Bad usage or configuration."""
 
     exit_code = 2
+
+
+class JoinError(ConfigError):
+    """The ranks did not come together; without a process group, each machine's first rank says so."""
 
 
 class DivergenceError(MegatronStableError):
@@ -30,3 +39,11 @@ class DataError(MegatronStableError):
     """Data or checkpoint unusable."""
 
     exit_code = 5
+
+
+def not_installed(error: ModuleNotFoundError) -> str:
+    """What to do about a module that is missing, most often as another Python was started than was meant."""
+    return (
+        f"{socket.gethostname()}: {error}: is {sys.executable} the Python that megatron-stable is installed in? name "
+        "that one by its absolute path"
+    )

@@ -12,39 +12,33 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
+import time
+
+from megatron_stable.errors import MegatronStableError, not_installed
 
 
 def main() -> int:
     """Parse the command line of one rank and train; returns the exit code."""
-    try:
-        return _train()
-    except ModuleNotFoundError as error:  # which `python` means another one on another machine
-        print(
-            f"error: {socket.gethostname()}: {sys.executable} has no module {error.name}: start all ranks with the "
-            "absolute path of the Python that megatron-stable is installed in",
-            file=sys.stderr,
-        )
-        return 2
-
-
-def _train() -> int:
-    from megatron_stable.config.load import load_config
-    from megatron_stable.errors import MegatronStableError
-    from megatron_stable.parallel.launcher import first_on_machine
-
     parser = argparse.ArgumentParser(prog="megatron_stable.pretrain", description="Train on this rank of a launcher.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a field: run.steps=5000")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     given = parser.parse_args()
     try:
+        from megatron_stable.config.load import load_config
+        from megatron_stable.parallel.launcher import SPEAKS, first_on_machine
+        from megatron_stable.training.pretrain import run_to_exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {not_installed(error)}", file=sys.stderr, flush=True)
+        return 2
+    try:
         config = load_config(given.config, given.overrides)
     except MegatronStableError as error:
         if first_on_machine():
-            print(f"error: {socket.gethostname()}: {error}", file=sys.stderr)
+            print(f"error: {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        else:  # it may come later, and launchers end all ranks when the first ends
+            time.sleep(SPEAKS)
         return error.exit_code
-    from megatron_stable.training.pretrain import run_to_exit_code
-
     return run_to_exit_code(config)
 
 

@@ -23,7 +23,7 @@ class Status(BaseModel):
     Attributes:
         running: Who trains it, in words; ``None``: nobody.
         hosts: Numbers of ranks by host, while it is being trained.
-        address: The launcher's, of rank 0.
+        address: Where its ranks have met.
         began: When these ranks began, seconds since 1970.
         step, steps: The last that was recorded, and the last that is to come.
         loss, grad_norm, tokens_per_second: Of that step.

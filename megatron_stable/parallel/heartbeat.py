@@ -1,15 +1,17 @@
 """What ranks say of themselves every few seconds, and what rank 0 makes of it. Decisions, by a clock that is given.
 
 A rank whose beats cease is *silent*: its machine is down or cut off, or its process was stopped. A rank that beats but
-gets nothing done is *still*; then all soon are, as they wait for each other in collectives, and their stacks tell which
-one the others wait for.
+gets nothing done is *still*; then all soon are, as they wait for each other in collectives, and where they are tells
+which one the others wait for.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from pathlib import PurePath
 from traceback import walk_stack
 from types import FrameType
 from typing import NamedTuple
@@ -31,6 +33,7 @@ class Beat(NamedTuple):
         allowance: Seconds that what it does now may take.
         stack: Where its main thread is; empty unless that was asked for.
         waits: Whether that is in a collective.
+        place: The innermost call there.
     """
 
     number: int
@@ -38,6 +41,7 @@ class Beat(NamedTuple):
     allowance: float
     stack: str = ""
     waits: bool = False
+    place: str = ""
 
     def encode(self) -> str:
         """As it is sent."""
@@ -49,15 +53,30 @@ class Beat(NamedTuple):
         return cls(*json.loads(sent))
 
 
-def stack_of(frame: FrameType) -> tuple[str, bool]:
-    """(the innermost frames as text, whether they wait in a collective).
+class Verdict(NamedTuple):
+    """Why a run ends.
+
+    Attributes:
+        reason: Who or what is to blame.
+        remedy: What to do about it.
+        stacks: Where every rank stands, by ranks: those that few share first.
+    """
+
+    reason: str
+    remedy: str
+    stacks: dict[str, str]
+
+
+def stack_of(frame: FrameType) -> tuple[str, bool, str]:
+    """(the innermost frames as text, whether they wait in a collective, the innermost one).
 
     Without lines of source: what hangs may be the file system that has them.
     """
     found = [(each.f_code.co_filename, line, each.f_code.co_name) for each, line in walk_stack(frame)]
     frames = [each for each in found if not each[0].endswith(PLUMBING)][:DEPTH]
     text = "".join(f'  File "{file}", line {line}, in {name}\n' for file, line, name in reversed(frames))
-    return text, any(mark in file for file, _, _ in frames[:4] for mark in WAITING)
+    waits = any(mark in file for file, _, _ in frames[:4] for mark in WAITING)
+    return text, waits, f"{frames[0][2]}, {PurePath(frames[0][0]).name}:{frames[0][1]}" if frames else ""
 
 
 class Judge:
@@ -73,7 +92,9 @@ class Judge:
         self.limit, self.answer = limit, answer
         self.beats = [Beat(0, 0, limit)] * ranks
         self._beaten, self._moved = [now] * ranks, [now] * ranks
+        self._missed = 2 / 3 * answer  # seconds: two beats that did not come, of the three in which ranks answer
         self._asked: float | None = None
+        self._now = now
         self._stood = 0.0  # seconds without anything done, of the rank that stands longest
 
     def see(self, now: float, beats: Sequence[Beat]) -> str:
@@ -83,7 +104,7 @@ class Judge:
                 self._beaten[rank] = now
             if beat.progress != before.progress:
                 self._moved[rank] = now
-        self.beats = [*beats]
+        self.beats, self._now = [*beats], now
         stood = (now - since for since, beat in zip(self._moved, beats, strict=True) if beat.number != LEFT)
         self._stood = max(stood, default=0.0)
         if not self._trouble(now):
@@ -93,24 +114,69 @@ class Judge:
             self._asked = now
         return END if now - self._asked > self.answer or not self._unheard() else STACKS
 
-    def verdict(self, host: Callable[[int], str]) -> str:
-        """Why the run ends, and where every rank stands. The first line is the reason."""
-        ranks = range(len(self.beats))
-        silent = self._unheard()
-        stuck = [rank for rank in ranks if self.beats[rank].stack and not self.beats[rank].waits]
+    def awaited(self) -> list[int]:
+        """Ranks that the others wait for, as far as the last beats tell: the silent, or those that stand apart."""
+        return self._silent(self._missed) or self._apart()
+
+    def silent(self, seconds: float) -> bool:
+        """Whether a rank has been, for so long."""
+        return bool(self._silent(seconds))
+
+    def named(self, ranks: Sequence[int], host: Callable[[int], str]) -> str:
+        """Ranks in words, with their machines, and what is known of them; nothing of none."""
+        if not ranks:
+            return ""
+        quiet = self._now - max(self._beaten[rank] for rank in ranks)
+        places = {self.beats[rank].place for rank in ranks}
+        if quiet > self._missed:
+            known = f" (silent for {quiet:.0f} s)"
+        else:
+            known = f" (in {places.pop()})" if len(places) == 1 else ""
+        return _named(ranks, host) + known
+
+    def verdict(self, host: Callable[[int], str]) -> Verdict:
+        """Why the run ends, and where every rank stands."""
+        silent, apart = self._unheard(), self._apart()
         if silent:
             reason = f"{_named(silent, host)} fell silent {self.limit:.0f} s ago (down, cut off, or stopped)"
-        elif 0 < len(stuck) < len(self.beats):
-            reason = f"no progress for {self._stood:.0f} s: {_named(stuck, host)}, for whom others wait in a collective"
+            remedy = "see to that machine, or start without it"
+        elif apart:
+            reason = f"no progress for {self._stood:.0f} s: {_named(apart, host)}, for whom others wait"
+            remedy = "its stack says where"
         else:
             reason = f"no progress for {self._stood:.0f} s, and no rank stands out: a GPU or the network hangs"
-        told = [f"error: {reason}; stopping"]
+            remedy = "see the kernel's log of each machine (dmesg)"
         by_stack: dict[str, list[int]] = {}
-        for rank in ranks:
-            if stack := self.beats[rank].stack:
-                by_stack.setdefault(stack, []).append(rank)
-        told += [f"{spans(together)}:\n{stack.rstrip()}" for stack, together in by_stack.items()]
-        return "\n".join(told)
+        for rank, beat in enumerate(self.beats):
+            if beat.stack:
+                by_stack.setdefault(beat.stack.rstrip(), []).append(rank)
+        stacks = {spans(together): stack for stack, together in sorted(by_stack.items(), key=lambda each: len(each[1]))}
+        return Verdict(reason, f"{remedy}; the same command goes on from the last checkpoint", stacks)
+
+    def _silent(self, seconds: float) -> list[int]:
+        return [
+            rank
+            for rank, beat in enumerate(self.beats)
+            if beat.number != LEFT and self._now - self._beaten[rank] > seconds
+        ]
+
+    def _apart(self) -> list[int]:
+        """Ranks that are not in a collective while others are; if none is, as on GPUs, which hosts run ahead of, those
+        that are elsewhere than most; or those that are behind. Empty: none stands out."""
+        present = {rank: beat for rank, beat in enumerate(self.beats) if beat.number != LEFT}
+        if not present:
+            return []
+        common, count = Counter(beat.place for beat in present.values()).most_common(1)[0]
+        most = 2 * count > len(present) and not any(beat.waits for beat in present.values())
+        foremost = max(beat.progress for beat in present.values())
+        for apart in (
+            [rank for rank, beat in present.items() if not beat.waits],
+            [rank for rank, beat in present.items() if most and beat.place != common],
+            [rank for rank, beat in present.items() if beat.progress < foremost],
+        ):
+            if 0 < len(apart) < len(present):
+                return apart
+        return []
 
     def _trouble(self, now: float) -> bool:
         return any(

@@ -24,7 +24,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megatron_stable.errors import ConfigError
+from megatron_stable.errors import JoinError
 from megatron_stable.parallel.addresses import is_loopback
 from megatron_stable.parallel.heartbeat import spans
 from megatron_stable.parallel.launcher import Seat, hosts
@@ -35,10 +35,6 @@ LEAVES = 3.0  # seconds that rank 0 keeps the store open for others to read why 
 ANOTHER = "set another port: MASTER_PORT, or the launcher's --master_port"
 AT = "megatron-stable/at"  # in torchrun's store
 TERMS, COUNT, STRANGER, WORD, READ = "join/terms", "join/count", "join/stranger", "join/word", "join/read"
-
-
-class JoinError(ConfigError):
-    """The ranks did not come together; without a process group, each machine's first rank says so."""
 
 
 class Card(NamedTuple):
@@ -62,10 +58,12 @@ class Meeting(NamedTuple):
 
     Attributes:
         address: Of this machine, as the others reach it.
+        place: Where the store is: address and port.
     """
 
     store: Any
     address: str
+    place: str
 
 
 def meet(seat: Seat, master: str, port: int, terms: Mapping[str, Any], timeout: float) -> Meeting:
@@ -79,27 +77,27 @@ def meet(seat: Seat, master: str, port: int, terms: Mapping[str, Any], timeout: 
     Raises:
         JoinError: Somebody did not come, is of another start, or has other terms; ``agreed`` where all ranks know.
     """
-    end = time.monotonic() + timeout
+    end, place = time.monotonic() + timeout, f"{master}:{port}"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, own, reached = _beside_torchrun(seat, master, port, end, timeout)
+        store, own, reached, place = _beside_torchrun(seat, master, port, end, timeout)
     elif seat.rank == 0:
         store, own, reached = _serve(seat, port, timeout), "127.0.0.1", ""
     else:
         store, own, reached = _reach(seat, lambda: (master, port), end, timeout)
     try:
-        word = _agree(store, seat, f"{master}:{port}", reached, terms, end, timeout)
+        word = _agree(store, seat, place, reached, terms, end, timeout)
     except dist.DistError:
         raise JoinError(
-            f"{_self(seat)} waited for others, and hears no more of rank 0 at {master}:{port}; its output says why"
+            f"{_self(seat)} waited for others, and hears no more of rank 0 at {place}; its output says why"
         ) from None
     if word["error"]:
         error = JoinError(word["error"])
         error.agreed = True
         raise error
-    return Meeting(store, word["reached"] if is_loopback(own) and word["reached"] else own)
+    return Meeting(store, word["reached"] if is_loopback(own) and word["reached"] else own, place)
 
 
-def _beside_torchrun(seat: Seat, master: str, port: int, end: float, timeout: float) -> tuple[Any, str, str]:
+def _beside_torchrun(seat: Seat, master: str, port: int, end: float, timeout: float) -> tuple[Any, str, str, str]:
     """As :func:`_reach`, but a store of rank 0's own: torchrun's goes down with it, before a run that is left alone has
     saved. Where it is is asked again before each attempt: after a restart the last one's is still there."""
     agents, own, there = _reach(seat, lambda: (master, port), end, timeout)
@@ -107,13 +105,14 @@ def _beside_torchrun(seat: Seat, master: str, port: int, end: float, timeout: fl
         store = _serve(seat, 0, timeout)
         here = master if own == there or is_loopback(own) else own
         agents.set(AT, json.dumps([here, store.port]))
-        return store, "127.0.0.1", ""
+        return store, "127.0.0.1", "", f"{here}:{store.port}"
 
     def where() -> tuple[str, int]:
         host, chosen = json.loads(agents.get(AT)) if agents.check([AT]) else (master, 0)
         return host, chosen
 
-    return _reach(seat, where, end, timeout)
+    store, own, there = _reach(seat, where, end, timeout)
+    return store, own, there, "{}:{}".format(*where())
 
 
 def _serve(seat: Seat, port: int, timeout: float) -> Any:
@@ -240,7 +239,7 @@ def _gather(store: Any, seat: Seat, place: str, end: float, timeout: float) -> d
             return {"error": store.get(STRANGER).decode(), "reached": ""}
         now = time.monotonic()
         if now > min(tells, end):
-            absent = _named([rank for rank in range(seat.size) if not store.check([_card(rank)])])
+            absent = _named([rank for rank in range(seat.size) if not store.check([_card(rank)])], seat.size)
             if now > end:
                 error = (
                     f"{absent} of {seat.size} did not come to {place} within run.join_timeout, {timeout:g} s: the "
@@ -257,9 +256,9 @@ def _gather(store: Any, seat: Seat, place: str, end: float, timeout: float) -> d
     }
 
 
-def _named(ranks: list[int]) -> str:
+def _named(ranks: list[int], size: int) -> str:
     """Ranks with their machines, where these are known: "ranks 8-15 (node3)"."""
-    known, by_host = hosts(), dict[str, list[int]]()
+    known, by_host = hosts(size), dict[str, list[int]]()
     for rank in ranks:
         by_host.setdefault(known.get(rank, ""), []).append(rank)
     return ", ".join(f"{spans(own)} ({host})" if host else spans(own) for host, own in by_host.items())

@@ -22,13 +22,16 @@ from megatron_stable.parallel.joining import meet
 from megatron_stable.parallel.launcher import PORT, Seat, first_machine, seat, start
 
 
-def join_world(patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[str, Any] | None = None) -> None:
+def join_world(patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[str, Any] | None = None) -> str:
     """Initialise torch.distributed and DeepSpeed: NCCL with CUDA, else gloo; a world of one without a launcher.
 
     Args:
         patience: Seconds that ranks wait for each other in a collective.
         timeout: Seconds that ranks wait for each other to begin.
         terms: What must be the same on all ranks, beside versions; see :func:`~megatron_stable.parallel.joining.meet`.
+
+    Returns:
+        Where the ranks have met: address and port.
 
     Raises:
         ConfigError: The launcher started several ranks, but the address of the first is unknown, or they did not come
@@ -51,25 +54,28 @@ def join_world(patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[
         if "OMPI_COMM_WORLD_LOCAL_RANK" in environment:
             environment["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
     _allow_open_files()
+    place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     if not dist.is_initialized():  # by who calls this as a library
         same = {"the start's name": start(), "the number of ranks": mine.size, **_versions(), **(terms or {})}
-        _begin("nccl" if on_gpu else "gloo", mine, same, timeout, timedelta(seconds=patience))
+        place = _begin("nccl" if on_gpu else "gloo", mine, same, timeout, timedelta(seconds=patience))
     with quiet():
         import deepspeed  # takes seconds, so only where ranks really start
 
         # an op that only inference calls, which would be compiled at the first start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return place
 
 
-def _begin(backend: str, mine: Seat, terms: Mapping[str, Any], timeout: float, patience: timedelta) -> None:
-    """Meet the other ranks, and make the process group."""
-    store, address = meet(mine, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), terms, timeout)
+def _begin(backend: str, mine: Seat, terms: Mapping[str, Any], timeout: float, patience: timedelta) -> str:
+    """Meet the other ranks, and make the process group; the place of the meeting."""
+    store, address, place = meet(mine, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), terms, timeout)
     store.set_timeout(patience)
     interface = interface_of(address)
     if interface is not None:  # gloo would take what this machine's name means, which may be 127.0.1.1
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(backend, store=store, rank=mine.rank, world_size=mine.size, timeout=patience)
+    return place
 
 
 def _versions() -> dict[str, str]:

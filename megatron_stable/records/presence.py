@@ -77,10 +77,9 @@ class Request(Persisted):
     token: str
 
 
-def write_start(run: Path, ranks: Sequence[Rank]) -> None:
-    """Record who has begun to train. DataError: it cannot be written."""
-    at = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-    start = Start(began=time.time(), address=at, ranks=tuple(ranks))
+def write_start(run: Path, ranks: Sequence[Rank], place: str) -> None:
+    """Record who has begun to train, and where they have met. DataError: it cannot be written."""
+    start = Start(began=time.time(), address=place, ranks=tuple(ranks))
     write_file(run / RANKS, f"{start.model_dump_json()}\n".encode())
 
 

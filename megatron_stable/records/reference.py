@@ -86,6 +86,8 @@ EXAMPLES: tuple[Event, ...] = (
         step=300, consecutive=2,
         reason="the checkpoint of step 300 could not be written: rank 5: [Errno 28] No space left on device",
     ),
+    types.Waiting(step=321, seconds=34.2, ranks=(5,), who="rank 5 on node2 (in read, loader.py:31)"),
+    types.WentOn(step=321, seconds=47.0),
     types.Stop(step=140, exit_code=3, reason="the loss rose by 0.71 nats since step 121"),
 )  # fmt: skip
 

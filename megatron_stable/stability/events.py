@@ -331,6 +331,39 @@ class SaveFailed(Event):
         return f"{self.reason}; {self.consecutive} in a row"
 
 
+class _Long(Event):
+    after: bool = False
+    """Whether it was not the step itself but what follows it: an evaluation, a checkpoint."""
+    seconds: float
+    """For so long."""
+
+    def _what(self) -> str:
+        return "what follows it " if self.after else ""
+
+
+class Waiting(_Long):
+    """Something takes long, and goes on; on record once, when it is first noticed."""
+
+    event: Literal["waiting"] = "waiting"
+    ranks: tuple[int, ...]
+    """Those that the others wait for; empty: none stands out."""
+    who: str
+    """The same in words, with their machines and what is known of them."""
+
+    def words(self) -> str:
+        whom = f"waiting for {self.who}" if self.ranks else "no rank stands out"
+        return f"{self._what()}has taken {self.seconds:.0f} s; {whom}"
+
+
+class WentOn(_Long):
+    """What took long went on after all."""
+
+    event: Literal["went_on"] = "went_on"
+
+    def words(self) -> str:
+        return f"{self._what()}went on after {self.seconds:.0f} s"
+
+
 class Stop(Event):
     """The run ended before its last step."""
 
@@ -339,6 +372,9 @@ class Stop(Event):
     """Of the process."""
     reason: str
     """In words."""
+    stacks: dict[str, str] | None = None
+    """Where the ranks stood, by their numbers in words, if one was lost: the innermost calls of each, the last one
+    lowest. Of eight places at most, those that the fewest share."""
 
     def words(self) -> str:
         return f"stopped with exit code {self.exit_code}: {self.reason}"
@@ -371,7 +407,7 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Converted | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback | GaveUp
-    | Undo | LossScaleFloor | SaveFailed | Stop,
+    | Undo | LossScaleFloor | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

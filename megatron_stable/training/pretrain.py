@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -15,20 +16,24 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
-from megatron_stable.errors import ConfigError, MegatronStableError
-from megatron_stable.parallel.launcher import Seat, first_on_machine, seat
+from megatron_stable.errors import ConfigError, JoinError, MegatronStableError, not_installed
+from megatron_stable.parallel.launcher import SPEAKS, Seat, first_on_machine, seat
 from megatron_stable.training.hangup import Starters
 
 if TYPE_CHECKING:
     from megatron_stable.parallel.lifeline import Lifeline
     from megatron_stable.records.directory import RunDirectory
+    from megatron_stable.training.last_words import LastWords
     from megatron_stable.training.stop import StopSignal, Wish
 
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
 
 
-def train(config: Config) -> None:
+def train(config: Config, tell: Callable[[MegatronStableError], None] = lambda error: None) -> None:
     """Train, on this rank of whatever launcher started it; alone without one. Returns when the run has ended.
+
+    Args:
+        tell: Called with an error that is the same on all ranks, before any of them ends.
 
     Raises:
         MegatronStableError: With a message for the user; ``agreed`` if it is the same on all ranks. After any other
@@ -38,9 +43,11 @@ def train(config: Config) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import torch.distributed as dist
 
+    from megatron_stable.parallel.agreement import everywhere
     from megatron_stable.parallel.determinism import make_deterministic
     from megatron_stable.parallel.lifeline import SLOW, Lifeline
     from megatron_stable.parallel.world import join_world
+    from megatron_stable.training.last_words import LastWords
     from megatron_stable.training.stop import StopSignal
 
     starters = Starters() if config.run.on_hangup == "stop" else None  # before anything that takes time
@@ -51,24 +58,29 @@ def train(config: Config) -> None:
         for section, fields in config.model_dump(mode="json").items()
         for key, value in fields.items()
     }
-    join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, terms)  # the lifeline loses patience first
-    lifeline = Lifeline(config.run.patience)
-    with StopSignal(lifeline.stop, starters) as stop:
+    # the lifeline loses patience first
+    place = join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, terms)
+    last_words = LastWords()
+    lifeline = Lifeline(config.run.patience, last_words)
+    with StopSignal(lambda wish: lifeline.stop(wish.why, int(wish.forced)), starters) as stop:
         try:
-            _train_in_world(config, stop, lifeline, dist.get_rank(), dist.get_world_size())
+            _train_in_world(config, stop, lifeline, last_words, place)
         except BaseException as error:
             if isinstance(error, MegatronStableError) and error.agreed:
+                tell(error)
+                everywhere(None)  # launchers end all ranks when the first ends, which may not be the one that tells
                 lifeline.leave()
                 dist.destroy_process_group()
             else:
-                lifeline.crash()
+                lifeline.crash(_cause(error), _code(error))
             raise
         lifeline.leave()
     dist.destroy_process_group()
 
 
-def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: int, world: int) -> None:
+def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_words: LastWords, place: str) -> None:
     import torch
+    import torch.distributed as dist
 
     from megatron_stable.checkpoint import store
     from megatron_stable.data import Tokenizer
@@ -85,6 +97,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
 
+    rank, world = dist.get_rank(), dist.get_world_size()
     directory = RunDirectory(config.run.directory)
     tokenizer = None
     with ExitStack() as stack:
@@ -109,16 +122,17 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
         callbacks.message(f"attention backend {backend.name}: {backend.reason}")
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         trainer = Trainer(config, topology, directory, callbacks, tokenizer)
-        ranks = everywhere(Rank.myself())
+        ranks, tokens = zip(*everywhere((Rank.myself(), directory.token)), strict=True)
         with lifeline.slow():
             changed = trainer.resume()
+        lifeline.stands_at(trainer.step)
         if trainer.step >= config.run.steps:
             callbacks.message(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
             return
         with together():
             if rank == 0:
                 directory.commit(config)
-                write_start(directory.path, ranks)
+                write_start(directory.path, ranks, place)
                 started: dict[str, Any] = {"step": trainer.step, "ranks": world, "layout": config.parallel}
                 with directory.explained():
                     directory.log(Resume(**started, changed=changed) if trainer.step else Start(**started))
@@ -126,6 +140,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, rank: 
                     if config.logging.tensorboard:
                         callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
                     trainer.recovery.catch_up(trainer.step)
+        last_words.begin(directory.path, tokens[0])
         stopped = trainer.run(stop, lifeline)
         if stopped and rank == 0:
             with suppress(OSError):  # the checkpoint counts
@@ -171,44 +186,63 @@ def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
 
 
 def run_to_exit_code(config: Config) -> int:
-    """:func:`train`; returns the exit code. One rank prints the message of an error that the user can mend."""
+    """:func:`train`; returns the exit code. One rank prints the message of an error that the user can mend, before any
+    other ends, as many launchers end all ranks then."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are a page each
     try:
-        train(config)
+        train(config, lambda error: _say(f"error: {error}"))
         return 0
     except KeyboardInterrupt:  # later, StopSignal takes it
-        return _leave("SIGINT: stopped before training began", 0)
+        _say("SIGINT: stopped before training began")
+        return 0
     except MegatronStableError as error:
-        return _leave(f"error: {error}", error.exit_code) if error.agreed else _crash(error)
+        if not error.agreed:
+            _crash(error)
+        if isinstance(error, JoinError):  # without a process group, others can but wait
+            _say(f"error: {error}") if _rank() == 0 else time.sleep(SPEAKS)
+        return error.exit_code
     except BaseException as error:
-        return _crash(error)
+        _crash(error)
 
 
-def _leave(message: str, code: int) -> int:
-    if (seat() or Seat(0, 1, 0)).rank == 0:
+def _say(message: str) -> None:
+    if _rank() == 0:
         print(message, file=sys.stderr, flush=True)
-    return code
+
+
+def _rank() -> int:
+    return (seat() or Seat(0, 1, 0)).rank
+
+
+def _cause(error: BaseException) -> str:
+    """What happened, in words; nothing if another rank is to blame."""
+    if isinstance(error, MegatronStableError):
+        return str(error)
+    return "" if _lost_connection(error) else f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _code(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, MegatronStableError) else 1
 
 
 def _crash(error: BaseException) -> NoReturn:
     """End this process, and with it the run, because of an error of this rank alone."""
     if _lost_connection(error):
         time.sleep(5.0)  # another rank is to blame; its word, or that of its neighbour, ends this one
-    code = error.exit_code if isinstance(error, MegatronStableError) else 1
     try:
-        _tell_crash(error, code)
+        _tell_crash(error, _code(error))
     finally:
-        os._exit(code)  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
+        os._exit(_code(error))  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
 
 
 def _tell_crash(error: BaseException, code: int) -> None:
-    from megatron_stable.parallel.joining import JoinError
-    from megatron_stable.parallel.world import first_to_crash
-
-    if first_on_machine() if isinstance(error, JoinError) else first_to_crash():
-        rank = (seat() or Seat(0, 1, 0)).rank
+    if _speaks(error):
+        rank = _rank()
         if isinstance(error, JoinError):
             text = f"error: {error}\n"
+        elif _wrong_python(error):
+            assert isinstance(error, ModuleNotFoundError)
+            text = f"error: {not_installed(error)}\n"
         elif isinstance(error, MegatronStableError):
             text = f"error: rank {rank}: {error}\n"
         else:
@@ -217,7 +251,22 @@ def _tell_crash(error: BaseException, code: int) -> None:
             Path(path).write_text(f"{code}\n{text}", encoding="utf-8")  # the launcher prints it, last
         else:
             print(text, file=sys.stderr, end="", flush=True)
+    elif isinstance(error, JoinError) or _wrong_python(error):
+        time.sleep(SPEAKS)  # the one that tells may come later, and launchers end all ranks when the first ends
     sys.stdout.flush()
+
+
+def _speaks(error: BaseException) -> bool:
+    """Whether this rank is the one to tell of a crash."""
+    if isinstance(error, JoinError) or _wrong_python(error):
+        return first_on_machine()
+    from megatron_stable.parallel.world import first_to_crash
+
+    return first_to_crash()
+
+
+def _wrong_python(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name in ("torch", "numpy", "deepspeed")
 
 
 def _lost_connection(error: BaseException) -> bool:

@@ -80,12 +80,12 @@ class StopSignal:
     them with the metrics of a step, whose reduction carries :meth:`wished`.
 
     Args:
-        early: Called, from a thread, with the number of a signal that comes before; ends the process.
+        early: Called, from a thread, with a wish that comes before; ends the process.
         starters: Stop when one of them has ended, or the terminal is closed; ``None``: neither. Nor where SIGHUP is
             ignored already, which is what nohup does.
     """
 
-    def __init__(self, early: Callable[[int], None], starters: Starters | None = None) -> None:
+    def __init__(self, early: Callable[[Wish], None], starters: Starters | None = None) -> None:
         self.received: Wish | None = None
         self.since = 0.0  # when it was received, monotonic
         self._early, self._deferred = early, False
@@ -134,7 +134,7 @@ class StopSignal:
             if wish := look():
                 self._wish(wish)
                 if not self._deferred:
-                    self._early(signal.SIGTERM)
+                    self._early(wish)
                 return
 
     def _wish(self, wish: Wish) -> None:
@@ -144,7 +144,7 @@ class StopSignal:
     def _take(self, mailbox: int) -> None:
         while number := os.read(mailbox, 1):
             if number[0] in SIGNALS and not self._deferred:
-                self._early(number[0])
+                self._early(Wish(signal.Signals(number[0]).name))
         os.close(mailbox)
 
     def ended(self, wish: Wish, step: int, saved: int, seconds: float) -> Stopped:

@@ -118,8 +118,8 @@ class Trainer:
                 self.save()  # there is always something to go back to
         while self.step < config.run.steps and not stopped:
             self.step += 1
-            outcome = self._train_step(stop)
-            lifeline.progress()
+            with lifeline.step(self.step):
+                outcome = self._train_step(stop)
             stop.defer()
             stopped = outcome.metrics.stop  # nobody evaluates any more: who sent the signal may not wait for long
             with clock.paused(), lifeline.slow():

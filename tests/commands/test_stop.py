@@ -69,7 +69,7 @@ def test_ranks_that_live_on_without_rank_0_are_named(tmp_path: Path) -> None:
         alive = Rank.myself().model_copy(update={"pid": orphan.pid, "began": begin_of(orphan.pid)})
         gone, reused = (alive.model_copy(update=other) for other in ({"pid": 2**22 + 1}, {"began": 7}))
         elsewhere = alive.model_copy(update={"machine": "another"})
-        write_start(tmp_path, [gone, alive, reused, elsewhere])
+        write_start(tmp_path, [gone, alive, reused, elsewhere], "node1:29500")
         said = verb("status", tmp_path).stdout
         assert f"rank 1 of its last start live on here without rank 0; to end them: kill {orphan.pid}\n" in f"{said}\n"
     finally:

@@ -214,7 +214,7 @@ def test_a_machine_that_is_cut_off(machines: Machines, port: int, networks: Netw
 def test_who_does_not_come_is_named_with_its_machine_under_deepspeed() -> None:
     """DeepSpeed's launcher has the machines of all ranks in its command line."""
     world = base64.urlsafe_b64encode(json.dumps({"node1": [0, 1], "node2": [0, 1], "node3": [5]}).encode()).decode()
-    named = "from megatron_stable.parallel.joining import _named; print(_named([1, 2, 3, 4]))"
+    named = "from megatron_stable.parallel.joining import _named; print(_named([1, 2, 3, 4], 5))"
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {named!r}])"
     command = [sys.executable, "-c", launcher, f"--world_info={world}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -32,6 +32,8 @@ from megatron_stable.stability.events import (
     Stop,
     Undo,
     Unknown,
+    Waiting,
+    WentOn,
     parse,
 )
 from megatron_stable.stability.interventions import Intervention
@@ -107,7 +109,17 @@ TOLD: list[tuple[Event, str]] = [
         "gradient norms: embedding 1.5, head not finite",
     ),
     (SaveFailed(**AT, reason="no room", consecutive=2), "no room; 2 in a row"),
+    (
+        Waiting(**AT, seconds=33.6, ranks=(5,), who="rank 5 on node2 (silent for 30 s)"),
+        "has taken 34 s; waiting for rank 5 on node2 (silent for 30 s)",
+    ),
+    (
+        Waiting(**AT, after=True, seconds=33.6, ranks=(), who=""),
+        "what follows it has taken 34 s; no rank stands out",
+    ),
+    (WentOn(**AT, seconds=47.1), "went on after 47 s"),
     (Stop(**AT, exit_code=3, reason="diverged"), "stopped with exit code 3: diverged"),
+    (Stop(**AT, exit_code=1, reason="lost", stacks={"rank 5": "  File"}), "stopped with exit code 1: lost"),
 ]
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_stable.parallel.lifeline import Lifeline
+from megatron_stable.parallel.notice import Word
 from tests.training.networks import Networks, possible
 
 PATIENCE = 5.0
@@ -41,7 +42,7 @@ class Case(NamedTuple):
 
 
 def crash(lifeline: Lifeline) -> None:
-    lifeline.crash()
+    lifeline.crash("ValueError: no such thing", 5)
     time.sleep(2.0)  # until it has told why, on a busy machine
     os._exit(5)
 
@@ -76,17 +77,19 @@ CASES = {
     "first stopped": Case(outside=stop, lost=0),
     "loops": Case(within=spin),
     "holds": Case(within=hold),
-    "signal": Case(within=lambda lifeline: lifeline.stop(signal.SIGTERM)),
+    "signal": Case(within=lambda lifeline: lifeline.stop("somebody said so")),
+    "forsaken": Case(within=lambda lifeline: lifeline.stop("nobody is left", 1)),
     "cut": Case(ranks=2, lost=1, outside=cut, apart=True),
     "leaves": Case(),
 }
 
 
-def train(lifeline: Lifeline, until: Callable[[], bool]) -> None:
+def train(lifeline: Lifeline, until: Callable[[], bool], step: int = 0) -> None:
     value = torch.ones(1)
     while not until():
-        dist.all_reduce(value)
-        lifeline.progress()
+        step += 1
+        with lifeline.step(step):
+            dist.all_reduce(value)
         time.sleep(0.05)
 
 
@@ -94,7 +97,12 @@ def live(rank: int, case: Case, folder: Path, address: str, port: int) -> None:
     store = dist.TCPStore(address, port, case.ranks, is_master=rank == 0, timeout=timedelta(minutes=2))
     group = {"store": store, "rank": rank, "world_size": case.ranks, "timeout": timedelta(minutes=5)}
     dist.init_process_group("gloo", **group)  # type: ignore[arg-type]
-    lifeline = Lifeline(PATIENCE)
+
+    def record(word: Word) -> None:
+        with (folder / f"words {rank}").open("a") as file:
+            file.write(json.dumps([type(word).__name__, word._asdict()]) + "\n")
+
+    lifeline = Lifeline(PATIENCE, record)
     lost = folder / "lost"
     with suppress(RuntimeError):  # gloo's, of a peer that is gone; training waits for the lifeline then
         steps = iter(range(10))
@@ -104,7 +112,7 @@ def live(rank: int, case: Case, folder: Path, address: str, port: int) -> None:
             time.sleep(0.3 * rank)
             lifeline.leave()
             os._exit(0)
-        train(lifeline, lost.exists if rank == case.lost and case.within else lambda: False)
+        train(lifeline, lost.exists if rank == case.lost and case.within else lambda: False, 10)
         assert case.within is not None
         case.within(lifeline)
     time.sleep(300)
@@ -162,7 +170,12 @@ class World:
 
     def result(self) -> dict[str, Any]:
         codes = [self.ended.get(rank) for rank in range(self.case.ranks)]
-        return {"codes": codes, "seconds": self.seconds, "printed": (self.folder / "stderr").read_text()}
+        words = {
+            path.name.removeprefix("words "): [json.loads(line) for line in path.read_text().splitlines()]
+            for path in self.folder.glob("words *")
+        }
+        printed = (self.folder / "stderr").read_text()
+        return {"codes": codes, "seconds": self.seconds, "printed": printed, "words": words}
 
     def remove(self) -> None:
         for pid in (pid for rank, pid in enumerate(self.pids) if rank not in self.ended):

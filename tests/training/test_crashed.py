@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +22,13 @@ CASES = {
 }
 
 
+HOST = socket.gethostname()
 OFTEN = ("rank 0 of PP",)
+
+
+def last_event(run: Path) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads((run / "ledger.jsonl").read_text().splitlines()[-1])
+    return event
 
 
 @pytest.mark.parametrize("case", [it if it in OFTEN else pytest.param(it, marks=pytest.mark.full) for it in CASES])
@@ -39,6 +49,10 @@ def test_an_exception_ends_the_run_with_its_traceback_last(folder: Path, case: s
     assert f"rank {crashing} failed:" in lines or crashing == "0,1"
     assert "frame #" not in output and "[INFO]" not in output and "another rank" not in output
     assert not rank_processes(process.pid)
+    stop = last_event(folder / "run")
+    assert (stop["event"], stop["exit_code"], stop["step"]) == ("stop", 1, 3)
+    first = crashing.partition(",")[0] if crashing != "0,1" else r"\d"
+    assert re.fullmatch(rf"rank {first} on {HOST}: ArithmeticError: the weights are lost", stop["reason"])
 
 
 @pytest.mark.full
@@ -55,3 +69,6 @@ def test_data_that_goes_bad_under_a_run_ends_it_with_a_message(folder: Path) -> 
     assert "Traceback" not in output
     assert len(error_lines(output)) == 1
     assert "token id 60000" in output.splitlines()[-1]
+    stop = last_event(folder / "run")
+    assert (stop["event"], stop["exit_code"]) == ("stop", 5)
+    assert "token id 60000" in stop["reason"]

@@ -46,7 +46,7 @@ def test_a_rank_that_loops_ends_the_run_with_its_stack(folder: Path) -> None:
     assert code == 1, output
     (error,) = error_lines(output)
     assert error.startswith("error: no progress for 1"), output
-    assert error.endswith(f"s: rank 1 on {HOST}, for whom others wait in a collective; stopping"), output
-    waiting, _, stuck = output.partition("\nrank 1:\n")
+    assert f"s: rank 1 on {HOST}, for whom others wait; stopping: its stack says where; " in error, output
+    stuck, _, waiting = output.partition("\nrank 1:\n")[2].partition("\nrank 0:\n")
     assert "in loop" in stuck and "in loop" not in waiting
     assert "Traceback" not in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ SAID = {  # exit codes by rank, and the lines that are no stack
     ),
     "loops": (
         [1, 1, 1, 1],
-        ["error: no progress for", "ranks 0-1, 3:", "rank 2:"],
+        ["error: no progress for", "rank 2:", "ranks 0-1, 3:"],
     ),
     "holds": (
         [1, 1, 1, 1],
@@ -62,17 +63,27 @@ SAID = {  # exit codes by rank, and the lines that are no stack
             f"error: rank 2 on {HOST} fell silent",
             "ranks 0-1, 3:",
             "Timeout (",
-            "Thread",
-            "Thread",
-            "Thread",
+            *["Thread"] * 4,
         ],
     ),
-    "signal": ([0, 0, 0, 0], ["SIGTERM: stopped before training began"]),
+    "signal": ([0, 0, 0, 0], ["somebody said so: stopped before training began"]),
+    "forsaken": ([1, 1, 1, 1], ["nobody is left: stopped before training began"]),
     "leaves": ([0, 0, 0, 0], []),
 }
 
 
-QUICK = {"killed", "first killed", "crashes", "signal", "leaves"}
+QUICK = {"killed", "first killed", "crashes", "signal", "forsaken", "leaves"}
+RESUMES = "the same command goes on from the last checkpoint"
+KEPT = {  # by whom, with which exit code and why
+    "killed": (0, 1, f"rank 2 on {HOST} was lost; {RESUMES}"),
+    "first killed": (3, 1, f"rank 0 on {HOST} was lost; {RESUMES}"),
+    "crashes": (0, 5, f"rank 2 on {HOST}: ValueError: no such thing"),
+    "stopped": (0, 1, f"rank 2 on {HOST} fell silent"),
+    "first stopped": (3, 1, f"no word from rank 0 on {HOST} for"),
+    "loops": (0, 1, "no progress for"),
+    "holds": (0, 1, f"rank 2 on {HOST} fell silent"),
+    "cut": (0, 1, f"rank 1 on {HOST} fell silent"),
+}
 
 
 @pytest.mark.parametrize("case", SAID)
@@ -80,7 +91,7 @@ def test_all_ranks_end(results: Results, case: str) -> None:
     codes, said = SAID[case]
     result = results[case]
     assert result["codes"] == codes, result["printed"]
-    lines = [line for line in result["printed"].splitlines() if line and not line.startswith("  ")]
+    lines = [line for line in result["printed"].splitlines() if line and not line.startswith(("  ", "step "))]
     if "stopped" in case:  # the rank wakes at last, and may see that it stood still, or its timer may, before the word
         woken = [at for at, line in enumerate(lines) if "stood still for" in line or line.startswith("Timeout (")]
         del lines[min(woken, default=len(lines)) :]
@@ -91,9 +102,9 @@ def test_all_ranks_end(results: Results, case: str) -> None:
 
 
 def test_where_a_rank_loops_is_told(results: Results) -> None:
-    reason, _, rest = results["loops"]["printed"].partition("\n")
-    assert reason.endswith(f": rank 2 on {HOST}, for whom others wait in a collective; stopping")
-    waiting, _, stuck = rest.partition("rank 2:")
+    reason, _, rest = results["loops"]["printed"].partition("error: ")[2].partition("\n")
+    assert f": rank 2 on {HOST}, for whom others wait; stopping: its stack says where; {RESUMES}" in reason
+    stuck, _, waiting = rest.partition("ranks 0-1, 3:")
     assert "in all_reduce" in waiting and "in spin" not in waiting
     assert "in spin" in stuck and "in all_reduce" not in stuck
 
@@ -112,6 +123,44 @@ def test_ranks_on_both_sides_of_a_network_that_breaks_end(results: Results) -> N
     assert len(errors) == 2, result["printed"]
     assert errors[0].startswith(f"error: no word from rank 0 on {HOST} for"), errors
     assert errors[1].startswith(f"error: rank 1 on {HOST} fell silent"), errors
+
+
+def words(result: dict[str, Any], rank: int, kind: str) -> list[dict[str, Any]]:
+    """What a rank had put on record, of a kind."""
+    return [word for name, word in result["words"].get(str(rank), []) if name == kind]
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_why_the_run_ends_is_put_on_record(results: Results, case: str) -> None:
+    """By rank 0, or by the last rank if rank 0 is lost."""
+    if case not in results:
+        pytest.skip("networks of our own need root and ip")
+    keeper, code, reason = KEPT[case]
+    (kept,) = words(results[case], keeper, "Lost")
+    assert kept["exit_code"] == code
+    assert kept["reason"].startswith(reason)
+    assert kept["rank_0"] == {"first killed": "gone", "first stopped": "silent"}.get(case)
+    assert kept["step"] > 10
+    if case == "loops":
+        assert "in spin" in kept["stacks"]["rank 2"] and "in all_reduce" in kept["stacks"]["ranks 0-1, 3"]
+
+
+@pytest.mark.parametrize("case", ["signal", "forsaken", "leaves"])
+def test_an_end_in_order_is_no_loss(results: Results, case: str) -> None:
+    assert results[case]["words"] == {}
+
+
+@pytest.mark.parametrize(
+    ("case", "known"), [("stopped", "(silent for"), ("loops", "(in spin, losing.py:"), ("holds", "(silent for")]
+)
+def test_before_the_end_it_is_said_whom_the_others_wait_for(results: Results, case: str, known: str) -> None:
+    lines = results[case]["printed"].partition("error: ")[0].splitlines()
+    assert 1 <= len(lines) <= 4
+    assert all(re.match(rf"step 1\d has taken \d s; waiting for rank 2 on {HOST} \(", line) for line in lines), lines
+    assert known in lines[-1]
+    (kept,) = words(results[case], 0, "Waiting")
+    assert kept["ranks"] == [2] and kept["seconds"] < PATIENCE / 2
+    assert kept["who"].startswith(f"rank 2 on {HOST} (")
 
 
 def test_every_case_is_looked_at() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import signal
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_stable.training.stop import Stopped
+from megatron_stable.training.stop import Stopped, StopSignal, Wish
 from tests.harness.ranks import RankError, Ranks
 from tests.training.runs import curve, finish, layout, metrics, pretrain, rank_processes, settings, train
 from tests.training.test_killed import _wait_for_steps
@@ -131,3 +132,14 @@ def test_a_signal_while_starting_up_ends_all_processes_at_once(folder: Path) -> 
     assert code == 0, output
     assert output.splitlines()[-1] == "SIGTERM: stopped before training began"
     assert not rank_processes(process.pid)
+
+
+def test_another_reason_while_starting_up_is_told_as_it_is() -> None:
+    early: queue.SimpleQueue[Wish] = queue.SimpleQueue()
+    gone = Wish("process 7 (deepspeed), which started it, has ended", forced=True)
+    with StopSignal(early.put) as stop:
+        stop.watch(lambda: gone)
+        assert early.get(timeout=20.0) == gone
+    with StopSignal(early.put):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert early.get(timeout=20.0) == Wish("SIGTERM")
