@@ -1,8 +1,8 @@
 """The forward pass of a stage as autograd sees it: what each layer keeps of a micro batch for backward, in bytes.
 
-It follows ``model/`` module by module. What a kernel keeps depends on the device: on CUDA norms and dropout are fused, and
-attention without a cap keeps queries, keys, values, output and one fp32 number per query and head (FlashAttention, arXiv
-2205.14135); on a CPU RMSNorm and dropout are not fused, and a cap keeps the s x s scores.
+It follows ``model/`` module by module. What a kernel keeps depends on the device: on CUDA norms and dropout are fused,
+and attention keeps queries, keys, values, output and one fp32 number per query and head (FlashAttention, arXiv
+2205.14135); on a CPU RMSNorm and dropout are not fused, and attention with a cap keeps the s x s scores.
 ``tests/analysis/test_activations.py`` holds this against autograd, on the CPU.
 """
 
@@ -89,11 +89,12 @@ class Layers:
         model, tp = self.config.model, self.config.parallel.tensor
         if model.qk_norm_scope == "head":
             return self.norm(tape, x, self.tokens * heads, storage)
+        x = tape.put(x.size, x)  # heads of a group lie apart: side by side they are a copy
         if tp == 1:
-            return self.norm(tape, x, self.tokens, storage)
+            return self.norm(tape, x, self.tokens)
         # in steps, as ranks exchange the statistics: x in fp32 (centred under LayerNorm), 1 / rms, their product
         elements = x.size / self.width
-        wide = storage if self.width == FP32 and model.norm == "rmsnorm" else Value(elements * FP32)
+        wide = x if self.width == FP32 and model.norm == "rmsnorm" else Value(elements * FP32)
         saves = (wide, Value(self.tokens * FP32), Value(elements * FP32))
         return tape.put(x.size, x, saves=saves, scratch=2 * elements * FP32)
 

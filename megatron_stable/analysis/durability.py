@@ -1,7 +1,7 @@
 """Checkpoints and failures: how large a checkpoint is, how long it takes, and how often to save.
 
-Saving every W seconds at a cost of d seconds each, with M seconds between failures, loses about d / W + W / (2 M) of the
-time, least at W = sqrt(2 d M) (Young, CACM 17(9), 1974; Daly, FGCS 22(3), 2006, https://doi.org/10.1016/j.future.2004.11.016).
+Saving every W seconds at a cost of d seconds each, with M seconds between failures, loses about d / W + W / (2 M) of
+the time, least at W = sqrt(2 d M) (Young, CACM 17(9), 1974; Daly, FGCS 22(3), 2006, doi 10.1016/j.future.2004.11.016).
 d is what training stands still for: the copy to host memory; the files are written while it goes on.
 """
 
@@ -73,5 +73,12 @@ def durability(config: Config, world: int, on: Machine, step_seconds: float) -> 
 
     every = max(1, round(best / step_seconds))
     return Durability(
-        size, stall, write, failure, best, every, lost(config.checkpoint.every * step_seconds), lost(every * step_seconds)
+        size,
+        stall,
+        write,
+        failure,
+        best,
+        every,
+        lost(config.checkpoint.every * step_seconds),
+        lost(every * step_seconds),
     )

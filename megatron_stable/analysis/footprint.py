@@ -68,6 +68,8 @@ def footprints(config: Config, world: int) -> list[Footprint]:
         each = 10 if parallel.sequence else 8
         recomputed = 4 * own_blocks if model.activation_checkpointing == "full" else 0
         passes = each * own_blocks + recomputed + 2 * first + (3 if parallel.sequence else 2) * last
+        if parallel.pipeline > 1 and not parallel.sequence:  # what comes from another stage comes in slices
+            passes += (not first) + (not last)
         reduced = FP32 if config.precision.reduce_dtype == "fp32" else width
         times = {1: 1, 2: 2 * micro_batches, 3: micro_batches}[stage]  # ZeRO-2 all-reduces, every micro batch
         gathered = {1: 1, 2: 1, 3: 2 * micro_batches}[stage]

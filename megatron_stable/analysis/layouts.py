@@ -1,4 +1,4 @@
-"""Other layouts for the same model and batch on the same number of GPUs: which fit, which are fastest, what would mend one."""
+"""Other layouts of the same model and batch on as many GPUs: which fit, which are fastest, what would mend one."""
 
 from __future__ import annotations
 
@@ -124,7 +124,12 @@ def _layouts(config: Config, world: int, tensor: int, pipeline: int) -> Iterator
 
 
 def _contradiction(config: Config, world: int, tensor: int, pipeline: int) -> str:
-    changes = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.zero_stage": 1, "batch.micro_size": 1}
+    changes = {
+        "parallel.tensor": tensor,
+        "parallel.pipeline": pipeline,
+        "parallel.zero_stage": 1,
+        "batch.micro_size": 1,
+    }
     found = conflicts(_changed(config, changes), world)
     return found[0].message if found else "no layout is possible"
 

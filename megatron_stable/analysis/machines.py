@@ -1,6 +1,7 @@
-"""What a run is planned for: nodes of GPUs, how fast their parts are at best, and how much of that is assumed to be reached.
+"""What a run is planned for: nodes of GPUs, how fast their parts are at best, and how much of that is assumed.
 
-Presets are data sheets' figures; efficiencies are assumptions, printed with every plan and overridden in a file of one's own.
+Presets are data sheets' figures; efficiencies are assumptions, printed with every plan and overridden in a file of
+one's own.
 """
 
 from __future__ import annotations
@@ -66,15 +67,15 @@ class Machine(Part):
     price_per_gpu_hour: float = Field(gt=0)
     """What a GPU costs per hour, in the currency of your choice; an assumption: set yours."""
     node_mtbf_hours: float = Field(6300, gt=0)
-    """Hours between two failures of one node that end a run. 6300: 419 unexpected interruptions in 54 days on 16,384 H100
-    (2,048 nodes), Llama 3, arXiv 2407.21783, table 5."""
+    """Hours between two failures of one node that end a run. 6300: 419 unexpected interruptions in 54 days on 16,384
+    H100 (2,048 nodes), Llama 3, arXiv 2407.21783, table 5."""
     restart_seconds: float = Field(600, ge=0)
     """From a failure until the run trains again; an assumption."""
     launch_seconds: float = Field(6e-6, ge=0)
     """Of the host, for each kernel that it starts without torch.compile; where this is more than the kernel takes, the
     host limits the step. An assumption."""
     reserve: float = Field(2e9, ge=0)
-    """Bytes of a GPU for the CUDA context (~0.5 GB), libraries' workspaces and NCCL's buffers (1-2 GB). An assumption."""
+    """Bytes of a GPU for the CUDA context (~0.5 GB), libraries' workspaces and NCCL's buffers (1-2 GB); assumed."""
     efficiency: Efficiency = Efficiency()
 
     @property
@@ -84,7 +85,7 @@ class Machine(Part):
 
 
 MACHINES = {
-    # NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16 and fp16, 19.5 fp32, 2,039 GB/s, NVLink 600 GB/s both ways together.
+    # NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16 and fp16, 19.5 fp32, 2,039 GB/s, NVLink 600 GB/s, both ways.
     # DGX A100: eight 200 Gb/s adapters. Failures: 6.50 per 1,000 node-days on RSC-1 (A100), arXiv 2410.21680.
     # FlashAttention-2 reaches 50-73% of an A100's peak (arXiv 2307.08691); GEMMs come closer to it than on H100.
     "a100": Machine(
@@ -98,7 +99,7 @@ MACHINES = {
         node_mtbf_hours=3700,
         efficiency=Efficiency(gemm=0.75, attention=0.55),
     ),
-    # NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 and fp16 dense, 67 fp32, 3.35 TB/s, NVLink 900 GB/s both ways together.
+    # NVIDIA H100 SXM data sheet: 989 TFLOP/s bf16 and fp16 dense, 67 fp32, 3.35 TB/s, NVLink 900 GB/s, both ways.
     # DGX H100: eight 400 Gb/s adapters.
     "h100": Machine(
         name="h100 (80 GB, SXM)",
@@ -121,8 +122,8 @@ MACHINES = {
         link_to_host=50e9,
         price_per_gpu_hour=3.5,
     ),
-    # NVIDIA DGX B200 data sheet: 1,440 GB and 64 TB/s for eight, 2,250 TFLOP/s bf16 dense each, NVLink 1.8 TB/s both ways
-    # together, eight 400 Gb/s adapters; fp32: HGX B200, 600 TFLOP/s for eight.
+    # NVIDIA DGX B200 data sheet: 1,440 GB and 64 TB/s for eight, 2,250 TFLOP/s bf16 dense each, NVLink 1.8 TB/s, both
+    # ways, eight 400 Gb/s adapters; fp32: HGX B200, 600 TFLOP/s for eight.
     "b200": Machine(
         name="b200 (180 GB)",
         memory=180e9,

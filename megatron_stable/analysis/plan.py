@@ -1,4 +1,4 @@
-"""A plan: what a configuration on so many GPUs of a machine is predicted to need, in numbers that people and programs read."""
+"""A plan: what a configuration on so many GPUs of a machine is predicted to need."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ class Plan:
             "parameters": {"total": self.parameters, "outside_embeddings": self.outside_embeddings},
             "micro_batches": self.micro_batches,
             "stages": [
-                {**asdict(held), "total": held.total, "sent": {"dp": sent.dp_bytes, "tp": sent.tp_bytes, "pp": sent.pp_bytes}}
+                {
+                    **asdict(held),
+                    "total": held.total,
+                    "sent": {"dp": sent.dp_bytes, "tp": sent.tp_bytes, "pp": sent.pp_bytes},
+                }
                 for held, sent in zip(self.stages, self.traffic, strict=True)
             ],
             "usable_memory": self.machine.usable,

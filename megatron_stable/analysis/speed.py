@@ -1,6 +1,7 @@
 """How long a step is predicted to take: a sum of roofline times under the machine's stated efficiencies.
 
-Nothing here has been measured on a GPU by this project. docs/plan.md has the formulas, and predictions beside published rows.
+Nothing here has been measured on a GPU by this project. docs/plan.md has the formulas, and predictions beside
+published rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_stable.training.flops import flops_per_token
 LOSS_TRAFFIC, CAP_TRAFFIC = 64, 84
 # kernels that an operation of the tape starts, forward and backward together
 KERNELS = 4
-# bytes per parameter: a gradient's way into its fp32 sum, per micro batch; an update, per parameter of the replica's part
+# bytes per parameter: a gradient's way into its fp32 sum, per micro batch; an update, of the replica's own part
 ACCUMULATION, UPDATE = 18, 44
 COMPILED = 0.5  # of element-wise traffic is left when torch.compile fuses a block
 

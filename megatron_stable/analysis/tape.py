@@ -1,7 +1,8 @@
 """What a forward pass keeps for its backward pass, and what the backward pass needs beside it, by arithmetic.
 
-A tape holds the operations of a forward pass as autograd would see them: what each takes, gives and saves. Values have a
-size and an identity, so that what two operations save is counted once. Played backwards, it frees what autograd frees.
+A tape holds the operations of a forward pass as autograd would see them: what each takes, gives and saves. Values have
+a size and an identity, so that what two operations save is counted once. Played backwards, it frees what autograd
+frees.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ def plan(
 ) -> None:
     """Say what a run will need: memory of each GPU, time, money, checkpoints, and what limits it.
 
-    Nothing is started or read but the configuration. Parameters, bytes held and bytes sent are counted; speed is predicted
-    from the machine's data sheet and the efficiencies that are printed with it, and not measured on GPUs by this project.
-    Exit code 2 if it does not fit, with what would make it fit. docs/plan.md explains every number.
+    Nothing is started or read but the configuration. Parameters, bytes held and bytes sent are counted; speed is
+    predicted from the machine's data sheet and the efficiencies that are printed with it, and not measured on GPUs by
+    this project. Exit code 2 if it does not fit, with what would make it fit. docs/plan.md explains every number.
 
     Example:
       megatron-stable plan --config examples/30b.yaml --ranks 512 --machine h100 --vocab-size 64000
@@ -109,8 +109,8 @@ def _print_plan(found: Plan) -> None:
     parallel = config.parallel
     replicas = found.world // (parallel.tensor * parallel.pipeline)
     console.print(
-        f"{found.parameters / 1e9:,.3f}B parameters ({found.parameters:,}; {found.outside_embeddings:,} of them outside "
-        f"embedding and head), {config.precision.dtype}, sequences of {config.model.sequence_length:,}"
+        f"{found.parameters / 1e9:,.3f}B parameters ({found.parameters:,}; {found.outside_embeddings:,} of them "
+        f"outside embedding and head), {config.precision.dtype}, sequences of {config.model.sequence_length:,}"
     )
     console.print(
         f"{found.world:,} GPUs of {found.machine.name}: TP {parallel.tensor} x PP {parallel.pipeline} x DP {replicas}, "
@@ -170,7 +170,11 @@ def _memory_table(found: Plan) -> Table:
 def _traffic_table(found: Plan) -> Table:
     table = Table("", *(f"stage {number}" for number in range(len(found.stages))), box=None, pad_edge=False)
     name = "TP and SP, activations" if found.config.parallel.sequence else "TP, activations"
-    for label, kind in ((name, "tp_bytes"), ("PP, to neighbours", "pp_bytes"), ("DP, gradients and weights", "dp_bytes")):
+    for label, kind in (
+        (name, "tp_bytes"),
+        ("PP, to neighbours", "pp_bytes"),
+        ("DP, gradients and weights", "dp_bytes"),
+    ):
         table.add_row(label, *(size(getattr(stage, kind)) for stage in found.traffic))
     return table
 
@@ -202,24 +206,24 @@ def _print_checkpoints(console: Console, found: Plan) -> None:
     nodes = -(-found.world // found.machine.gpus_per_node)
     console.print("\nCheckpoints")
     console.print(
-        f"  {size(lasting.checkpoint_bytes)} each; training stands still for {lasting.stall_seconds:.2g} s, the files are "
-        f"written after {lasting.write_seconds:,.0f} s at {size(found.machine.disk_write)}/s and node"
+        f"  {size(lasting.checkpoint_bytes)} each; training stands still for {lasting.stall_seconds:.2g} s, the files "
+        f"are written after {lasting.write_seconds:,.0f} s at {size(found.machine.disk_write)}/s and node"
     )
     console.print(
         f"  a failure every {duration(lasting.failure_seconds)} is to be expected of {nodes} node(s) with "
         f"{found.machine.node_mtbf_hours:,.0f} h each"
     )
     console.print(
-        f"  best: checkpoint.every={lasting.best_every} ({duration(lasting.best_seconds)}; Young and Daly), which costs "
-        f"{lasting.best_overhead:.2%} of the time; checkpoint.every={every} costs {lasting.overhead:.2%}"
+        f"  best: checkpoint.every={lasting.best_every} ({duration(lasting.best_seconds)}; Young and Daly), which "
+        f"costs {lasting.best_overhead:.2%} of the time; checkpoint.every={every} costs {lasting.overhead:.2%}"
     )
 
 
 def _print_search(config: Config, world: int, on: Machine, fitting: list[Candidate], reasons: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"Layouts of {world:,} GPUs of {on.name} that fit: {len(fitting)}. Speed is predicted, not measured on GPUs by this "
-        "project"
+        f"Layouts of {world:,} GPUs of {on.name} that fit: {len(fitting)}. Speed is predicted, not measured on GPUs by "
+        "this project"
     )
     table = Table("", "TP", "PP", "DP", "ZeRO", "SP", "micro_size", "recompute", "tokens/s", "MFU", "memory", box=None)
     for number, one in enumerate(fitting[:SHOWN], start=1):
