@@ -92,13 +92,15 @@ def footprints(config: Config, world: int) -> list[Footprint]:
 
 
 def _bucket(config: Config) -> float:
-    """Bytes of DeepSpeed's buffer for reduction: in the dtype of the sums under ZeRO-1, else in that of the model.
+    """Bytes of DeepSpeed's buffer for reduction, which each of its optimizers makes in another dtype.
 
-    ZeRO-1 under bf16 has none, as it reduces its flat gradient in place.
+    ZeRO-1: of the sums; under bf16 none, as the flat gradient is reduced in place. ZeRO-2: of the model. ZeRO-3: of what
+    is sent.
     """
-    if config.parallel.zero_stage == 1:
-        return 0 if config.precision.dtype == "bf16" else FP32 * BUCKET
-    return WIDTH[config.precision.dtype] * BUCKET
+    dtype, stage = config.precision.dtype, config.parallel.zero_stage
+    if stage == 1:
+        return 0 if dtype == "bf16" else FP32 * BUCKET
+    return WIDTH[dtype if stage == 2 else config.precision.reduce_dtype] * BUCKET
 
 
 def _stages(model: ModelConfig, tensor: int, pipeline: int) -> tuple[list[int], list[int]]:
