@@ -2,9 +2,9 @@
 
 python benchmarks/plan.py
 
-Shapes are those of the published configurations, to our knowledge; micro batches, where a source does not say, are of 16,384 tokens.
-These are other programs (FSDP, other kernels, compiled or not): the comparison tells whether the model of speed is of
-the right size, not how fast megatron-stable is, which nobody has measured.
+Shapes are those of the published configurations, to our knowledge; micro batches, where a source does not say, are of
+16,384 tokens. These are other programs (FSDP, other kernels, compiled or not): the comparison tells whether the model
+of speed is of the right size, not how fast megatron-stable is, which nobody has measured.
 """
 
 from __future__ import annotations
