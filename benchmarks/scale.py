@@ -56,7 +56,7 @@ def main() -> None:
     )
     print("| | held | sent between replicas |\n|---|---|---|")
     print("| ZeRO-1, bf16 | 6 + 12/d | 6 (1 - 1/d): fp32 gradients scattered, bf16 weights gathered |")
-    print("| ZeRO-2, bf16 | 2 + 16/d + buckets of 200 MB | (8 m + 2) (1 - 1/d): all-reduced every micro batch |")
+    print("| ZeRO-2, bf16 | 2 + 16/d + buckets of 100 MB | (8 m + 2) (1 - 1/d): all-reduced every micro batch |")
     print("| ZeRO-3, bf16 | 18/d + buckets + what is live | (4 m + 4 m) (1 - 1/d) |")
     print("| DeepSpeed's own ZeRO-1, bf16, fp32 accumulation | 8 + 12/d | 6 (1 - 1/d), its sums in bf16; 10 in fp32 |")
     print("| Megatron-LM, distributed optimizer, fp32 gradients | 6 + 12/d | 6 (1 - 1/d) |")

@@ -24,8 +24,8 @@ INPUT = {
 }
 
 
-def count_on_rank(values: dict[str, Any], steps: int = 2) -> dict[str, Any]:
-    """On a rank, real or imagining the others: the engine takes steps on random tokens.
+def count_on_rank(values: dict[str, Any], steps: int = 2, alone: bool = True) -> dict[str, Any]:
+    """On a rank, real or imagining the others (``alone``): the engine takes steps on random tokens.
 
     Returns:
         ``parameters`` of this rank; ``held``: bytes by kind when all gradients are there and before the update;
@@ -40,7 +40,7 @@ def count_on_rank(values: dict[str, Any], steps: int = 2) -> dict[str, Any]:
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
     engine = Engine(config, topology)
     batch, length = config.batch.micro_size, config.model.sequence_length
-    if topology.pipeline_size > 1:  # the stage before would have said what it sends
+    if alone and topology.pipeline_size > 1:  # the stage before would have said what it sends
         stream = batch, length // (topology.tensor_size if config.parallel.sequence else 1), config.model.hidden
         engine.deepspeed._recv_tensor_meta = lambda stage: torch.zeros(stream, dtype=torch.bfloat16)
     held: dict[str, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -95,6 +96,22 @@ def test_bytes_sent(counted: tuple[Layout, list[dict[str, Any]]]) -> None:
             within = {name: size for (name, members), size in result["sent"].items() if members == layout.tensor}
             assert on_the_wire(within, layout.tensor) == pytest.approx(mine.tp_bytes, rel=0.05)
         assert sum(size for (name, _), size in result["sent"].items() if name == "send") == pytest.approx(mine.pp_bytes)
+
+
+def test_bytes_sent_without_sequence_parallelism(ranks: Ranks) -> None:
+    """Stages send slices of what TP ranks have alike, and the receivers put them together."""
+    layout = Layout(4, 2, 2, 1, (0, 1, 2, 3))
+    config = layout.config()
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"sequence": False})})
+    found = ranks.run(4, count_on_rank, config.model_dump(mode="json"), 2, False)
+    for rank, result in enumerate(found):
+        mine = footprints(config, 4)[rank // 2]
+        sizes = Counter(dict[str, int]())
+        for (name, members), size in result["sent"].items():
+            if name == "send" or members == 2:
+                sizes[name] += size
+        assert sizes.pop("send") == pytest.approx(mine.pp_bytes, rel=0.01)
+        assert on_the_wire(sizes, 2) == pytest.approx(mine.tp_bytes, rel=0.05)
 
 
 def on_the_wire(sent: dict[str, int], members: int) -> float:
