@@ -1,4 +1,4 @@
-"""The examples: each configuration runs on as many ranks as it says, and each script starts that many, or says why not."""
+"""The examples: each configuration runs on the ranks it names, and each script starts as many, or says why not."""
 
 from __future__ import annotations
 
