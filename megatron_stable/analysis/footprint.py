@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
-from megatron_stable.config.schema import Config
+from megatron_stable.config.schema import Config, ModelConfig
 from megatron_stable.engine.deepspeed_config import BUCKET
 from megatron_stable.model.transformer import layer_list
 from megatron_stable.parallel.stages import stage_bounds
@@ -50,17 +51,14 @@ class Footprint:
 
 
 def footprints(config: Config, world: int) -> list[Footprint]:
-    """One for each pipeline stage of ``world`` ranks; ``config.model.vocab_size`` must be known.
-
-    In bf16, the precision of large runs; for fp32 and fp16 these are lower bounds.
-    """
+    """One for each pipeline stage of ``world`` ranks; ``config.model.vocab_size`` must be known."""
     parallel, batch, model = config.parallel, config.batch, config.model
     replicas = world // (parallel.tensor * parallel.pipeline)
     width, stage = WIDTH[config.precision.dtype], parallel.zero_stage
     micro_batches = batch.global_size // (batch.micro_size * replicas)
     stream = width * batch.micro_size * model.sequence_length * model.hidden  # bytes of the residual stream
     found = []
-    counts, blocks = _stages(config)
+    counts, blocks = _stages(model, parallel.tensor, parallel.pipeline)
     for number, (parameters, own_blocks) in enumerate(zip(counts, blocks, strict=True)):
         shared = 1 / replicas
         first, last = number == 0, number == parallel.pipeline - 1
@@ -79,31 +77,45 @@ def footprints(config: Config, world: int) -> list[Footprint]:
                 weights=width * parameters * (shared if stage == 3 else 1),
                 gradients=FP32 * parameters * (shared if stage >= 2 else 1),
                 optimizer=MASTER_AND_MOMENTS * parameters * shared,
-                buckets=FP32 * BUCKET if stage >= 2 else 0,
+                buckets=_bucket(config),
                 dp_bytes=(1 - shared) * parameters * (reduced * times + width * gathered),
                 tp_bytes=passes * stream * (1 - 1 / parallel.tensor) * micro_batches,
                 pp_bytes=stream
                 * micro_batches
                 * ((not last) + (not first))
-                / (parallel.tensor if parallel.sequence else 1),
+                / parallel.tensor,  # under SP the shard, else DeepSpeed's slice, which the receiver gathers
             )
         )
     return found
 
 
-def _stages(config: Config) -> tuple[list[int], list[int]]:
+def _bucket(config: Config) -> float:
+    """Bytes of DeepSpeed's buffer for reduction: in the dtype of the sums under ZeRO-1, else in that of the model.
+
+    ZeRO-1 under bf16 has none, as it reduces its flat gradient in place.
+    """
+    if config.parallel.zero_stage == 1:
+        return 0 if config.precision.dtype == "bf16" else FP32 * BUCKET
+    return WIDTH[config.precision.dtype] * BUCKET
+
+
+def _stages(model: ModelConfig, tensor: int, pipeline: int) -> tuple[list[int], list[int]]:
     """By stage: parameters of a TP slice, and how many blocks."""
-    parallel = config.parallel
-    model = config.model.model_copy(update={"attention": "math"})
-    with torch.device("meta"):
-        layers = layer_list(model, TensorParallel(None, 0, parallel.tensor, parallel.sequence), 0, draw=False)
-        sizes: list[int] = []
-        for layer in layers:
-            if layer.name.startswith("blocks.") and layer.name != "blocks.0":
-                sizes.append(sizes[[other.name for other in layers].index("blocks.0")])
-            else:
-                sizes.append(sum(weight.numel() for weight in layer.build().parameters()))
+    # what does not change the parameters is left out, so that they are counted once
+    sizes = _sizes(model.model_copy(update={"attention": "math", "activation_checkpointing": "none"}), tensor)
+    layers = layer_list(model, TensorParallel(None, 0, tensor), 0, draw=False)
     is_block = [layer.name.startswith("blocks.") for layer in layers]
-    bounds = stage_bounds([layer.cost for layer in layers], is_block, parallel.pipeline)
+    bounds = stage_bounds([layer.cost for layer in layers], is_block, pipeline)
     ranges = [range(low, high) for low, high in pairwise(bounds)]
     return [sum(sizes[i] for i in own) for own in ranges], [sum(is_block[i] for i in own) for own in ranges]
+
+
+@lru_cache(maxsize=64)
+def _sizes(model: ModelConfig, tensor: int) -> list[int]:
+    """Parameters of each layer's TP slice."""
+    with torch.device("meta"):
+        sizes: dict[str, int] = {}
+        for layer in layer_list(model, TensorParallel(None, 0, tensor), 0, draw=False):
+            known = sizes.get("blocks.0") if layer.name.startswith("blocks.") else None
+            sizes[layer.name] = known or sum(weight.numel() for weight in layer.build().parameters())
+    return list(sizes.values())
