@@ -41,6 +41,7 @@ RUN mkdir /wheels \
 
 # ---- the image
 FROM base AS image
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # ssh and pdsh: DeepSpeed's launcher reaches the other nodes by them, and sshd lets it in
 # hadolint ignore=DL3008
@@ -60,13 +61,18 @@ RUN pip install -c constraints.txt .
 COPY examples examples
 COPY tools tools
 
-# the user of the shared file system: --build-arg UID=$(id -u) --build-arg GID=$(id -g)
-ARG UID=1000
-ARG GID=1000
-RUN (getent group "${GID}" || groupadd --gid "${GID}" trainer) \
-    && (getent passwd "${UID}" || useradd --uid "${UID}" --gid "${GID}" --create-home --shell /bin/bash trainer) \
-    && install -d -o "${UID}" -g "${GID}" /work
-USER ${UID}:${GID}
+# the user of the shared file system (not named UID, which is a variable of bash's own)
+ARG USER_ID=1000
+ARG GROUP_ID=1000
+RUN [[ "${USER_ID}" != 0 ]] \
+    && (getent group "${GROUP_ID}" || groupadd --gid "${GROUP_ID}" trainer) \
+    && if name=$(getent passwd "${USER_ID}" | cut -d: -f1) && [[ "${name}" ]]; then \
+        usermod --login trainer --gid "${GROUP_ID}" --home /home/trainer --move-home "${name}" ; \
+    else \
+        useradd --uid "${USER_ID}" --gid "${GROUP_ID}" --create-home --shell /bin/bash trainer ; \
+    fi \
+    && install -d -o "${USER_ID}" -g "${GROUP_ID}" /work
+USER ${USER_ID}:${GROUP_ID}
 ENV BIN=/opt/venv/bin
 WORKDIR /work
 ENTRYPOINT ["tini", "--", "megatron-stable"]

@@ -30,12 +30,12 @@ def ranks(name: str) -> int:
 
 def hardware(name: str) -> str:
     """The machine that an example is planned for."""
-    return str(HERE / "laptop_machine.yaml") if name == "laptop" else "h100"
+    return str(HERE / "plans" / "laptop_machine.yaml") if name == "laptop" else "h100"
 
 
 def text_of(name: str) -> str:
     """What `megatron-stable plan` prints, below the command."""
-    on = "examples/laptop_machine.yaml" if name == "laptop" else "h100"
+    on = "examples/plans/laptop_machine.yaml" if name == "laptop" else "h100"
     printed = StringIO()
     with redirect_stdout(printed):
         plan(
@@ -62,6 +62,7 @@ def row(name: str) -> str:
     sizes = {"TP": parallel.tensor, "PP": parallel.pipeline, "DP": found.world // split}
     layout = " x ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
     memory = max(stage.total for stage in found.stages)
+    time = f"{found.days:.0f} days" if found.days > 1 else f"{found.days * 24:.0f} h"
     cells = (
         f"[{name}]({name}.yaml)",
         short(found.parameters),
@@ -69,7 +70,7 @@ def row(name: str) -> str:
         f"{found.world}",
         layout + (", SP" if parallel.sequence else ""),
         f"{memory / 1e9:.1f} of {found.machine.usable / 1e9:.0f} GB",
-        f"[{found.days:.0f} days](plans/{name}.txt)" if found.days >= 1 else f"[{found.days * 24:.0f} h](plans/{name}.txt)",
+        f"[{time}](plans/{name}.txt)",
         after,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -106,7 +106,7 @@ def test_runs_as_a_user_and_builds_apex_in_a_stage_of_its_own() -> None:
     found = instructions(TEXT)
     stages = [rest.split()[-1] for keyword, rest in found if keyword == "FROM"]
     assert stages == ["base", "apex", "image"]
-    assert [rest for keyword, rest in found if keyword == "USER"] == ["${UID}:${GID}"]
+    assert [rest for keyword, rest in found if keyword == "USER"] == ["${USER_ID}:${GROUP_ID}"]
     where = {name: [rest for _, rest in found[start:]] for name, start in stage_starts(found).items()}
     assert any("NVIDIA/apex" in rest for rest in where["apex"]) and not any("NVIDIA" in r for r in where["image"])
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_stable.analysis.footprint import footprints
+from megatron_stable.config.load import load_config
 from megatron_stable.config.schema import Config
 from megatron_stable.records.directory import RunDirectory
 from tests.harness.ranks import Ranks
 from tests.scale.counting import count_on_rank
 from tests.scale.shrunken import few_ranks, narrow, toy_run
-from tests.test_examples import CONFIGS, EXAMPLES, ranks
+from tests.test_examples import CONFIGS, EXAMPLES
+from tests.test_examples import ranks as world_of
 from tests.training.runs import metrics, train
 
 QUICK = {"laptop", "10b"}  # in `make test`; all of them in `make test-all`
@@ -22,9 +23,9 @@ STEPS = 6
 
 
 @pytest.mark.parametrize("path", EACH)
-def test_memory_by_kind_is_that_of_the_footprint(path: Path, ranks_of: Any, ranks: Ranks) -> None:
+def test_memory_by_kind_is_that_of_the_footprint(path: Path, ranks: Ranks) -> None:
     """On the first, a middle and the last rank of the example's own layout, which imagine all others."""
-    world = ranks_of(path)
+    world = world_of(path)
     some = sorted({0, world // 2, world - 1})
     example = Config.model_validate(narrow(path, 256, 64, 1)).parallel
     replicas = world // (example.tensor * example.pipeline)
@@ -41,11 +42,6 @@ def test_memory_by_kind_is_that_of_the_footprint(path: Path, ranks_of: Any, rank
         assert optimizer == pytest.approx(own, rel=0.05)
         # beside the gradients there are the activations of short sequences
         assert held["gradients"] == pytest.approx(mine.gradients, rel=0.02, abs=131072)
-
-
-@pytest.fixture
-def ranks_of() -> Any:
-    return ranks
 
 
 @pytest.mark.parametrize("path", EACH)
@@ -68,9 +64,8 @@ def test_it_trains_and_its_curve_is_that_of_one_rank(path: Path, tmp_path: Path,
     assert RunDirectory(values["run"]["directory"]).checkpoints.joinpath("latest").exists()
 
 
-def test_only_30b_is_trained_with_less_tensor_parallelism_than_it_has() -> None:
-    from megatron_stable.config.load import load_config
-
-    less = [path.stem for path in CONFIGS if few_ranks(path)[1]["tensor"] < load_config(path).parallel.tensor]
-    assert less == ["30b"]
-    assert few_ranks(EXAMPLES / "30b.yaml") == (8, {"tensor": 2, "pipeline": 4})
+def test_each_is_trained_in_its_own_layout_but_for_fewer_replicas() -> None:
+    for path in CONFIGS:
+        own = load_config(path).parallel
+        assert few_ranks(path)[1] == {"tensor": own.tensor, "pipeline": own.pipeline}
+    assert few_ranks(EXAMPLES / "30b.yaml")[0] == 8
