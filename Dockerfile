@@ -64,10 +64,10 @@ COPY tools tools
 # the user of the shared file system (not named UID, which is a variable of bash's own)
 ARG USER_ID=1000
 ARG GROUP_ID=1000
-RUN [[ "${USER_ID}" != 0 ]] \
+RUN [ "${USER_ID}" != 0 ] \
     && (getent group "${GROUP_ID}" || groupadd --gid "${GROUP_ID}" trainer) \
-    && if name=$(getent passwd "${USER_ID}" | cut -d: -f1) && [[ "${name}" ]]; then \
-        usermod --login trainer --gid "${GROUP_ID}" --home /home/trainer --move-home "${name}" ; \
+    && if name=$(getent passwd "${USER_ID}" | cut -d: -f1) && [ -n "${name}" ]; then \
+        usermod --login trainer --gid "${GROUP_ID}" --shell /bin/bash --home /home/trainer --move-home "${name}" ; \
     else \
         useradd --uid "${USER_ID}" --gid "${GROUP_ID}" --create-home --shell /bin/bash trainer ; \
     fi \
