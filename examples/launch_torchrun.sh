@@ -12,5 +12,5 @@ nodes=${NODES:-$(((ranks + gpus - 1) / gpus))}
 have $((nodes * gpus)) "$nodes nodes of $gpus GPUs (NODES, GPUS)"
 
 exec "$bin/torchrun" --nnodes "$nodes" --nproc-per-node "$gpus" --rdzv-backend c10d \
-    --rdzv-endpoint "${HEAD:?name the first node}:29500" \
+    --rdzv-endpoint "${HEAD:?name the first node}:${PORT:-29500}" \
     -m megatron_stable.pretrain --config "$config" "${overrides[@]}"
