@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format docs clean
+.PHONY: help setup demo test test-all lint format docs examples clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ docs: setup  ## write the pages that are generated from the code
 	$(BIN)/python -m megatron_stable.config.reference docs/configuration.md
 	$(BIN)/python -m megatron_stable.config.methods docs/methods
 	$(BIN)/python -m megatron_stable.records.reference docs/ledger.md
+
+examples: setup  ## write the examples' plans, and the table of examples/README.md
+	$(BIN)/python examples/pages.py
 
 clean:  ## remove .venv and the tools' caches
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

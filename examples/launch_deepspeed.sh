@@ -1,7 +1,17 @@
 #!/usr/bin/env bash
-# With DeepSpeed's launcher, from the first node, over ssh. The same command again goes on where the run stopped.
-# The hosts need the same environment at the same path. Arguments are overrides: launch_deepspeed.sh run.steps=200
+# An example with DeepSpeed's launcher, from the first node, over ssh:
+#
+#   examples/launch_deepspeed.sh 10b                          # on the nodes that examples/hosts names
+#   HOSTFILE=hosts RANKS=32 examples/launch_deepspeed.sh 10b run.steps=200
+#
+# The nodes have the same environment and the same data at the same paths. The same command again goes on where the run
+# stopped. nohup and & leave it behind when the terminal closes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source examples/example.sh "$@"
 
-exec deepspeed --hostfile examples/hosts --module megatron_stable.pretrain --config examples/10b.yaml "$@"
+hosts=${HOSTFILE:-examples/hosts}
+[[ -f $hosts ]] || fail "the hostfile $hosts is not there: HOSTFILE names another"
+have "$(awk -F slots= '/^[^#]/ {n += $2} END {print n + 0}' "$hosts")" "the slots in $hosts"
+
+exec "$bin/deepspeed" --hostfile "$hosts" --module megatron_stable.pretrain --config "$config" "${overrides[@]}"

@@ -22,12 +22,21 @@ def check(config: Config, world_size: int | None = None) -> None:
 def conflicts(config: Config, world_size: int | None = None) -> list[Problem]:
     """All conflicts in `config`, for a run of `world_size` ranks if that is known."""
     return [
+        *_run(config),
         *_model(config),
         *_layout(config),
         *_batch(config, world_size),
         *_optimization(config),
         *_guard(config),
     ]
+
+
+def _run(config: Config) -> list[Problem]:
+    if config.run.apex != "require" or not config.run.deterministic:
+        return []
+    why = "cannot go together, as nobody has promised that apex's kernels give the same bits each time"
+    message = f"run.apex require and run.deterministic true {why}: set run.apex=auto, or run.deterministic=false"
+    return [Problem(("run.apex", "run.deterministic"), message)]
 
 
 def _model(config: Config) -> list[Problem]:

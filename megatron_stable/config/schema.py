@@ -52,6 +52,9 @@ class RunConfig(Section):
     deterministic: bool = False
     """On a GPU: the same bits each time, from kernels that add in a fixed order; slower. A kernel that cannot ends the
     run. On a CPU it is so anyway."""
+    apex: Literal["auto", "never", "require"] = "auto"
+    """On a GPU: NVIDIA's apex for AdamW and RMSNorm; auto: where every rank has it, it gives PyTorch's numbers, and
+    `deterministic` is not asked for; never: PyTorch's kernels; require: the run ends where apex cannot be used."""
 
 
 class ModelConfig(Section):

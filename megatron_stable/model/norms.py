@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_stable import apex
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.parallel.collectives import copy_to, reduce_from
 from megatron_stable.parallel.parameters import parameter
@@ -66,6 +67,9 @@ class ShardedNorm(nn.Module):
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, rms: bool, eps: float) -> Tensor:
     if rms:
+        kernels = None if torch.compiler.is_compiling() else apex.taken()  # a compiled block fuses more than the norm
+        if kernels is not None and x.is_cuda and x.dtype == weight.dtype:
+            return kernels.rms_norm(x, weight, weight.shape, eps)
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from megatron_stable import apex
 from megatron_stable.optim.partition import LocalShard, Partition
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,13 +30,23 @@ class Flat(NamedTuple):
     group: dict[str, Any]
 
 
-def adamw(flats: list[Flat]) -> None:
-    """AdamW (arXiv 1711.05101) by PyTorch's fused kernel, to which a flat is as good as its parameters."""
+def adamw(flats: list[Flat], step: int) -> None:
+    """AdamW (arXiv 1711.05101) by a fused kernel, to which a flat is as good as its parameters: PyTorch's, or apex's.
+
+    Args:
+        step: Number of this update since the moments began, from 1; that of ``state["step"]`` afterwards.
+    """
     alike: dict[int, list[Flat]] = {}
     for flat in flats:
         alike.setdefault(id(flat.group), []).append(flat)
     for members in alike.values():
-        group = members[0].group
+        group, kernels = members[0].group, apex.taken()
+        if kernels is not None and all(flat.weight.is_cuda and flat.weight.numel() < apex.MOST for flat in members):
+            tensors = [[flat.grad for flat in members], [flat.weight for flat in members]]
+            tensors += [[flat.state[name] for flat in members] for name in MOMENTS]
+            apex.adamw_(kernels, tensors, step, group)
+            torch._foreach_add_([flat.state["step"] for flat in members], 1)
+            continue
         torch_adamw(
             [flat.weight for flat in members],
             [flat.grad for flat in members],

@@ -184,7 +184,7 @@ class Optimizer(torch.optim.Optimizer):
         self._clipping.scale(flats, partition)
         flats = self._spam(flats)
         by_rule = {rule: [flat for flat in flats if flat.group["rule"] == rule] for rule in MOMENTS}
-        adamw.adamw(by_rule["adamw"])
+        adamw.adamw(by_rule["adamw"], self.updates - self.moments_from)
         adamw.stable_adamw(by_rule["stable_adamw"], partition)
         muon.muon(by_rule["muon"], self._exchanges, self.config.model, self._muon_dtype)
         if self.config.optimizer.mu_centering:

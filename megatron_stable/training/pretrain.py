@@ -94,6 +94,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
     from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.tensorboard import TensorBoard
     from megatron_stable.stability.events import Resume, Start, Stop
+    from megatron_stable.training.kernels import choose_kernels
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
 
@@ -120,6 +121,8 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                 )
         callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
         callbacks.message(f"attention backend {backend.name}: {backend.reason}")
+        if (kernels := choose_kernels(config.run)) is not None:
+            callbacks.message(kernels)
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         trainer = Trainer(config, topology, directory, callbacks, tokenizer)
         ranks, tokens = zip(*everywhere((Rank.myself(), directory.token)), strict=True)
