@@ -16,6 +16,7 @@ VERBS = {
     "init": "Write a commented configuration to start from.",
     "tokenizer": "Train a SentencePiece tokenizer that can represent any text.",
     "preprocess": "Tokenize text into Megatron's .bin/.idx format.",
+    "doctor": "Examine machines, links, disks and numerics before a run.",
     "pretrain": "Train a model, or resume training where it stopped.",
     "status": "Say whether a run is being trained and where, its step, its rate, the time left, and its last events.",
     "stop": "Stop a run: it finishes the step in progress, saves and ends with exit code 0 on all ranks.",

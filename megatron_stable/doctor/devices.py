@@ -80,7 +80,8 @@ def check_speed(crew: Crew) -> list[Finding]:
     if not crew.on_gpu and crew.config is not None and rates[wanted] < 0.5 * rates["fp32"]:
         verdict = Verdict.WARNING
         remedy = f"precision.dtype {wanted} is slower than fp32 on this CPU: set precision.dtype=fp32"
-    return [Finding("matrix products", text, verdict, remedy, rates, "rank", speed=wanted)]
+    alike = crew.on_gpu or len(crew.local) <= len(os.sched_getaffinity(0))  # else they take turns
+    return [Finding("matrix products", text, verdict, remedy, rates, "rank", speed=wanted if alike else "")]
 
 
 def rate(dtype: torch.dtype, device: torch.device, seconds: float = SECONDS) -> float:

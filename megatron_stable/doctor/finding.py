@@ -98,11 +98,8 @@ def _rows(found: list[tuple[int, Finding]], hosts: Sequence[str]) -> list[Row]:
     rows = []
     for verdict, text, remedy in sorted(groups, key=lambda key: -key[0]):
         members = groups[verdict, text, remedy]
-        ranges = {
-            name: Span((min(values), max(values)))
-            for name in members[0][1].numbers
-            if (values := [finding.numbers[name] for _, finding in members])
-        }
+        measured = {name: [finding.numbers[name] for _, finding in members] for name in members[0][1].numbers}
+        ranges = {name: Span((min(values), max(values))) for name, values in measured.items()}
         scope = members[0][1].scope
         everywhere = scope == "world" or {rank for rank, _ in members} == {rank for rank, _ in found}
         where = "" if everywhere else named([rank for rank, _ in members], hosts, scope)
@@ -110,9 +107,7 @@ def _rows(found: list[tuple[int, Finding]], hosts: Sequence[str]) -> list[Row]:
             verdict = max(verdict, Verdict.WARNING)
             remedy = remedy or "this should be the same on all machines: install and set them up alike"
         values = {name: (low, high) for name, (low, high) in ranges.items()}
-        rows.append(
-            Row(members[0][1].check, verdict, text.format(**ranges), remedy.format(**ranges), where, values)
-        )
+        rows.append(Row(members[0][1].check, verdict, text.format(**ranges), remedy.format(**ranges), where, values))
     return rows + _stragglers(found, hosts)
 
 

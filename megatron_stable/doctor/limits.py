@@ -29,9 +29,10 @@ def open_files(ranks: int, limit: int | None = None) -> Finding:
     """Each rank has a gloo connection to each other, and rank 0's store two with each; ``limit``: by default, ours."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if limit is None else limit
     needed = 3 * ranks + OTHER_FILES
+    who = f"{ranks} rank{'s' * (ranks > 1)} need{'s' * (ranks == 1)}"
     if hard == resource.RLIM_INFINITY:
-        return Finding("open files", f"no limit; {ranks} ranks need up to {needed}")
-    text = f"at most {hard:,} per process; {ranks} ranks need up to {needed:,}"
+        return Finding("open files", f"no limit; {who} up to {needed}")
+    text = f"at most {hard:,} per process; {who} up to {needed:,}"
     if hard < needed:
         remedy = f"raise the hard limit: nofile {2 ** needed.bit_length()} in /etc/security/limits.conf, or ulimit -Hn"
         return Finding("open files", text, Verdict.FAILURE, remedy)

@@ -62,13 +62,13 @@ def judged(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
         if not kind:
             continue
         latencies, bandwidths = [link.latency for link in kind], [link.bandwidth for link in kind]
-        text = f"{_micro(latencies)} one way, {_gigabytes(bandwidths)} ({len(kind)} pairs of neighbours)"
+        text = f"{_micro(latencies)} one way, {_gigabytes(bandwidths)} ({len(kind)} pair{'s' * (len(kind) > 1)} of neighbours)"
         findings.append(Finding(f"links {name}", text, scope="world", numbers=_numbers(latencies, bandwidths)))
         slowest, middle = min(kind, key=lambda link: link.bandwidth), median(bandwidths)
         if len(kind) > 2 and slowest.bandwidth < SLOW * middle:
             a, b = slowest.ranks
             places = hosts[a] if hosts[a] == hosts[b] else f"{hosts[a]} and {hosts[b]}"
-            text = f"ranks {a} and {b} on {places}: {_gigabytes([slowest.bandwidth])}, the median is {middle / 1e9:.2f}"
+            text = f"ranks {a} and {b} on {places}: {_gigabytes([slowest.bandwidth])}, the median is {middle / 1e9:.3g}"
             remedy = "every step waits for it: see the cable, the switch, and what else uses them"
             findings.append(Finding(f"links {name}", text, Verdict.WARNING, remedy, scope="world"))
     return findings
@@ -84,7 +84,7 @@ def _micro(seconds: list[float]) -> str:
 
 
 def _gigabytes(rates: list[float]) -> str:
-    low, high = (f"{value / 1e9:.2f}" for value in (min(rates), max(rates)))
+    low, high = (f"{value / 1e9:.3g}" for value in (min(rates), max(rates)))
     return f"{low} GB/s" if low == high else f"{low} to {high} GB/s"
 
 
@@ -132,7 +132,7 @@ def _pong(crew: Crew, peer: int) -> list[Link]:
 
 def _all_reduce(crew: Crew) -> list[Finding]:
     """Of all ranks together, in a few sizes; as bandwidth, what each rank sends over a ring per second."""
-    words, numbers = [], {}
+    words, numbers = list[str](), dict[str, float]()
     for size, times in zip(REDUCED[crew.device.type], TIMES, strict=True):
         data = torch.zeros(size // 4, device=crew.device)
         dist.all_reduce(data)
@@ -144,7 +144,7 @@ def _all_reduce(crew: Crew) -> list[Finding]:
         seconds = (time.perf_counter() - start) / times
         rate = 2 * (crew.size - 1) / crew.size * size / seconds
         label = f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB"
-        words.append(f"{label} in {seconds * 1e3:.3g} ms ({rate / 1e9:.2f} GB/s)")
+        words.append(f"{label} in {seconds * 1e3:.3g} ms ({rate / 1e9:.3g} GB/s)")
         numbers |= {f"seconds_{size}": seconds}
     return [Finding("all-reduce", ", ".join(words), scope="world", numbers=numbers)]
 

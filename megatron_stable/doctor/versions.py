@@ -44,7 +44,7 @@ KNOWN_BAD = (
         "in bf16 under ZeRO-1, the gradient of the last micro batch is left out of the reduction", f"{DEEPSPEED}7985",
     ),
     KnownBad(
-        "flash-attn", "0", "2.6.2", "softcap, which model.attention_cap needs, is not to be relied on: llm-foundry asks for this version",
+        "flash-attn", "0", "2.6.2", "softcap, which model.attention_cap needs, is not to be relied on",
         "https://github.com/mosaicml/llm-foundry/blob/main/llmfoundry/models/mpt/configuration_mpt.py",
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -172,12 +173,28 @@ def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
 
 def run_to_exit_code(config: Config) -> int:
     """:func:`train`; returns the exit code. One rank prints the message of an error that the user can mend."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are a page each
-    try:
+
+    def work() -> int:
         train(config)
         return 0
+
+    try:
+        return to_exit_code(work)
     except KeyboardInterrupt:  # later, StopSignal takes it
         return _leave("SIGINT: stopped before training began", 0)
+
+
+def to_exit_code(work: Callable[[], int]) -> int:
+    """The exit code of what this rank does with others; an error is told by one rank, and ends all.
+
+    Raises:
+        KeyboardInterrupt: As it came.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are a page each
+    try:
+        return work()
+    except KeyboardInterrupt:
+        raise
     except MegatronStableError as error:
         return _leave(f"error: {error}", error.exit_code) if error.agreed else _crash(error)
     except BaseException as error:
