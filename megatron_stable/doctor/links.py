@@ -62,7 +62,8 @@ def judged(links: Sequence[Link], hosts: Sequence[str]) -> list[Finding]:
         if not kind:
             continue
         latencies, bandwidths = [link.latency for link in kind], [link.bandwidth for link in kind]
-        text = f"{_micro(latencies)} one way, {_gigabytes(bandwidths)} ({len(kind)} pair{'s' * (len(kind) > 1)} of neighbours)"
+        pairs = f"{len(kind)} pair{'s' * (len(kind) > 1)} of neighbours"
+        text = f"{_micro(latencies)} one way, {_gigabytes(bandwidths)} ({pairs})"
         findings.append(Finding(f"links {name}", text, scope="world", numbers=_numbers(latencies, bandwidths)))
         slowest, middle = min(kind, key=lambda link: link.bandwidth), median(bandwidths)
         if len(kind) > 2 and slowest.bandwidth < SLOW * middle:
