@@ -76,13 +76,20 @@ def test_two_ranks_and_a_run(folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
-def test_a_wrong_gradient_fails(folder: Path) -> None:
+def test_what_is_wrong_fails(folder: Path) -> None:
+    """Rank 1's gradients, and the directory; both are told at once, with what to do."""
     fault = '[{"kind": "scale_gradient", "data_steps": [1, 1], "rank": 1, "factor": 2}]'
-    done = examine(folder, "--config", "tiny.yaml", "--ranks", "2", **{VARIABLE: fault})
+    arguments = ["--config", "tiny.yaml", "--ranks", "2", "--directory", "/sys/kernel/run", "--json"]
+    done = examine(folder, *arguments, **{VARIABLE: fault})
     assert done.returncode == 2
-    assert "failure: numerics: fp32, TP 1 x PP 1 x DP 2, ZeRO-1: the gradient norm is off by 5.0e-01" in done.stderr
-    assert "do not train on these ranks" in done.stdout
-    assert done.stdout.splitlines()[-1].endswith("mend what failed before a run")
+    report = json.loads(done.stdout)
+    storage, numerics = (row for row in report["checks"] if row["verdict"] == "failure")
+    assert storage["text"].startswith("make a folder for /sys/kernel/run: ")
+    assert storage["remedy"].startswith("choose a directory")
+    assert numerics["text"].startswith("fp32, TP 1 x PP 1 x DP 2, ZeRO-1: the gradient norm is off by ")
+    assert numerics["remedy"].startswith("do not train on these ranks")
+    for row in (storage, numerics):
+        assert f"failure: {row['check']}: {row['text']}" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -99,13 +106,6 @@ def test_a_wrong_command_is_refused(folder: Path, arguments: list[str], message:
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_directory_that_cannot_be_written_to(folder: Path) -> None:
-    done = examine(folder, "--directory", "/sys/kernel/run", "--json")
-    assert done.returncode == 2
-    (row,) = [row for row in json.loads(done.stdout)["checks"] if row["verdict"] == "failure"]
-    assert row["check"] == "storage" and row["remedy"].startswith("choose a directory")
-
-
 def test_ranks_that_were_not_started_alike_under_torchrun(folder: Path) -> None:
     """As under any launcher: the module by itself; here each rank is told another seed."""
     program = "import os, sys; sys.argv += ['run.seed=' + os.environ['RANK']]; "
@@ -115,7 +115,7 @@ def test_ranks_that_were_not_started_alike_under_torchrun(folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
     assert "error: the ranks were not started alike:\n  rank 1 on" in done.stderr
-    assert "run is " in done.stderr
+    assert "run.seed is 1 there and 0 on rank 0" in done.stderr
 
 
 def test_a_rank_that_is_killed_ends_the_round(folder: Path) -> None:

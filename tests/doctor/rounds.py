@@ -35,7 +35,7 @@ def compare_on_ranks(given: list[dict[str, Any]]) -> list[Finding]:
 
 
 def compare_with_a_wrong_layer(values: dict[str, Any], wrong: int, factor: float) -> list[Finding]:
-    """The same, with what one rank's row-parallel layers compute multiplied by a factor in backward."""
+    """The same, with the gradient of what one rank's attention yields multiplied by a factor."""
     from megatron_stable.model import attention
 
     if dist.get_rank() == wrong:

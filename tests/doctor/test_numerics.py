@@ -34,26 +34,44 @@ def failed(found: list[list[Finding]]) -> list[str]:
     return [finding.text for finding in found[0] if finding.verdict is not Verdict.OK]
 
 
-@pytest.mark.parametrize("parallel", [GRID, {"zero_stage": 2}], ids=["tp2_sp_pp2", "dp4_zero2"])
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("recipes", [QUICK, pytest.param(tuple(RECIPES), marks=pytest.mark.full)], ids=["some", "all"])
+def full(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [
+        ("fp32", GRID),
+        ("bf16", GRID),
+        ("fp16", {"zero_stage": 2}),
+        full("fp16", GRID),
+        full("fp32", {"zero_stage": 2}),
+        full("bf16", {"zero_stage": 2}),
+    ],
+)
+@pytest.mark.parametrize("recipes", [QUICK, full(tuple(RECIPES))], ids=["some", "all"])
 def test_good_ranks_pass(ranks: Ranks, recipes: tuple[str, ...], dtype: str, parallel: dict[str, Any]) -> None:
     given = [run(recipe, dtype, parallel) for recipe in recipes]
     found = ranks.run(4, compare_on_ranks, given, timeout=280)
     assert failed(found) == []
     # the bounds are above rounding, and not far above
-    assert max(finding.numbers["gradient"] for finding in found[0]) > BOUNDS[dtype] / 2000
+    assert max(finding.numbers["weight"] for finding in found[0]) > BOUNDS[dtype] / 100
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}, {}, {"zero_stage": 3}])
+@pytest.mark.parametrize(
+    ("dtype", "parallel"),
+    [
+        ("fp32", {"tensor": 2}),
+        ("bf16", {"zero_stage": 3}),
+        *(full("bf16", parallel) for parallel in ({"tensor": 2}, {"pipeline": 2}, {})),
+        *(full("fp32", parallel) for parallel in ({"zero_stage": 3}, {"pipeline": 2}, {})),
+    ],
+)
 def test_a_layer_that_is_wrong_on_one_rank(ranks: Ranks, parallel: dict[str, Any], dtype: str) -> None:
     """Rank 1's attention gives its input half of its gradient, as if a sum over two were lost."""
-    values = run(dtype=dtype, parallel=parallel)
-    found = ranks.run(2, compare_with_a_wrong_layer, values, 1, 0.5)
+    found = ranks.run(2, compare_with_a_wrong_layer, run(dtype=dtype, parallel=parallel), 1, 0.5)
     (text,) = failed(found)
     assert "the gradient of blocks." in text
-    assert failed(ranks.run(2, compare_with_a_wrong_layer, values, 1, 1.0)) == []
 
 
 def with_fault(values: dict[str, Any], fault: str) -> list[Finding]:
