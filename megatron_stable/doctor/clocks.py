@@ -72,8 +72,8 @@ def check_clocks(crew: Crew, clock: Callable[[], float] = time.time) -> list[Fin
 
 def judged(found: Offset) -> Finding:
     """What an offset means."""
-    text = "{offset:+.3f} s to rank 0's clock, within {within:.3f} s"
-    numbers = {"offset": -found.seconds, "within": found.within}
+    text = "{apart:.3f} s from rank 0's clock, give or take {within:.3f} s"
+    numbers = {"apart": abs(found.seconds), "ahead": -found.seconds, "within": found.within}
     if abs(found.seconds) - found.within > MOST:
         remedy = "records of the run would contradict each other: start an NTP client (chrony, systemd-timesyncd)"
         return Finding("clocks", text, Verdict.WARNING, remedy, numbers)

@@ -79,13 +79,15 @@ def _memory(crew: Crew) -> Iterator[Finding]:
     share = free / ranks / GB
     text = "{free:.1f} GB free for each rank"
     if limit is not None and limit < memory.total:
-        text += f" (the cgroup has {limit / GB:.1f} of the machine's {memory.total / GB:.1f} GB)"
+        text += " (the cgroup has {limit:.1f} of the machine's {total:.1f} GB)"
     verdict, remedy = (Verdict.WARNING, "end what holds the memory") if share < 2 else (Verdict.OK, "")
-    yield Finding("main memory", text, verdict, remedy, {"free": share})
+    numbers = {"free": share, "limit": (limit or memory.total) / GB, "total": memory.total / GB}
+    yield Finding("main memory", text, verdict, remedy, numbers)
     swap = psutil.swap_memory()
     if swap.total and swap.percent > 20:
-        text = f"{swap.percent:.0f}% of {swap.total / GB:.0f} GB in use"
-        yield Finding("swap", text, Verdict.WARNING, "a run that is swapped out stands still: end what fills it")
+        numbers = {"percent": swap.percent, "total": swap.total / GB}
+        remedy = "a run that is swapped out stands still: end what fills it"
+        yield Finding("swap", "{percent:.0f}% of {total:.0f} GB in use", Verdict.WARNING, remedy, numbers)
     if (needed := states(crew)) is not None:
         yield _room(crew, needed / GB, torch.cuda.mem_get_info(crew.device)[1] / GB if crew.on_gpu else share)
 
@@ -98,12 +100,13 @@ def states(crew: Crew) -> float | None:
 
 
 def _room(crew: Crew, needed: float, there: float) -> Finding:
-    what = f"the GPU has {there:.1f} GB" if crew.on_gpu else f"a rank has {there:.1f} GB"
-    text = f"weights, gradients and optimizer take {needed:.2f} GB of each rank, activations come on top; {what}"
+    text = "weights, gradients and optimizer take {needed:.2f} GB of each rank, activations come on top; "
+    text += "its GPU has {there:.1f} GB" if crew.on_gpu else "it has {there:.1f} GB"
+    numbers = {"needed": needed, "there": there}
     if needed > TIGHT * there:
         remedy = "more parallel.tensor, parallel.pipeline or ranks, or parallel.zero_stage=2 or 3"
-        return Finding("memory of the run", text, Verdict.FAILURE, remedy)
-    return Finding("memory of the run", text)
+        return Finding("memory of the run", text, Verdict.FAILURE, remedy, numbers)
+    return Finding("memory of the run", text, numbers=numbers)
 
 
 def cgroup_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:

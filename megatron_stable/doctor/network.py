@@ -40,23 +40,22 @@ def _interface(crew: Crew) -> Finding:
 
 def _name(crew: Crew) -> Iterator[Finding]:
     """What this machine takes its own name for."""
-    name = socket.gethostname()
     try:
-        address = within(10, lambda: socket.gethostbyname(name))
+        address = within(10, lambda: socket.gethostbyname(socket.gethostname()))
     except Late:
-        text, remedy = f"{name}: the name server does not answer", "see /etc/resolv.conf, or add it to /etc/hosts"
+        text, remedy = "its own name: the name server does not answer", "see /etc/resolv.conf, or add it to /etc/hosts"
         yield Finding("host name", text, Verdict.WARNING, remedy)
         return
     except OSError as error:
-        text = f"{name} has no address: {error.strerror}"
-        yield Finding("host name", text, Verdict.WARNING, "add it to /etc/hosts with this machine's address")
+        text = f"its own name has no address: {error.strerror}"
+        yield Finding("host name", text, Verdict.WARNING, "add it to /etc/hosts, with the machine's address")
         return
     if is_loopback(address) and len(crew.leaders) > 1:
-        text = f"{name} is {address} here, which no other machine can reach; gloo is told the interface instead"
-        remedy = "other programs may trip: give it this machine's address in /etc/hosts"
+        text = f"its own name means {address}, where no other machine reaches it; ranks are told the interface instead"
+        remedy = "other programs may trip over it: give the name the machine's address in /etc/hosts"
         yield Finding("host name", text, Verdict.OK, remedy)
     else:
-        yield Finding("host name", f"{name} is {address}")
+        yield Finding("host name", "its own name has an address")
 
 
 def _nccl(crew: Crew) -> Iterator[Finding]:

@@ -108,10 +108,12 @@ def test_a_wrong_command_is_refused(folder: Path, arguments: list[str], message:
 
 def test_ranks_that_were_not_started_alike_under_torchrun(folder: Path) -> None:
     """As under any launcher: the module by itself; here each rank is told another seed."""
-    program = "import os, sys; sys.argv += ['run.seed=' + os.environ['RANK']]; "
+    program = (
+        "import os, sys; sys.argv += ['--local_rank=0', 'run.steps=3', '--json', 'run.seed=' + os.environ['RANK']]; "
+    )
     program += "from megatron_stable.doctor.__main__ import main; sys.exit(main())"
     (folder / "rank.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "rank.py", "--json"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "rank.py"]
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
     assert "error: the ranks were not started alike:\n  rank 1 on" in done.stderr

@@ -51,6 +51,6 @@ def test_a_machine_whose_clock_is_off(ranks: Ranks, wrong: str) -> None:
     assert [len(each) for each in found] == [0, 0, 1, 1, 0]
     expected = {"a": (-AHEAD, -AHEAD), "b": (AHEAD, 0.0), "c": (0.0, AHEAD)}[wrong]
     for (finding,), seconds in zip((found[2], found[3]), expected, strict=True):
-        assert finding.numbers["offset"] == pytest.approx(seconds, abs=finding.numbers["within"] + 1e-3)
+        assert finding.numbers["ahead"] == pytest.approx(seconds, abs=finding.numbers["within"] + 1e-3)
         assert finding.numbers["within"] < 1.0
         assert finding.verdict is (Verdict.WARNING if seconds else Verdict.OK)

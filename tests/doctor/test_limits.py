@@ -9,7 +9,6 @@ import torch
 
 from megatron_stable.config.schema import Config
 from megatron_stable.doctor.crew import Crew
-from megatron_stable.doctor.devices import rate
 from megatron_stable.doctor.finding import Verdict
 from megatron_stable.doctor.limits import cgroup_limit, check_limits, open_files
 
@@ -53,7 +52,3 @@ def test_the_tightest_control_group_counts(tmp_path: Path) -> None:
     own.write_text("5:cpu,memory:/job\n")
     (root / "memory/job/memory.limit_in_bytes").write_text("1000\n")
     assert cgroup_limit(root, own) == 1000
-
-
-def test_matrix_products_are_timed() -> None:
-    assert 0.1 < rate(torch.float32, CPU, seconds=0.05) < 1e5
