@@ -190,8 +190,8 @@ def _speed(own: Storage, folder: Path) -> None:
     text, size = "{rate:,.0f} MB/s with fsync", checkpoint_bytes(own.crew.config)
     numbers = {"rate": rate}
     if size is not None:
-        numbers["minutes"] = size / len(own.crew.leaders) / rate / 1e6 / 60
-        text += ", {minutes:.1f} minutes for a checkpoint by all machines together"
+        numbers["seconds"] = size / len(own.crew.leaders) / rate / 1e6
+        text += ", {seconds:,.0f} s for a checkpoint by all machines together"
     own.add(text, check="writing", numbers=numbers, speed="rate")
 
 

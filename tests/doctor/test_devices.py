@@ -25,7 +25,11 @@ def test_troubles_of_gpus_are_named() -> None:
     lines = [good, [*good[:4], "3", "Not Active"], [*good[:3], "40536", "0", "Active"], [*good[:4], "[N/A]", "[N/A]"]]
     found = [(each.check, each.verdict, each.text) for each in _troubles(lines)]
     assert found == [
-        ("GPU memory errors", Verdict.FAILURE, "GPU 1 has had 3 ECC errors that were not corrected since it was started"),
+        (
+            "GPU memory errors",
+            Verdict.FAILURE,
+            "GPU 1 has had 3 ECC errors that were not corrected since it was started",
+        ),
         ("GPU clocks", Verdict.WARNING, "GPU 2 is slowed down by its hardware (heat, or power)"),
         ("GPU memory", Verdict.WARNING, "GPU 2 has 40536 of 81559 MiB in use"),
     ]  # fmt: skip
