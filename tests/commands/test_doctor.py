@@ -108,9 +108,8 @@ def test_a_wrong_command_is_refused(folder: Path, arguments: list[str], message:
 
 def test_ranks_that_were_not_started_alike_under_torchrun(folder: Path) -> None:
     """As under any launcher: the module by itself; here each rank is told another seed."""
-    program = (
-        "import os, sys; sys.argv += ['--local_rank=0', 'run.steps=3', '--json', 'run.seed=' + os.environ['RANK']]; "
-    )
+    program = "import os, sys; seed = 'run.seed=' + os.environ['RANK']; "
+    program += "sys.argv += ['--local_rank=0', 'run.steps=300', '--json', seed]; "
     program += "from megatron_stable.doctor.__main__ import main; sys.exit(main())"
     (folder / "rank.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "rank.py"]
