@@ -26,6 +26,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "numpy",
+        "packaging",
         "pyyaml",
         "pyarrow",
         "zstandard",

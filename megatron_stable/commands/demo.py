@@ -22,10 +22,10 @@ from megatron_stable.config.schema import Config
 from megatron_stable.data.indexed import dataset_paths
 from megatron_stable.data.standard_library import write_standard_library
 from megatron_stable.errors import ConfigError, DivergenceError
+from megatron_stable.launching.local import gpu_count
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.metrics import Record, read_metrics
 from megatron_stable.stability.events import Event, GaveUp, Rollback, Stop
-from megatron_stable.training.launch import gpu_count
 
 PROGRAM = "megatron-stable"
 RECIPES = ("baseline", "qk_norm_cap")  # the one that diverges, and the one that does not and is sampled from

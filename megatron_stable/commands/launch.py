@@ -101,7 +101,7 @@ def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], po
         token.unlink(missing_ok=True)
         if sys.stderr.isatty():
             print("\r\033[2K", end="", file=sys.stderr)
-    found = problems(answers, slots, port, str(directory), needed=0)
+    found = problems(answers, slots, port, str(directory), _space(config, directory))
     for problem in found:
         print(problem, file=sys.stderr)
     if any(problem.fatal for problem in found):
@@ -109,3 +109,15 @@ def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], po
     names = [f"{host} ({ranks} ranks)" for host, ranks in slots.items()]
     print(f"{span(names)}: alike, reached, on one file system", file=sys.stderr, flush=True)
     return answers
+
+
+def _space(config: Config, directory: Path) -> float:
+    """Bytes that the checkpoints to come will take, beside those that are there and are replaced."""
+    from megatron_stable.analysis.durability import checkpoint_bytes
+    from megatron_stable.data import Tokenizer
+    from megatron_stable.training.pretrain import with_vocabulary
+
+    tokenizer = Tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
+    size = checkpoint_bytes(with_vocabulary(config, tokenizer.vocab_size if tokenizer else None))
+    there = len([*(directory / "checkpoints").glob("step_*")])
+    return size * max(1, config.checkpoint.keep + 1 - there)

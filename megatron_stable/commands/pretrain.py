@@ -7,7 +7,7 @@ import typer
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.load import load_config
-from megatron_stable.training.launch import launch
+from megatron_stable.launching.local import TRAINING, launch
 from megatron_stable.training.pretrain import run_to_exit_code
 
 
@@ -36,5 +36,5 @@ def pretrain(
         code = run_to_exit_code(loaded)
     else:
         check(loaded, ranks)  # here, rather than after seconds of starting ranks
-        code = launch(["--config", str(config), *given], ranks)
+        code = launch(TRAINING, ["--config", str(config), *given], ranks)
     raise typer.Exit(code)

@@ -17,6 +17,7 @@ VERBS = {
     "tokenizer": "Train a SentencePiece tokenizer that can represent any text.",
     "preprocess": "Tokenize text into Megatron's .bin/.idx format.",
     "plan": "Say what a run will need: memory of each GPU, time, money, checkpoints, and what limits it.",
+    "doctor": "Examine machines, links, disks and numerics before a run.",
     "pretrain": "Train a model, or resume training where it stopped.",
     "launch": "Start a run on the machines of a hostfile, after a look at each of them.",
     "status": "Say whether a run is being trained and where, its step, its rate, the time left, and its last events.",

@@ -27,7 +27,7 @@ class Problem(NamedTuple):
         return f"{'error' if self.fatal else 'warning'}: {self.text}"
 
 
-def problems(answers: Sequence[Answer], slots: Mapping[str, int], port: int, run: str, needed: int) -> list[Problem]:
+def problems(answers: Sequence[Answer], slots: Mapping[str, int], port: int, run: str, needed: float) -> list[Problem]:
     """All of them, the fatal ones first.
 
     Args:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
 
 
-def train(config: Config, tell: Callable[[MegatronStableError], None] = lambda error: None) -> None:
+Tell = Callable[[MegatronStableError], None]
+
+
+def train(config: Config, tell: Tell = lambda error: None) -> None:
     """Train, on this rank of whatever launcher started it; alone without one. Returns when the run has ended.
 
     Args:
@@ -189,15 +192,34 @@ def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
 
 
 def run_to_exit_code(config: Config) -> int:
-    """:func:`train`; returns the exit code. One rank prints the message of an error that the user can mend, before any
-    other ends, as many launchers end all ranks then."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are a page each
-    try:
-        train(config, lambda error: _say(f"error: {error}"))
+    """:func:`train`; returns the exit code."""
+
+    def work(tell: Tell) -> int:
+        train(config, tell)
         return 0
+
+    try:
+        return to_exit_code(work)
     except KeyboardInterrupt:  # later, StopSignal takes it
         _say("SIGINT: stopped before training began")
         return 0
+
+
+def to_exit_code(work: Callable[[Tell], int]) -> int:
+    """The exit code of what this rank does with others. One rank prints the message of an error that the user can mend,
+    before any other ends, as many launchers end all ranks then.
+
+    Args:
+        work: Given what to call with an error that is the same on all ranks, before any of them ends.
+
+    Raises:
+        KeyboardInterrupt: As it came.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of a lost rank are a page each
+    try:
+        return work(lambda error: _say(f"error: {error}"))
+    except KeyboardInterrupt:
+        raise
     except MegatronStableError as error:
         if not error.agreed:
             _crash(error)

@@ -28,10 +28,6 @@ def terminal(number: int) -> Stops:
     return lambda launch, variables: at_terminal(launch.processes[0], number)
 
 
-def second_machine(number: int) -> Stops:
-    return lambda launch, variables: at_terminal(launch.processes[1], number)
-
-
 def verb(launch: Launch, variables: dict[str, str]) -> None:
     """On the second machine, which has neither the launcher nor rank 0."""
     command = launch.machines[1].command([PYTHON, "-m", "megatron_stable", "stop", launch.run], launch.run.parent)
@@ -45,13 +41,13 @@ def scancel(launch: Launch, variables: dict[str, str]) -> None:
     subprocess.run(cancel, env={**os.environ, **variables}, check=True)
 
 
-# by launcher: how it is stopped, and the exit codes then; README has the same in words
+# by launcher: how it is stopped, and the exit codes then; docs/nodes.md has the same in words
 CASES: dict[str, tuple[Stops, list[int]]] = {
     "launch": (terminal(signal.SIGINT), [0]),
     "pdsh": (terminal(signal.SIGINT), [1]),
     "openmpi": (verb, [0]),
     "no_ssh": (verb, [0, 0]),
-    "torchrun": (second_machine(signal.SIGTERM), [0, 1]),
+    "torchrun": (terminal(signal.SIGTERM), [1, 0]),
     "mpirun": (terminal(signal.SIGTERM), [1]),
     "srun": (scancel, [0]),
     "launch openmpi": (terminal(signal.SIGTERM), [0]),
@@ -61,7 +57,9 @@ NEEDS = {"openmpi": "mpirun", "launch openmpi": "mpirun", "mpirun": "mpirun"}
 
 
 def values(folder: Path, steps: int = STEPS) -> dict[str, dict[str, Any]]:
-    return settings(folder, "run", steps, parallel=layout(tensor=2), checkpoint={"every": STEPS})
+    return settings(
+        folder, "run", steps, parallel=layout(tensor=2), schedule={"kind": "constant"}, checkpoint={"every": STEPS}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 
@@ -29,8 +30,29 @@ LAUNCHER = (
 )
 
 
-def launch(arguments: Sequence[str], ranks: int) -> int:
-    """Run ``megatron_stable.pretrain`` with these arguments on ``ranks`` ranks; returns the exit code.
+class Program(NamedTuple):
+    """What ranks run.
+
+    Attributes:
+        again: What to say of a rank that was killed.
+        stopped: What to say where a signal has ended ranks that had nothing to save, and the exit code then.
+    """
+
+    module: str
+    again: str
+    stopped: tuple[str, int]
+
+
+TRAINING = Program(
+    "megatron_stable.pretrain",
+    "; the same command goes on from the last checkpoint",
+    ("stopped before training began", 0),
+)
+EXAMINATION = Program("megatron_stable.doctor", "", ("stopped", 1))
+
+
+def launch(program: Program, arguments: Sequence[str], ranks: int) -> int:
+    """Run a program with these arguments on ``ranks`` ranks; returns the exit code.
 
     Signals go to the ranks, which stop in order, and not to the launcher, which would kill them. If a rank
     crashes, its error is printed last.
@@ -46,7 +68,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if launcher is not None:
-            _signal_ranks(launcher.pid, number)
+            _signal_ranks(launcher.pid, program.module, number)
 
     before = {number: signal.signal(number, forward) for number in SIGNALS if not _ignored(number)}
     try:
@@ -54,10 +76,10 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
             error = Path(scratch) / "error"
             # a session of its own, so that Ctrl-C at a terminal reaches this process alone
             launcher = subprocess.Popen(
-                _command(arguments, ranks), env=_environment(ranks, error), start_new_session=True
+                _command(program.module, arguments, ranks), env=_environment(ranks, error), start_new_session=True
             )
             if received:
-                _signal_ranks(launcher.pid, received[-1])
+                _signal_ranks(launcher.pid, program.module, received[-1])
             code = launcher.wait()
             if error.is_file():
                 first, _, text = error.read_text(encoding="utf-8").partition("\n")
@@ -66,7 +88,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-    return _explain(code, received)
+    return _explain(code, received, program)
 
 
 def gpu_count() -> int:
@@ -78,19 +100,20 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def _explain(code: int, received: list[int]) -> int:
+def _explain(code: int, received: list[int], program: Program) -> int:
     if code in range(6):
         return code
     died_of = -code if code < 0 else 256 - code  # the launcher exits with the code of a rank, as subprocess gives it
     if died_of in received:
-        print(f"{signal.Signals(died_of).name}: stopped before training began", file=sys.stderr, flush=True)
-        return 0
+        said, code = program.stopped
+        print(f"{signal.Signals(died_of).name}: {said}", file=sys.stderr, flush=True)
+        return code
     what = f"was killed by {signal.Signals(died_of).name}" if died_of in set(signal.Signals) else f"ended with {code}"
-    print(f"error: a rank {what}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    print(f"error: a rank {what}{program.again}", file=sys.stderr, flush=True)
     return 1
 
 
-def _command(arguments: Sequence[str], ranks: int) -> list[str]:
+def _command(module: str, arguments: Sequence[str], ranks: int) -> list[str]:
     devices = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     world = {"localhost": devices[:ranks] if len(devices) >= ranks else list(range(ranks))}
     encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
@@ -100,7 +123,7 @@ def _command(arguments: Sequence[str], ranks: int) -> list[str]:
     # fmt: off
     return [
         sys.executable, "-c", LAUNCHER, f"--world_info={encoded}", "--master_addr=127.0.0.1", f"--master_port={port}",
-        "--no_local_rank", "--module", "megatron_stable.pretrain", *arguments,
+        "--no_local_rank", "--module", module, *arguments,
     ]
     # fmt: on
 
@@ -112,11 +135,11 @@ def _environment(ranks: int, error: Path) -> dict[str, str]:
     return environment
 
 
-def _signal_ranks(launcher: int, number: int) -> None:
+def _signal_ranks(launcher: int, module: str, number: int) -> None:
     """Pass a signal on to the ranks, or end the launcher if it has not started any."""
     try:
         process = psutil.Process(launcher)
-        for child in [child for child in process.children(recursive=True) if _is_rank(child)] or [process]:
+        for child in [child for child in process.children(recursive=True) if _is_rank(child, module)] or [process]:
             child.send_signal(number)
     except psutil.Error:
         return
@@ -127,8 +150,8 @@ def _ignored(number: int) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
-def _is_rank(process: psutil.Process) -> bool:
+def _is_rank(process: psutil.Process, module: str) -> bool:
     try:
-        return "megatron_stable.pretrain" in process.cmdline() and "RANK" in process.environ()
+        return module in process.cmdline() and "RANK" in process.environ()
     except psutil.Error:
         return False
