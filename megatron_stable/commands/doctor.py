@@ -41,7 +41,7 @@ def doctor(
     loaded = load_config(config, given) if config is not None or given else None
     if ranks is None:
 
-        def work() -> int:
+        def work(tell: object) -> int:
             from megatron_stable.doctor.examination import examine
 
             return examine(loaded, directory, as_json)

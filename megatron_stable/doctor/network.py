@@ -12,7 +12,7 @@ import psutil
 from megatron_stable.doctor.bounded import Late, within
 from megatron_stable.doctor.crew import Crew
 from megatron_stable.doctor.finding import Finding, Verdict
-from megatron_stable.parallel.joining import is_loopback
+from megatron_stable.parallel.addresses import is_loopback
 
 INFINIBAND = Path("/sys/class/infiniband")
 

@@ -71,7 +71,10 @@ def test_search_prints_a_table_and_why_others_do_not_fit(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "model.vocab_size is null, and plan does not read the tokenizer: give --vocab-size N"),
+        (
+            ("model.vocab_size=null",),
+            "model.vocab_size is null, and plan does not read the tokenizer: give --vocab-size N",
+        ),
         (("--vocab-size", "64000", "--tokens", "many"), "--tokens many is not a number of tokens: write one as 300B"),
         (("--vocab-size", "64000", "--tokens", "0"), "--tokens 0 is not a number of tokens"),
         (("--vocab-size", "64000", "--ranks", "8", "--nodes", "1"), "--ranks 8 and --nodes 1 are both set"),
