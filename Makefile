@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format docs examples clean
+.PHONY: help setup demo test test-hosts test-all lint format docs examples clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ demo: setup  ## prepare text, train a small model on two ranks, show what came o
 
 test: setup  ## the test suite
 	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile -m 'not full'
+
+test-hosts: setup  ## every launcher on two machines in namespaces; needs root, sshd, pdsh, Open MPI, Slurm
+	$(BIN)/python -m pytest tests/hosts -n $(JOBS) --dist loadfile
 
 test-all: setup  ## the test suite with the full product of layouts and recipes
 	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile

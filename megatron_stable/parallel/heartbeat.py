@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from math import inf
 from pathlib import PurePath
 from traceback import walk_stack
 from types import FrameType
@@ -97,13 +98,16 @@ class Judge:
         self._now = now
         self._stood = 0.0  # seconds without anything done, of the rank that stands longest
 
-    def see(self, now: float, beats: Sequence[Beat]) -> str:
-        """What to say to all ranks: go on, give your stacks, or end."""
+    def see(self, now: float, beats: Sequence[Beat], met: float = -inf) -> str:
+        """What to say to all ranks: go on, give your stacks, or end.
+
+        Args:
+            met: When all ranks last did something together: none of them was lost then, though after a link was down
+                its beats may come later than its gradients, by a connection of their own.
+        """
         for rank, (before, beat) in enumerate(zip(self.beats, beats, strict=True)):
-            if beat.number != before.number:
-                self._beaten[rank] = now
-            if beat.progress != before.progress:
-                self._moved[rank] = now
+            self._beaten[rank] = now if beat.number != before.number else max(self._beaten[rank], met)
+            self._moved[rank] = now if beat.progress != before.progress else max(self._moved[rank], met)
         self.beats, self._now = [*beats], now
         stood = (now - since for since, beat in zip(self._moved, beats, strict=True) if beat.number != LEFT)
         self._stood = max(stood, default=0.0)

@@ -68,6 +68,7 @@ class Lifeline:
         self.limit = max(patience / 2, patience - self._ends)
         self._doing = Doing(0, max(self.limit, SLOW), 0, True, time.monotonic())
         self._watch = Watch(3 * self.interval)
+        self._met = time.monotonic()  # when all ranks last did something together
         self._ring: Ring | None = None
         if self.size == 1:
             return
@@ -108,9 +109,10 @@ class Lifeline:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """What happens within is a step, and may take no longer than the limit, unless it is the first."""
+        """What happens within is a step of all ranks, and may take no longer than the limit, unless it is the first."""
         self._go_on(step=number, after=False)
         yield
+        self._met = time.monotonic()
         self._go_on(after=True, allowance=self.limit)
 
     @contextmanager
@@ -216,7 +218,7 @@ class Lifeline:
         self._store.set(self._keys[self.rank], self._beat(asked=self._said.endswith(STACKS)).encode())
         if self.rank == 0:
             beats = [Beat.decode(sent) for sent in self._store.multi_get(self._keys)]
-            word = self._judge.see(time.monotonic(), beats)
+            word = self._judge.see(time.monotonic(), beats, self._met)
             self._store.set(WORD, f"{self._count} {word}")
             if word == END:
                 # others read the word before the store goes down with this process
@@ -261,7 +263,7 @@ class Lifeline:
         # others leave the word to the first, and the record to the last
         speaks = self._ring.first_here or self.rank == self.size - 1
         limit = self.limit if speaks else self.limit + 4 * self.interval
-        if (quiet := time.monotonic() - self._heard) > limit:
+        if (quiet := time.monotonic() - max(self._heard, self._met)) > limit:
             stack = stack_of(sys._current_frames()[self._main])[0].rstrip()
             where, name = self._ring.first_host, f"rank {self.rank}"
             reason = f"no word from rank 0 on {where} for {quiet:.0f} s (it is down, cut off, or was stopped)"

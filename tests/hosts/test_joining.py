@@ -52,11 +52,11 @@ def test_launch_says_what_is_wrong_with_the_machines(two: Machines, folder: Path
 @pytest.mark.full
 def test_a_machine_that_is_down_is_named(two: Machines, folder: Path) -> None:
     two.network.cut()
-    launch = begin(two, folder, "pdsh", join_timeout=25)
+    launch = begin(two, folder, "pdsh", join_timeout=22)
     assert launch.end(120) == [255], "ssh's, which pdsh passes on as the greater one"
     assert "node1: ssh exited with exit code 2\n" in launch.printed
     assert f"node1: waiting for rank 1 (node2) of 2 at 10.213.7.1:{PORT}\n" in launch.printed
-    assert f"rank 1 (node2) of 2 did not come to 10.213.7.1:{PORT} within run.join_timeout, 25 s" in launch.printed
+    assert f"rank 1 (node2) of 2 did not come to 10.213.7.1:{PORT} within run.join_timeout, 22 s" in launch.printed
     assert "Traceback" not in launch.printed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -46,14 +47,17 @@ def test_a_short_cut_is_survived_and_a_long_one_ends_both_sides(two: Machines, f
         assert time.monotonic() - cut < patience + SLACK, launch.printed
         time.sleep(0.2)
     took = time.monotonic() - cut
-    assert took > flap
+    assert flap < took < patience
     event = last_event(launch)
-    assert "rank 1 on node2" in str(event), event
+    assert (event["event"], event["exit_code"]) == ("stop", 1)
+    assert "rank 1 on node2 fell silent" in str(event["reason"])
     assert "rank 1 on node2 fell silent" in launch.printed
+    assert re.search(r"step \d+ has taken \d+ s; waiting for rank 1 on node2 \(silent for", launch.printed)
+    assert re.search(r"step \d+ went on after \d+ s", launch.printed)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("gone", ["terminal", "deepspeed", "pdsh", "launch"])
+@pytest.mark.parametrize("gone", ["terminal", "deepspeed", "launch"])
 def test_a_run_whose_starter_is_gone_saves_and_ends(two: Machines, folder: Path, gone: str) -> None:
     launch = begin(two, folder, "launch" if gone == "launch" else "pdsh")
     if gone == "terminal":
@@ -61,7 +65,7 @@ def test_a_run_whose_starter_is_gone_saves_and_ends(two: Machines, folder: Path,
     else:
         first = psutil.Process(launch.processes[0].pid)
         below = [first, *first.children(recursive=True)]
-        marks = {"launch": "megatron_stable launch", "deepspeed": "bin/deepspeed", "pdsh": "pdsh -S"}
+        marks = {"launch": "megatron_stable launch", "deepspeed": "bin/deepspeed"}
         next(
             each
             for each in below

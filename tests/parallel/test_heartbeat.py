@@ -24,8 +24,8 @@ class Run:
         self.silent: set[int] = set()
         self.still: set[int] = set()
 
-    def second(self, word: str = GO) -> str:
-        """One more, after rank 0 said ``word``."""
+    def second(self, word: str = GO, met: float = 0.0) -> str:
+        """One more, after rank 0 said ``word``, and all met at ``met``."""
         self.now += 1.0
         for rank, beat in enumerate(self.beats):
             if rank not in self.silent and beat.number != LEFT:
@@ -34,7 +34,7 @@ class Run:
                 waits = bool(self.still | self.silent) and rank not in self.still
                 place = "all_reduce, c10d.py:9" if waits else "read, loader.py:7"
                 self.beats[rank] = Beat(beat.number + 1, beat.progress + moved, beat.allowance, stack, waits, place)
-        return self.judge.see(self.now, self.beats)
+        return self.judge.see(self.now, self.beats, met)
 
     def until_the_end(self) -> tuple[float, Verdict]:
         """(seconds, verdict)."""
@@ -62,6 +62,16 @@ def test_a_rank_without_a_beat_is_named_with_its_host_and_where_the_others_are(r
     assert verdict.reason == "rank 2 on node1 fell silent 100 s ago (down, cut off, or stopped)"
     assert verdict.remedy.startswith("see to that machine") and "the same command goes on" in verdict.remedy
     assert verdict.stacks == {"ranks 0-1, 3": "stack False"}
+
+
+def test_a_rank_without_a_beat_that_still_takes_part_is_not_lost(run: Run) -> None:
+    """A link was down: gradients come again, and the connection of the beats has not tried yet."""
+    run.silent = {2}
+    assert {run.second(met=run.now) for _ in range(3 * int(LIMIT))} == {GO}
+    assert run.awaited() == ""
+    seconds, verdict = run.until_the_end()
+    assert LIMIT - 2 < seconds < LIMIT + ANSWER + 3, "counted from when it last took part"
+    assert verdict.reason.startswith("rank 2 on node1 fell silent")
 
 
 def test_silence_is_noticed_while_something_slow_goes_on(run: Run) -> None:
