@@ -1,6 +1,6 @@
 """A newcomer's path on two fresh machines, each command with what it prints: ``python -m tests.hosts.newcomer FOLDER``.
 
-docs/nodes.md shows what this prints. The machines share FOLDER as /srv, and know nothing of each other but names and keys.
+docs/nodes.md shows what this prints. The machines share FOLDER as /srv, and know each other's names and keys.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.hosts.launches import BIN
 from tests.hosts.machines import Machines, machines
+from tests.training.runs import ROOT
 
-ROOT = Path(__file__).parents[2]
 SHARED = "/srv"
 CONFIG = """\
 run: {directory: runs/first, steps: 400}
@@ -28,25 +28,35 @@ schedule: {warmup_steps: 20}
 checkpoint: {every: 200}
 guard: {mode: drop}
 """
+LOGS = "grep -v '] '"  # what DeepSpeed's launchers log
+INSTALLED = "for host in node1 node2; do ssh $host /srv/venv/bin/megatron-stable --version; done"
+TOKENIZER = "megatron-stable tokenizer --input text/json text/email --vocab-size 512 --output tokenizer.model"
+PREPROCESS = "megatron-stable preprocess --input text/json text/email --tokenizer tokenizer.model --output train"
+DOCTOR = f"deepspeed --hostfile hosts --module megatron_stable.doctor --config config.yaml 2> /dev/null | {LOGS}"
+LAUNCH = "megatron-stable launch --config config.yaml --hostfile hosts"
+BEFORE = ("cat hosts", INSTALLED, TOKENIZER, PREPROCESS, DOCTOR, f"{LAUNCH} --dry-run")
+AFTER = ("megatron-stable status runs/first", "megatron-stable stop runs/first", "sleep 5; tail -n 3 launch.log")
 
 
-def show(command: str, two: Machines, wait: bool = True) -> subprocess.Popen[str]:
+def run(command: str, two: Machines) -> None:
     """Run a line on the first machine, and print it with its output."""
-    shell = two[0].command(["bash", "-c", command], Path(SHARED))
+    real = command.replace("/srv/venv", str(BIN.parent))
     environment = {
         "PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin", "HOME": str(Path.home()), "LANG": "C.UTF-8",
         "PYTHONPATH": str(ROOT), "COLUMNS": "120",
     }  # fmt: skip
     print(f"$ {command}", flush=True)
-    process = subprocess.Popen(
-        shell, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    done = subprocess.run(
+        two[0].command(["bash", "-c", real], Path(SHARED)),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    if wait:
-        output, _ = process.communicate(timeout=300)
-        print(tidied(output), end="", flush=True)
-        if process.returncode:
-            print(f"(exit code {process.returncode})", flush=True)
-    return process
+    print(tidied(done.stdout), end=f"(exit code {done.returncode})\n" if done.returncode else "", flush=True)
 
 
 def tidied(text: str) -> str:
@@ -60,43 +70,23 @@ def main() -> None:
     folder = Path(sys.argv[1])
     shared = folder / "shared"
     shared.mkdir(parents=True)
+    (shared / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    (shared / "config.yaml").write_text(CONFIG)
+    (shared / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
+    (shared / "text").symlink_to(Path(os.__file__).parent)
+    metrics = shared / "runs/first/metrics.jsonl"
+    (folder / "machines").mkdir()
     with machines(folder / "machines") as two:
         for each in two:
             subprocess.run(each.command(["mount", "--bind", shared, SHARED]), check=True)
-        (shared / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
-        (shared / "config.yaml").write_text(CONFIG)
-        (shared / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
-        source = Path(os.__file__).parent
-        (shared / "text").symlink_to(source)
-        show(
-            "pdsh -R ssh -w node1,node2 megatron-stable --version"
-            if False
-            else "ssh node2 hostname; ssh node1 hostname",
-            two,
-        )
-        show("cat hosts", two)
-        show("megatron-stable tokenizer --input text/json text/email --vocab-size 512 --output tokenizer.model", two)
-        show(
-            "megatron-stable preprocess --input text/json text/email text/asyncio --tokenizer tokenizer.model --output train",
-            two,
-        )
-        show(
-            "deepspeed --hostfile hosts --module megatron_stable.doctor --config config.yaml 2> /dev/null | grep -v '] '",
-            two,
-        )
-        show("megatron-stable launch --config config.yaml --hostfile hosts --dry-run", two)
-        begun = show(
-            "megatron-stable launch --config config.yaml --hostfile hosts > launch.log 2>&1 &", two, wait=False
-        )
-        metrics = shared / "runs/first/metrics.jsonl"
+        for command in BEFORE:
+            run(command, two)
+        run(f"{LAUNCH} > launch.log 2>&1 &", two)
         while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 60:
             time.sleep(0.5)
-        begun.wait()
-        show("megatron-stable status runs/first", two)
-        show("megatron-stable stop runs/first", two)
-        time.sleep(5)
-        show("tail -n 3 launch.log", two)
-        show("megatron-stable launch --config config.yaml --hostfile hosts run.steps=200 2>&1 | grep -v '] '", two)
+        for command in AFTER:
+            run(command, two)
+        run(f"{LAUNCH} run.steps=200 2>&1 | {LOGS}", two)
 
 
 if __name__ == "__main__":
