@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_stable.launching.asking import Answer
 from megatron_stable.launching.hosts import span
-from megatron_stable.launching.survey import SAME, Survey
+from megatron_stable.launching.survey import DIGESTS, Survey, must_agree
 
 SKEW = 2.0  # seconds between clocks, which records of several machines tell
 
@@ -58,17 +58,17 @@ def problems(answers: Sequence[Answer], slots: Mapping[str, int], port: int, run
 
 def _unlike(known: Mapping[str, Survey]) -> list[Problem]:
     """Machines that differ from most in what must be the same."""
+    if not known:
+        return []
     found = []
-    for name in SAME:
-        values = {host: str(getattr(survey, name)) for host, survey in known.items()}
-        usual = Counter(values.values()).most_common(1)[0][0] if values else ""
-        others = [host for host, value in values.items() if value != usual]
-        if others:
-            what = {"source": "megatron_stable's source", "config": "the configuration file"}.get(name, name)
-            shown = "differs" if name in ("source", "config") else f"is {values[others[0]]} and not {usual}"
+    for what in must_agree(next(iter(known.values()))):
+        values = {host: must_agree(survey)[what] for host, survey in known.items()}
+        usual = Counter(values.values()).most_common(1)[0][0]
+        if others := [host for host, value in values.items() if value != usual]:
+            shown = "differs" if what in DIGESTS else f"is {values[others[0]]} and not {usual}"
             found.append(Problem(True, f"{span(others)}: {what} {shown}; give all machines the same environment"))
-        elif name == "config" and known and not usual:
-            found.append(Problem(True, "no machine sees the configuration file; give it a path that all of them share"))
+        elif not usual:
+            found.append(Problem(True, f"no machine sees {what}; give it a path that all of them share"))
     return found
 
 

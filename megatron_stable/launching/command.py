@@ -46,10 +46,12 @@ class Start:
 
 def pdsh(start: Start, environment: Mapping[str, str]) -> list[str]:
     """DeepSpeed's launcher over pdsh; reads the environment from the file that DS_ENV_FILE names."""
+    # the machines' shells read these once more; DeepSpeed quotes those with spaces, and no others
+    arguments = [word if " " in word else shlex.quote(word) for word in start.arguments]
     return [
         sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(start.hostfile), "--force_multi",
         "--master_addr", start.address, "--master_port", str(start.port), "--no_local_rank",
-        "--module", "megatron_stable.pretrain", *start.arguments,
+        "--module", "megatron_stable.pretrain", *arguments,
     ]  # fmt: skip
 
 

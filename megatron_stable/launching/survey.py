@@ -25,7 +25,8 @@ from megatron_stable.parallel.addresses import is_loopback
 
 MARK = "megatron-stable survey: "  # what shells' start files print goes before
 REACH = 5.0  # seconds for an answer of the first machine, and for a file to be seen
-SAME = ("python", "versions", "source", "config")  # what must not differ between machines
+SOURCE, CONFIG = "megatron_stable's source", "the configuration file"
+DIGESTS = (SOURCE, CONFIG)
 
 
 @dataclass
@@ -77,6 +78,11 @@ class Survey:
     memory: int
     addresses: list[str] = field(default_factory=list)
     ranks: dict[str, str] = field(default_factory=dict)
+
+
+def must_agree(of: Survey) -> dict[str, str]:
+    """What must not differ between machines, by what it is called."""
+    return {"python": of.python, **of.versions, SOURCE: of.source, CONFIG: of.config}
 
 
 def survey(question: Question) -> Survey:
