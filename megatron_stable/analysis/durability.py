@@ -68,8 +68,9 @@ def durability(config: Config, world: int, on: Machine, step_seconds: float) -> 
     best = max(sqrt(2 * stall * failure), stall + write, step_seconds)
 
     def lost(interval: float) -> float:
-        # what was not yet on disk when the failure came is repeated, too
-        return stall / interval + (interval / 2 + write + on.restart_seconds) / failure
+        # A save waits for the one before; what was not yet on disk when the failure came is repeated, too.
+        held = max(stall, stall + write - interval)
+        return held / interval + (interval / 2 + write + on.restart_seconds) / failure
 
     every = max(1, round(best / step_seconds))
     return Durability(

@@ -14,13 +14,13 @@ import typer
 from megatron_stable.config.checks import check
 from megatron_stable.config.load import load_config
 from megatron_stable.config.schema import Config
-from megatron_stable.errors import ConfigError
+from megatron_stable.errors import ConfigError, NotReady
 from megatron_stable.launching.asking import Answer, ask
 from megatron_stable.launching.checks import master_address, problems
 from megatron_stable.launching.command import LAUNCHERS, NEEDS, Start, as_text, travelling
 from megatron_stable.launching.hosts import read_hostfile, span
 from megatron_stable.launching.running import run
-from megatron_stable.launching.survey import Question
+from megatron_stable.launching.survey import Question, Survey
 from megatron_stable.parallel.launcher import PORT
 
 
@@ -41,7 +41,7 @@ def launch(
     launcher: Annotated[
         Launcher, typer.Option(help="pdsh (DeepSpeed's), openmpi (mpirun), or slurm (srun).")
     ] = Launcher.pdsh,
-    port: Annotated[int, typer.Option(help="On which the ranks meet, on the first machine.")] = PORT,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On which the ranks meet, on the first machine.")] = PORT,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, and start nothing.")] = False,
     checks: Annotated[bool, typer.Option("--checks/--no-checks", help="Look at the machines first.")] = True,
 ) -> None:
@@ -64,13 +64,15 @@ def launch(
     if shutil.which(NEEDS[launcher.value]) is None:
         raise ConfigError(f"{NEEDS[launcher.value]}, which --launcher {launcher.value} needs, is not installed here")
     directory = Path(loaded.run.directory).absolute()
-    address, cores = next(iter(slots)), os.cpu_count() or 1
+    address, cores, on_gpus = next(iter(slots)), os.cpu_count() or 1, False
     if checks:
-        answers = _look(loaded, config.absolute(), directory, slots, port)
-        address = master_address(answers)
-        cores = min(answer.survey.cores for answer in answers if answer.survey)
-    start = Start(slots, hostfile.absolute(), address, port, ["--config", str(config.absolute()), *given])
-    environment = travelling(threads=max(1, cores // max(slots.values())))
+        surveys = _look(loaded, config.absolute(), directory, slots, port)
+        address = master_address(surveys)
+        cores, on_gpus = min(each.cores for each in surveys), any(each.gpus for each in surveys)
+    start = Start(slots, hostfile.absolute(), address, port, ["--config", str(config.absolute()), *given], on_gpus)
+    environment = travelling(max(1, cores // max(slots.values())), named=not dry_run)
+    if launcher is Launcher.slurm:
+        environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     command = LAUNCHERS[launcher.value](start, environment)
     if dry_run:
         print(as_text(command, environment, launcher.value))
@@ -78,8 +80,9 @@ def launch(
     raise typer.Exit(run(command, environment, directory, loaded.run.on_hangup))
 
 
-def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], port: int) -> list[Answer]:
-    """The machines' answers. ConfigError: no run would come of it."""
+def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], port: int) -> list[Survey]:
+    """The machines. NotReady: no run would come of it."""
+    first, *others = slots
     waits = set(slots)
 
     def told(answer: Answer) -> None:
@@ -89,14 +92,17 @@ def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], po
                 f"\r\033[2Klooking at {len(slots)} machines; waiting for {span(sorted(waits))}", end="", file=sys.stderr
             )
 
-    there = next(parent for parent in directory.parents if parent.is_dir())
+    there = next(folder for folder in (directory, *directory.parents) if folder.is_dir())
     token = there / f".megatron-stable-{secrets.token_hex(8)}"
     try:
         token.write_text(f"{socket.gethostname()}\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"run.directory {directory} cannot be made: {error}") from None
+        raise ConfigError(f"run.directory {directory} cannot be written to: {error}") from None
     try:
-        answers = ask(slots, Question(next(iter(slots)), port, str(token), str(path)), told)
+        answers = ask([first], Question(["127.0.0.1"], port, str(token), str(path)), told)
+        # what is an alias of ssh's, or a name that not all machines know, is reached by address
+        names = [first, *(answers[0].survey.addresses if answers[0].survey else [])]
+        answers += ask(others, Question(names, port, str(token), str(path)), told)
     finally:
         token.unlink(missing_ok=True)
         if sys.stderr.isatty():
@@ -105,14 +111,15 @@ def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], po
     for problem in found:
         print(problem, file=sys.stderr)
     if any(problem.fatal for problem in found):
-        raise ConfigError("nothing was started; --no-checks would start it all the same")
+        raise NotReady("nothing was started; --no-checks would start it all the same")
     names = [f"{host} ({ranks} ranks)" for host, ranks in slots.items()]
     print(f"{span(names)}: alike, reached, on one file system", file=sys.stderr, flush=True)
-    return answers
+    return [answer.survey for answer in answers if answer.survey is not None]
 
 
 def _space(config: Config, directory: Path) -> float:
-    """Bytes that the checkpoints to come will take, beside those that are there and are replaced."""
+    """Bytes that checkpoints will take beside those that are there: those that are kept, one that is being written, and
+    one that a rollback may need."""
     from megatron_stable.analysis.durability import checkpoint_bytes
     from megatron_stable.data import Tokenizer
     from megatron_stable.training.pretrain import with_vocabulary
@@ -120,4 +127,4 @@ def _space(config: Config, directory: Path) -> float:
     tokenizer = Tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     size = checkpoint_bytes(with_vocabulary(config, tokenizer.vocab_size if tokenizer else None))
     there = len([*(directory / "checkpoints").glob("step_*")])
-    return size * max(1, config.checkpoint.keep + 1 - there)
+    return size * max(1, config.checkpoint.keep + 2 - there)

@@ -13,11 +13,16 @@ from megatron_stable.doctor.versions import installed
 
 def check_optional(config: Config | None, on_gpu: bool) -> list[Finding]:
     """Each with what its presence or absence means."""
-    return [_apex(), _flash(config, on_gpu), _liger(), _mpi4py(), _triton(on_gpu)]
+    return [_apex(config, on_gpu), _flash(config, on_gpu), _liger(), _mpi4py(), _triton(on_gpu)]
 
 
-def _apex() -> Finding:
+def _apex(config: Config | None, on_gpu: bool) -> Finding:
     found = apex.find()
+    if config is not None and config.run.apex == "require" and not (found.usable and on_gpu):
+        why = found.sentence if on_gpu else "there is no GPU"
+        return Finding(
+            "apex", f"run.apex is require, and {why}", Verdict.FAILURE, "set run.apex=auto, or see docs/apex.md"
+        )
     if found.usable:
         return Finding(
             "apex", f"{found.sentence}; AdamW and RMSNorm take its kernels on GPUs, unless run.apex is never"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_stable.launching.asking import Answer
 from megatron_stable.launching.hosts import span
-from megatron_stable.launching.survey import DIGESTS, Survey, must_agree
+from megatron_stable.launching.survey import DIGESTS, FREE, TAKEN, Survey, must_agree
 
 SKEW = 2.0  # seconds between clocks, which records of several machines tell
 
@@ -65,7 +65,7 @@ def _unlike(known: Mapping[str, Survey]) -> list[Problem]:
         values = {host: must_agree(survey)[what] for host, survey in known.items()}
         usual = Counter(values.values()).most_common(1)[0][0]
         if others := [host for host, value in values.items() if value != usual]:
-            shown = "differs" if what in DIGESTS else f"is {values[others[0]]} and not {usual}"
+            shown = "differs, or is not there" if what in DIGESTS else f"is {values[others[0]]} and not {usual}"
             found.append(Problem(True, f"{span(others)}: {what} {shown}; give all machines the same environment"))
         elif not usual:
             found.append(Problem(True, f"no machine sees {what}; give it a path that all of them share"))
@@ -82,12 +82,12 @@ def _unshared(known: Mapping[str, Survey], run: str) -> list[Problem]:
 def _unreachable(known: Mapping[str, Survey], first: str, port: int) -> list[Problem]:
     """Machines that would not find rank 0."""
     found = []
-    if first in known and known[first].answer == "taken":
+    if first in known and known[first].answer == TAKEN:
         text = f"port {port} of {first} is taken (by an earlier run that still lives?): end it, or give another --port"
         return [Problem(True, text)]
     by_answer: dict[str, list[str]] = {}
     for host, survey in known.items():
-        if survey.answer not in ("refused", "taken"):
+        if survey.answer not in (FREE, TAKEN):
             by_answer.setdefault(survey.answer, []).append(host)
     for answer, hosts in by_answer.items():
         text = f"{span(hosts)}: {first}:{port} cannot be reached ({answer}); does a firewall let this port through?"
@@ -104,9 +104,9 @@ def _skewed(answers: Sequence[Answer]) -> list[Problem]:
     return [Problem(False, text)]
 
 
-def master_address(answers: Sequence[Answer]) -> str:
+def master_address(surveys: Sequence[Survey]) -> str:
     """The address at which most other machines know the first, which may call itself 127.0.1.1; alone, a loopback."""
-    first, *others = [answer.survey for answer in answers if answer.survey is not None]
+    first, *others = surveys
     if not others:
         return "127.0.0.1"
     return Counter(survey.first for survey in others).most_common(1)[0][0] or first.host

@@ -1,4 +1,4 @@
-"""Machines and how many ranks each is to run, from a hostfile or from Slurm."""
+"""Machines and how many ranks each is to run, from a hostfile."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_stable.errors import MegatronStableError
+from megatron_stable.launching.command import for_file
 from megatron_stable.records.owner import OWNER, Owner, read_owner
 from megatron_stable.records.presence import ask_to_stop
 from megatron_stable.training.hangup import drop_dead_streams
@@ -43,7 +44,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], directory: Path,
     before = {number: signal.signal(number, receive) for number in caught}
     earlier = _owner(directory)
     with tempfile.NamedTemporaryFile("w", prefix="megatron-stable-", suffix=".env") as file:
-        file.writelines(f"{name}={value}\n" for name, value in environment.items())
+        file.write(for_file(environment))
         file.flush()
         # A process group of its own, so that Ctrl-C at a terminal reaches this process alone; but not a session, so
         # that the ranks know this process for who started them.

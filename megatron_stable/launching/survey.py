@@ -26,6 +26,7 @@ from megatron_stable.parallel.addresses import is_loopback
 MARK = "megatron-stable survey: "  # what shells' start files print goes before
 REACH = 5.0  # seconds for an answer of the first machine, and for a file to be seen
 SOURCE, CONFIG = "megatron_stable's source", "the configuration file"
+FREE, TAKEN = "refused", "taken"  # what a port answers
 DIGESTS = (SOURCE, CONFIG)
 
 
@@ -34,13 +35,13 @@ class Question:
     """What to look at.
 
     Attributes:
-        first: Name of the machine of rank 0.
+        first: Names and addresses of the machine of rank 0: the first that answers is taken.
         port: Where the ranks would meet there.
         token: A file that was just written beside the run's directory.
         config: The run's YAML.
     """
 
-    first: str
+    first: list[str]
     port: int
     token: str
     config: str
@@ -58,7 +59,7 @@ class Survey:
         sees: Whether the file ``token`` is there.
         free: Bytes free where it is.
         first: Address that the name of the first machine means here.
-        answer: What its port answers: "refused" (nobody listens: as it should be), "taken", or why it is out of reach.
+        answer: What its port answers: FREE (nobody listens), TAKEN, or why it is out of reach.
         addresses: Of this machine, that others may reach.
         ranks: Command lines, by process id, of ranks that train here already.
     """
@@ -109,17 +110,24 @@ def survey(question: Question) -> Survey:
     )
 
 
-def _knock(host: str, port: int) -> tuple[str, str]:
-    """(the address that a name means here, what a port of it answers)"""
+def _knock(hosts: list[str], port: int) -> tuple[str, str]:
+    """(address, what its port answers) of the first host that answers; else of the very first one."""
+    said = [_knock_at(host, port) for host in hosts[:1]]
+    while said[-1][1] not in (FREE, TAKEN) and len(said) < len(hosts):
+        said.append(_knock_at(hosts[len(said)], port))
+    return said[-1] if said[-1][1] in (FREE, TAKEN) else said[0]
+
+
+def _knock_at(host: str, port: int) -> tuple[str, str]:
     try:
         address = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         return "", str(error.strerror or error)
     try:
         with socket.create_connection((address, port), timeout=REACH):
-            return address, "taken"
+            return address, TAKEN
     except ConnectionRefusedError:
-        return address, "refused"
+        return address, FREE
     except OSError as error:
         return address, str(error.strerror or error)
 
@@ -166,7 +174,8 @@ def _ranks() -> dict[str, str]:
     for each in psutil.process_iter():
         with suppress(psutil.Error):
             command = each.cmdline()
-            if "megatron_stable.pretrain" in command and "python" in each.name() and "launch" not in " ".join(command):
+            launches = {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run"} & {*command}
+            if "megatron_stable.pretrain" in command and "python" in each.name() and not launches:
                 found[str(each.pid)] = " ".join(command[command.index("megatron_stable.pretrain") :])
     return found
 

@@ -68,7 +68,7 @@ class ShardedNorm(nn.Module):
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, rms: bool, eps: float) -> Tensor:
     if rms:
         kernels = None if torch.compiler.is_compiling() else apex.taken()  # a compiled block fuses more than the norm
-        if kernels is not None and x.is_cuda and x.dtype == weight.dtype:
+        if kernels is not None and x.is_cuda and x.dtype == weight.dtype and x.numel() < apex.MOST:
             return kernels.rms_norm(x, weight, weight.shape, eps)
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)

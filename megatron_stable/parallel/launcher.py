@@ -16,7 +16,7 @@ from megatron_stable.parallel.mpi import address_of_rank_0
 
 START = "MEGATRON_STABLE_START"  # names one start of all ranks; our own launcher's
 # (rank, world size, rank on this machine; what names the start), by torchrun and deepspeed, Open MPI, MPICH and srun
-VARIABLES = (
+VARIABLES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", (START, "TORCHELASTIC_RUN_ID")),
     (
         "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -44,10 +44,10 @@ class Seat(NamedTuple):
 
 def seat() -> Seat | None:
     """This process's, by what its launcher set; ``None`` without one."""
-    for rank, size, local, _ in VARIABLES:
-        if {rank, size} <= os.environ.keys():
-            return Seat(int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0")))
-    return None
+    if (names := _variables()) is None:
+        return None
+    rank, size, local, _ = names
+    return Seat(int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0")))
 
 
 def first_on_machine() -> bool:
@@ -58,8 +58,19 @@ def first_on_machine() -> bool:
 
 def start() -> str:
     """What names this start of all ranks, if its launcher gives it a name: ranks of another have no business here."""
-    names = next((names for rank, size, _, names in VARIABLES if {rank, size} <= os.environ.keys()), ())
-    return ".".join(os.environ[name] for name in names if name in os.environ)
+    names = _variables()
+    return ".".join(os.environ[name] for name in names[3] if name in os.environ) if names else ""
+
+
+def _variables() -> tuple[str, str, str, tuple[str, ...]] | None:
+    """Those that this process's launcher has set."""
+    for names in VARIABLES:
+        rank, size, local, _ = names
+        # srun --mpi=pmi2 sets MPICH's, too, but not the rank on this machine
+        pmi2 = rank == "PMI_RANK" and local not in os.environ and os.environ.get(rank) == os.environ.get("SLURM_PROCID")
+        if {rank, size} <= os.environ.keys() and not pmi2:
+            return names
+    return None
 
 
 def hosts(size: int) -> dict[int, str]:
@@ -142,7 +153,7 @@ def first_machine(size: int) -> str:
     if str(size) == environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS")):
         return "127.0.0.1"
     try:
-        return address_of_rank_0()
+        return address_of_rank_0(size)
     except (ImportError, RuntimeError) as error:  # no mpi4py, or no MPI that it can load
         if jobs := environment.get("SLURM_JOB_NODELIST"):
             return expanded(jobs)[0]

@@ -69,6 +69,7 @@ class Lifeline:
         self._doing = Doing(0, max(self.limit, SLOW), 0, True, time.monotonic())
         self._watch = Watch(3 * self.interval)
         self._met = time.monotonic()  # when all ranks last did something together
+        self._armed = self._met
         self._ring: Ring | None = None
         if self.size == 1:
             return
@@ -113,6 +114,8 @@ class Lifeline:
         self._go_on(step=number, after=False)
         yield
         self._met = time.monotonic()
+        if self._ring is not None and self._met - self._armed > 2 * self.interval and not self._ending.locked():
+            self._arm()  # the heart waits for the store, and all is well
         self._go_on(after=True, allowance=self.limit)
 
     @contextmanager
@@ -196,21 +199,27 @@ class Lifeline:
         """Beat."""
         last = time.monotonic()
         while True:
-            if (stood := time.monotonic() - last) > self.limit:
+            if (stood := time.monotonic() - max(last, self._met)) > self.limit:
                 reason = f"rank {self.rank} on {socket.gethostname()} stood still for {stood:.0f} s"
                 lost = Lost(self._doing.step, 1, f"{reason}; {RESUMES}", {}) if self.rank == 0 else None
                 self._end(f"error: {reason}; stopping", CRASHES, 1, FOLLOWS, lost)
             last = time.monotonic()
             if not self._ending.locked():
-                _end_after(self.limit + self._ends)  # later than all others
+                self._arm()
             try:
                 self._round()
             except dist.DistError:
-                return  # the store went down: the ring knows why, or rank 0 will not be heard of any more
+                if time.monotonic() - self._met > self.limit:
+                    return  # the store went down: the ring knows why, or rank 0 will not be heard of any more
             if self._left.wait(self.interval):
                 with suppress(dist.DistError):
                     self._store.set(self._keys[self.rank], Beat(LEFT, 0, 0.0).encode())
                 return
+
+    def _arm(self) -> None:
+        """Have a timer in C end this process if it does nothing any more; later than all others would."""
+        self._armed = time.monotonic()
+        _end_after(self.limit + self._ends)
 
     def _round(self) -> None:
         """Beat once, and do what rank 0 says."""

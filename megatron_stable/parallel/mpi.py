@@ -16,19 +16,24 @@ from megatron_stable.errors import JoinError
 ANSWERS = 3.0  # seconds in which an address does
 
 
-def address_of_rank_0() -> str:
+def address_of_rank_0(size: int) -> str:
     """The first address of rank 0's machine that answers this one. Collective over all ranks of MPI.
 
     Rank 0 listens while all others try its addresses in turn: what its name means elsewhere, or which of its networks
     leads where, nobody else can know. MPI is begun and ended within; a rank that dies meanwhile ends all, by mpirun.
 
+    Args:
+        size: Ranks, by the launcher.
+
     Raises:
-        ImportError, RuntimeError: On this rank: no mpi4py, or no MPI that it can load.
+        ImportError, RuntimeError: On this rank: no mpi4py, or no MPI that it can load, or another than the launcher's.
         JoinError: On all ranks alike: an address that answers is missing somewhere.
     """
     from mpi4py import MPI
 
     world, here = MPI.COMM_WORLD, socket.gethostname()
+    if world.Get_size() != size:  # each rank by itself: its MPI does not know who started it
+        raise RuntimeError(f"mpi4py is built for another MPI than the one that started these {size} ranks")
     if world.Get_rank() == 0:
         with _doorman() as (port, token):
             host, candidates, *_ = world.bcast((here, _addresses(), port, token), root=0)

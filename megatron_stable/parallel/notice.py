@@ -190,5 +190,5 @@ class Recorder:
             if isinstance(word, threading.Event):
                 word.set()
                 continue
-            with suppress(OSError):  # of a disk that is full, or gone
+            with suppress(Exception):  # of a disk that is full, or gone; what comes later is to be tried all the same
                 self._record(word)

@@ -90,6 +90,7 @@ class Ring:
         try:
             connection = socket.create_connection((address, port), timeout=MEETING)
             connection.sendall(token.encode())
+            _keep_alive(connection)
         except OSError as error:
             raise MegatronStableError(
                 f"{self._host} cannot reach rank {self.next} on {host} at {address}, port {port}: {error}; ranks of "
@@ -106,8 +107,18 @@ def _accept(server: socket.socket, token: str) -> socket.socket:
         with suppress(OSError):
             if secrets.compare_digest(connection.makefile("rb").read(len(token)), token.encode()):
                 connection.settimeout(None)
+                _keep_alive(connection)
                 return connection
         connection.close()
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have firewalls see that a connection on which nothing is said for weeks is in use. It is not given up for want of
+    an answer: that is for heartbeats to judge."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 60)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 127)
 
 
 def _address_towards(host: str) -> tuple[socket.AddressFamily, str]:

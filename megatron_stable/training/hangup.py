@@ -23,7 +23,7 @@ def starters() -> list[psutil.Process]:
     """The processes that are there for this one's sake: above it and, where it was begun over ssh from this same
     machine, the other end of the connection with those above that."""
     found = _above(psutil.Process(), to_launcher=seat() is not None)
-    if found and found[-1].name() == "sshd" and (client := _ssh_client()):
+    if found and found[-1].name().startswith("sshd") and (client := _ssh_client()):
         found += [client, *_above(client, to_launcher=True)]
     return found
 

@@ -37,13 +37,13 @@ def test_launch_says_what_is_wrong_with_the_machines(two: Machines, folder: Path
     """Before anything is started: a port that is taken, then a machine that is down."""
     process = listener(two, folder)
     launch = begin(two, folder, "launch")
-    assert launch.end(60) == [2]
+    assert launch.end(60) == [1]
     assert f"error: port {PORT} of node1 is taken" in launch.printed
     process.kill()
     two.tidy()
     two.network.cut()
     launch = begin(two, folder, "launch")
-    assert launch.end(60) == [2]
+    assert launch.end(60) == [1]
     assert "error: node2: ssh: connect to host node2 port 22: " in launch.printed
     assert "is it up" in launch.printed and "nothing was started" in launch.printed
     assert "Traceback" not in launch.printed
