@@ -8,13 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from megatron_stable.errors import MegatronStableError
 from megatron_stable.launching.command import for_file
+from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.owner import OWNER, Owner, read_owner
 from megatron_stable.records.presence import ask_to_stop
+from megatron_stable.stability.events import Event, Stop
 from megatron_stable.training.hangup import drop_dead_streams
 from megatron_stable.training.stop import SIGNALS
 
@@ -42,7 +45,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], directory: Path,
         caught.remove(signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = {number: signal.signal(number, receive) for number in caught}
-    earlier = _owner(directory)
+    earlier, known = _owner(directory), len(_events(directory))
     with tempfile.NamedTemporaryFile("w", prefix="megatron-stable-", suffix=".env") as file:
         file.write(for_file(environment))
         file.flush()
@@ -59,7 +62,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], directory: Path,
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
-    return _explained(code, directory, passed_on)
+    return _explained(code, directory, known, passed_on)
 
 
 def _await(
@@ -84,7 +87,8 @@ def _await(
             continue
         passed_on = True
         _tell(f"{name}: ending the launcher")
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
 
 
 def _asked(directory: Path, owner: Owner | None, name: str) -> bool:
@@ -104,17 +108,27 @@ def _owner(directory: Path) -> Owner | None:
         return None
 
 
-def _explained(code: int, directory: Path, passed_on: bool) -> int:
-    if code in range(6) and not passed_on:
-        return code
+def _explained(code: int, directory: Path, known: int, passed_on: bool) -> int:
+    """The exit code. What the run has put on record counts for more than what a launcher makes of its ranks' codes:
+    srun takes the greatest, and DeepSpeed's says 0 where pdsh was killed."""
     if passed_on:
         _tell(f"the launcher was ended; `megatron-stable status {directory}` says how far the run is")
-    else:
-        _tell(
-            f"error: the launcher ended with {code}; its output above says why; the same command goes on from the last "
-            "checkpoint"
-        )
+        return 130
+    ends = [event.exit_code for event in _events(directory)[known:] if isinstance(event, Stop)]
+    if ends or code in range(6):
+        return ends[-1] if ends else code
+    _tell(
+        f"error: the launcher ended with {code}; its output above says why; the same command goes on from the last "
+        "checkpoint"
+    )
     return 1
+
+
+def _events(directory: Path) -> list[Event]:
+    try:
+        return list(RunDirectory(directory).ledger.read())
+    except MegatronStableError:
+        return []
 
 
 def _tell(text: str) -> None:

@@ -30,12 +30,14 @@ guard: {mode: drop}
 """
 LOGS = "grep -v '] '"  # what DeepSpeed's launchers log
 INSTALLED = "for host in node1 node2; do ssh $host /srv/venv/bin/megatron-stable --version; done"
-TOKENIZER = "megatron-stable tokenizer --input text/json text/email --vocab-size 512 --output tokenizer.model"
-PREPROCESS = "megatron-stable preprocess --input text/json text/email --tokenizer tokenizer.model --output train"
+TOKENIZER = "megatron-stable tokenizer --input text/json/*.py text/email/*.py --vocab-size 512 --output tokenizer.model"
+PREPROCESS = "megatron-stable preprocess --input text/*/*.py --tokenizer tokenizer.model --output train"
+    "megatron-stable preprocess --input text/json/*.py text/email/*.py --tokenizer tokenizer.model --output train"
+)
 DOCTOR = f"deepspeed --hostfile hosts --module megatron_stable.doctor --config config.yaml 2> /dev/null | {LOGS}"
 LAUNCH = "megatron-stable launch --config config.yaml --hostfile hosts"
 BEFORE = ("cat hosts", INSTALLED, TOKENIZER, PREPROCESS, DOCTOR, f"{LAUNCH} --dry-run")
-AFTER = ("megatron-stable status runs/first", "megatron-stable stop runs/first", "sleep 5; tail -n 3 launch.log")
+AFTER = ("megatron-stable status runs/first", "megatron-stable stop runs/first", "sleep 5; grep stopped launch.log")
 
 
 def run(command: str, two: Machines) -> None:

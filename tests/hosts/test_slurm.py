@@ -54,4 +54,9 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(two: Machines, cluster
     last = max(curve(run))
     assert max(path.name for path in (run / "checkpoints").glob("step_*")) == f"step_{last:08d}"
     assert f"SIGTERM: stopped after step {last}, saved in" in printed()
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm has it wait for two minutes
+    until(lambda: len(curve(run)) > last, printed)
     slurm("scancel", job)
+    until(lambda: "JobState=CANCELLED" in slurm("scontrol", "show", "job", job), printed)
+    time.sleep(3)
+    assert "JobState=CANCELLED" in slurm("scontrol", "show", "job", job), "what was cancelled is not queued again"
