@@ -31,7 +31,7 @@ guard: {mode: drop}
 LOGS = "grep -v '] '"  # what DeepSpeed's launchers log
 INSTALLED = "for host in node1 node2; do ssh $host /srv/venv/bin/megatron-stable --version; done"
 TOKENIZER = "megatron-stable tokenizer --input text/json/*.py text/email/*.py --vocab-size 512 --output tokenizer.model"
-PREPROCESS = "megatron-stable preprocess --input text/*/*.py --tokenizer tokenizer.model --output train"
+PREPROCESS = (
     "megatron-stable preprocess --input text/json/*.py text/email/*.py --tokenizer tokenizer.model --output train"
 )
 DOCTOR = f"deepspeed --hostfile hosts --module megatron_stable.doctor --config config.yaml 2> /dev/null | {LOGS}"
