@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -162,22 +161,6 @@ def test_script_names_the_examples(script: Path, tmp_path: Path) -> None:
 
 
 # ends, as ranks do, with `code` once it is told to
-TRAINS = "#!/bin/bash\ntrap 'exit {code}' TERM\necho began\nwhile :; do sleep 0.1; done\n"
-
-
-@pytest.mark.parametrize(("code", "requeued"), [(0, True), (1, False)])
-def test_slurm_job_is_queued_again_when_its_time_is_up(code: int, requeued: bool, tmp_path: Path) -> None:
-    env = environment(tmp_path, EXAMPLES / "10b.yaml") | {"SLURM_JOB_ID": "77"}
-    bin = programs(tmp_path / "slurm", srun=TRAINS.format(code=code), scontrol=TELLS)
-    env["PATH"] = f"{bin}:{env['PATH']}"
-    script = str(EXAMPLES / "launch_slurm.sbatch")
-    with subprocess.Popen(["bash", script, "10b"], env=env, stdout=subprocess.PIPE, text=True) as job:
-        assert job.stdout is not None and job.stdout.readline() == "began\n"
-        job.terminate()  # as Slurm does with --signal=B:TERM@600
-        began = time.monotonic()
-        said = job.stdout.read().splitlines()
-        assert job.wait(10) == code and time.monotonic() - began < 10
-    assert said == ([f"{bin}/scontrol", "requeue", "77"] if requeued else [])
 
 
 def test_slurm_script_asks_for_what_the_docs_say() -> None:

@@ -22,41 +22,63 @@ NARROW = (
 )  # fmt: skip
 
 
-def until(true: Callable[[], object], why: Callable[[], str]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.2)
+class Job:
+    """The example `laptop`, narrow, on both machines.
+
+    Args:
+        cluster: What Slurm's commands need in their environment.
+        folder: Holds the data.
+    """
+
+    def __init__(self, two: Machines, cluster: dict[str, str], folder: Path) -> None:
+        self.machine, self.run, self.output = two[0], folder / "run", folder / "job.out"
+        self.environment = {**os.environ, **ENVIRONMENT, **cluster, "RANKS": "4", "BIN": str(BIN)}
+        self.number = self.slurm(
+            "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1",
+            f"--output={self.output}", "examples/launch_slurm.sbatch", "laptop", *NARROW, f"run.directory={self.run}",
+            f"data.train={folder / 'data'}",
+        )  # fmt: skip
+        self.until(lambda: (self.run / "metrics.jsonl").exists() and len(curve(self.run)) > 3)
+
+    def slurm(self, *arguments: str) -> str:
+        """What a command of Slurm's prints."""
+        command = self.machine.command(arguments, ROOT)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def state(self) -> str:
+        return self.slurm("scontrol", "show", "job", self.number)
+
+    def printed(self) -> str:
+        return self.output.read_text() if self.output.exists() else self.state()
+
+    def until(self, true: Callable[[], object]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not true():
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.2)
+
+    def has_saved(self) -> bool:
+        """Whether the last step is in a checkpoint, and the user told so."""
+        last = max(curve(self.run))
+        newest = max(path.name for path in (self.run / "checkpoints").glob("step_*"))
+        return newest == f"step_{last:08d}" and f"SIGTERM: stopped after step {last}, saved in" in self.printed()
 
 
 @pytest.mark.full
 def test_a_job_whose_time_is_up_saves_and_is_queued_again(two: Machines, cluster: dict[str, str], folder: Path) -> None:
-    run, output = folder / "run", folder / "job.out"
-    environment = {**os.environ, **ENVIRONMENT, **cluster, "RANKS": "4", "BIN": str(BIN)}
+    job = Job(two, cluster, folder)
+    job.slurm("scancel", "--signal=TERM", "--batch", job.number)  # as --signal=B:TERM@600 does, ten minutes before
+    job.until(lambda: "Restarts=1" in job.state())
+    assert job.has_saved(), job.printed()
+    job.slurm("scancel", job.number)
 
-    def slurm(*arguments: str) -> str:
-        command = two[0].command(arguments, ROOT)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
-    job = slurm(
-        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1",
-        f"--output={output}", "examples/launch_slurm.sbatch", "laptop", *NARROW, f"run.directory={run}",
-        f"data.train={folder / 'data'}",
-    )  # fmt: skip
-
-    def printed() -> str:
-        return output.read_text() if output.exists() else slurm("scontrol", "show", "job", job)
-
-    until(lambda: (run / "metrics.jsonl").exists() and len(curve(run)) > 3, printed)
-    slurm("scancel", "--signal=TERM", "--batch", job)  # as --signal=B:TERM@600 does, ten minutes before the end
-    until(lambda: "checkpoint of step" in printed(), printed)
-    until(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job), printed)
-    last = max(curve(run))
-    assert max(path.name for path in (run / "checkpoints").glob("step_*")) == f"step_{last:08d}"
-    assert f"SIGTERM: stopped after step {last}, saved in" in printed()
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm has it wait for two minutes
-    until(lambda: len(curve(run)) > last, printed)
-    slurm("scancel", job)
-    until(lambda: "JobState=CANCELLED" in slurm("scontrol", "show", "job", job), printed)
+@pytest.mark.full
+def test_a_job_that_is_cancelled_saves_and_is_gone(two: Machines, cluster: dict[str, str], folder: Path) -> None:
+    job = Job(two, cluster, folder)
+    job.slurm("scancel", job.number)
+    job.until(job.has_saved)
+    job.until(lambda: "JobState=CANCELLED" in job.state())
     time.sleep(3)
-    assert "JobState=CANCELLED" in slurm("scontrol", "show", "job", job), "what was cancelled is not queued again"
+    assert "JobState=CANCELLED" in job.state() and "Restarts=0" in job.state()
