@@ -134,7 +134,7 @@ def test_script_starts_the_module_on_the_ranks_of_the_example(script: Path, conf
     assert "megatron_stable.pretrain" in called and called[-1] == "run.steps=7"
     assert EXAMPLES.parent / called[called.index("--config") + 1] == config
     if script.suffix == ".sbatch":
-        assert called[1] == env["BIN"] + "/python", "other nodes do not have this shell's PATH"
+        assert called[2] == env["BIN"] + "/python", "other nodes do not have this shell's PATH"
     else:
         assert Path(program).parent == Path(env["BIN"])
         assert started(called, Path(env["HOSTFILE"])) == ranks(config)
