@@ -269,9 +269,9 @@ class Lifeline:
     def _see_to_rank_0(self) -> None:
         """End this process where nothing has been heard of rank 0."""
         assert self._ring is not None
-        # others leave the word to the first, and the record to the last
-        speaks = self._ring.first_here or self.rank == self.size - 1
-        limit = self.limit if speaks else self.limit + 4 * self.interval
+        # others leave the word to the first, and the record to the last, whose end goes round and would silence the first
+        turn = 0 if self._ring.first_here else 2 if self.rank == self.size - 1 else 4
+        limit = self.limit + turn * self.interval
         if (quiet := time.monotonic() - max(self._heard, self._met)) > limit:
             stack = stack_of(sys._current_frames()[self._main])[0].rstrip()
             where, name = self._ring.first_host, f"rank {self.rank}"

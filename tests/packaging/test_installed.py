@@ -92,7 +92,7 @@ def test_wheel_holds_the_package(held: set[str], wheel: Path) -> None:
 
 
 def test_source_distribution_holds_what_git_holds(held: set[str], sdist: Path) -> None:
-    assert packed(sdist) == {name for name in held if not name.startswith(".")}
+    assert packed(sdist) == {name for name in held if not name.startswith(".")} | {".dockerignore"}
     assert {"setup.py", "README.md", "CHANGELOG.md", "LICENSE"} <= packed(sdist)
 
 
