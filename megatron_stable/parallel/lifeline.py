@@ -269,7 +269,7 @@ class Lifeline:
     def _see_to_rank_0(self) -> None:
         """End this process where nothing has been heard of rank 0."""
         assert self._ring is not None
-        # others leave the word to the first, and the record to the last, whose end goes round and would silence the first
+        # others leave the word to the first, and the record to the last, whose own end would silence the first
         turn = 0 if self._ring.first_here else 2 if self.rank == self.size - 1 else 4
         limit = self.limit + turn * self.interval
         if (quiet := time.monotonic() - max(self._heard, self._met)) > limit:

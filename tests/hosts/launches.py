@@ -83,7 +83,7 @@ class Launch:
         """All that it printed on both machines."""
         return self.output.read_text(errors="replace")
 
-    def await_steps(self, more: int, seconds: float = 120.0) -> None:
+    def await_steps(self, more: int, seconds: float = 200.0) -> None:
         """Wait until it has trained some steps."""
         deadline = time.monotonic() + seconds
         while self._lines() < self._at_begin + more:
