@@ -10,9 +10,7 @@
 from __future__ import annotations
 
 import argparse
-import socket
 import sys
-import time
 
 from megatron_stable.errors import MegatronStableError, not_installed
 
@@ -26,7 +24,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         from megatron_stable.config.load import load_config
-        from megatron_stable.parallel.launcher import SPEAKS, first_on_machine
+        from megatron_stable.parallel.launcher import refuse
         from megatron_stable.training.pretrain import run_to_exit_code
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error)}", file=sys.stderr, flush=True)
@@ -34,11 +32,7 @@ def main() -> int:
     try:
         config = load_config(given.config, given.overrides)
     except MegatronStableError as error:
-        if first_on_machine():
-            print(f"error: {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
-        else:  # it may come later, and launchers end all ranks when the first ends
-            time.sleep(SPEAKS)
-        return error.exit_code
+        return refuse(str(error), error.exit_code)
     return run_to_exit_code(config)
 
 

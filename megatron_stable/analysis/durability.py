@@ -60,6 +60,11 @@ def checkpoint_bytes(config: Config) -> float:
     return float(total)
 
 
+def at_a_time(config: Config) -> int:
+    """Checkpoints that a disk must hold: those that are kept, one being written, one that a rollback may need."""
+    return config.checkpoint.keep + 2
+
+
 def durability(config: Config, world: int, on: Machine, step_seconds: float) -> Durability:
     """For steps of ``step_seconds``."""
     size, nodes = checkpoint_bytes(config), -(-world // on.gpus_per_node)

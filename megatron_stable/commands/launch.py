@@ -17,7 +17,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, NotReady
 from megatron_stable.launching.asking import Answer, ask
 from megatron_stable.launching.checks import master_address, problems
-from megatron_stable.launching.command import LAUNCHERS, NEEDS, Start, as_text, travelling
+from megatron_stable.launching.command import LAUNCHERS, NEEDS, Start, as_text, for_file, travelling
 from megatron_stable.launching.hosts import read_hostfile, span
 from megatron_stable.launching.running import run
 from megatron_stable.launching.survey import Question, Survey
@@ -74,10 +74,11 @@ def launch(
     if launcher is Launcher.slurm:
         environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     command = LAUNCHERS[launcher.value](start, environment)
+    file = for_file(environment) if launcher is Launcher.pdsh else ""
     if dry_run:
-        print(as_text(command, environment, launcher.value))
+        print(as_text(command, environment if launcher is Launcher.slurm else {}, file))
         return
-    raise typer.Exit(run(command, environment, directory, loaded.run.on_hangup))
+    raise typer.Exit(run(command, environment, file, directory, loaded.run.on_hangup))
 
 
 def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], port: int) -> list[Survey]:
@@ -118,13 +119,12 @@ def _look(config: Config, path: Path, directory: Path, slots: dict[str, int], po
 
 
 def _space(config: Config, directory: Path) -> float:
-    """Bytes that checkpoints will take beside those that are there: those that are kept, one that is being written, and
-    one that a rollback may need."""
-    from megatron_stable.analysis.durability import checkpoint_bytes
+    """Bytes that checkpoints will take beside those that are there."""
+    from megatron_stable.analysis.durability import at_a_time, checkpoint_bytes
     from megatron_stable.data import Tokenizer
     from megatron_stable.training.pretrain import with_vocabulary
 
     tokenizer = Tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     size = checkpoint_bytes(with_vocabulary(config, tokenizer.vocab_size if tokenizer else None))
     there = len([*(directory / "checkpoints").glob("step_*")])
-    return size * max(1, config.checkpoint.keep + 2 - there)
+    return size * max(1, at_a_time(config) - there)

@@ -408,6 +408,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation loss while training."""
 
+    def by_key(self) -> dict[str, Any]:
+        """All fields as JSON has them, by dotted key: ``run.steps``."""
+        sections = self.model_dump(mode="json")
+        return {f"{section}.{field}": value for section, fields in sections.items() for field, value in fields.items()}
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens that an optimizer step trains on."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 from megatron_stable.config.load import load_config
 from megatron_stable.errors import MegatronStableError
-from megatron_stable.parallel.launcher import first_on_machine
+from megatron_stable.parallel.launcher import refuse
 
 
 def main() -> int:
@@ -33,9 +32,7 @@ def main() -> int:
     try:
         config = load_config(given.config, given.overrides) if given.config or given.overrides else None
     except MegatronStableError as error:
-        if first_on_machine():
-            print(f"error: {socket.gethostname()}: {error}", file=sys.stderr)
-        return error.exit_code
+        return refuse(str(error), error.exit_code)
     from megatron_stable.training.pretrain import to_exit_code
 
     def work(tell: object) -> int:  # it has no errors that all ranks share after they have met

@@ -86,9 +86,7 @@ def examine(config: Config | None, directory: Path | None, wants_json: bool) -> 
     run = config.run if config is not None else RunConfig()
     terms: dict[str, Any] = {"--directory": str(directory)}
     if config is not None:
-        terms |= {
-            f"{section}.{key}": v for section, f in config.model_dump(mode="json").items() for key, v in f.items()
-        }
+        terms |= config.by_key()
     join_world(PATIENCE + 2 * SLOW, run.join_timeout, terms)
     lifeline = Lifeline(PATIENCE)
     try:

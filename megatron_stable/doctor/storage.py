@@ -20,18 +20,17 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 import torch.distributed as dist
 
+from megatron_stable.analysis.durability import at_a_time, checkpoint_bytes
 from megatron_stable.config.schema import Config
 from megatron_stable.doctor.bounded import Late, within
 from megatron_stable.doctor.crew import Crew
 from megatron_stable.doctor.finding import Finding, Verdict
-from megatron_stable.model.transformer import parameter_count
 
 T = TypeVar("T")
 LIMIT = 45.0  # seconds for each step
 SEEN = 30.0  # seconds in which a file of rank 0 must show on other machines
 PIECE, MOST, SECONDS = 2**24, 2**28, 1.0  # bytes between syncs, bytes in all, seconds after which it is enough
 SWITCHING = 0.5  # seconds of renaming and reading
-PER_PARAMETER = 12  # bytes of a checkpoint: the master and Adam's two moments, fp32
 SHARED, UNSHARED = "the same as rank 0's", "not the same as rank 0's"
 LOCKS = "two runs in one directory would be told apart by what they write there alone, which takes half a minute"
 
@@ -108,7 +107,7 @@ def _room(own: Storage, there: Path) -> None:
     """Its kind, and its room for checkpoints."""
     usage, kind = psutil.disk_usage(str(there)), kind_of(there)
     numbers, text = {"free": usage.free / 1e9}, f"{there} is on {kind}, {{free:.1f}} GB free"
-    size = checkpoint_bytes(own.crew.config)
+    size = _size(own.crew.config)
     config = own.crew.config
     if kind in ("tmpfs", "ramfs") and config is not None:
         own.add(text, Verdict.WARNING, "what is there takes main memory and is lost at a restart", numbers=numbers)
@@ -116,7 +115,7 @@ def _room(own: Storage, there: Path) -> None:
     if size is None or config is None:
         own.add(text, numbers=numbers)
         return
-    keep = config.checkpoint.keep + 2  # one is written while others are kept, among them a healthy one
+    keep = at_a_time(config)
     text += f"; a checkpoint takes {size / 1e9:.2f} GB, and {keep} are there at a time"
     if usage.free < 2 * size:
         own.add(text, Verdict.FAILURE, "make room, or choose another run.directory", numbers=numbers)
@@ -133,11 +132,9 @@ def kind_of(path: Path) -> str:
     return str(max(mounts, key=lambda p: len(p.mountpoint)).fstype) if mounts else "an unknown file system"
 
 
-def checkpoint_bytes(config: Config | None) -> int | None:
-    """Of a checkpoint of the run, under Adam; ``None``: its vocabulary is not known yet."""
-    if config is None or config.model.vocab_size is None:
-        return None
-    return PER_PARAMETER * parameter_count(config.model)[0]
+def _size(config: Config | None) -> float | None:
+    """Bytes of a checkpoint of the run; ``None``: its vocabulary is not known yet."""
+    return None if config is None or config.model.vocab_size is None else checkpoint_bytes(config)
 
 
 def _sharing(own: Storage, folder: Path) -> None:
@@ -187,7 +184,7 @@ def _speed(own: Storage, folder: Path) -> None:
             written += file.write(piece)
             os.fsync(file.fileno())
     rate = written / (time.monotonic() - start) / 1e6
-    text, size = "{rate:,.0f} MB/s with fsync", checkpoint_bytes(own.crew.config)
+    text, size = "{rate:,.0f} MB/s with fsync", _size(own.crew.config)
     numbers = {"rate": rate}
     if size is not None:
         numbers["seconds"] = size / len(own.crew.leaders) / rate / 1e6

@@ -141,16 +141,14 @@ def travelling(threads: int, named: bool = True) -> dict[str, str]:
     return {**found, "PYTHONUNBUFFERED": "1", **({START: secrets.token_hex(8)} if named else {})}
 
 
-def as_text(command: Sequence[str], environment: Mapping[str, str], launcher: str) -> str:
-    """For the user, to read or to run."""
-    lines = []
-    if launcher == "pdsh":
-        lines = [
+def as_text(command: Sequence[str], environment: Mapping[str, str], file: str) -> str:
+    """For the user, to read or to run: after the environment to set, and what ``.deepspeed_env`` is to hold."""
+    lines = [f"export {name}={shlex.quote(environment[name])}" for name in sorted(environment)]
+    if file:
+        lines += [
             f"# {USERS_FILE} in this folder, or in the home:",
-            *(f"#   {n}={environment[n]}" for n in sorted(environment)),
+            *(f"#   {line}" for line in sorted(file.splitlines())),
         ]
-    elif launcher == "slurm":
-        lines = [f"export {name}={shlex.quote(environment[name])}" for name in sorted(environment)]
     return "\n".join([*lines, shlex.join(command)])
 
 

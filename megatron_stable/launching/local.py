@@ -14,13 +14,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel.launcher import START
-from megatron_stable.training.hangup import FRONT
 from megatron_stable.training.pretrain import ERROR_FILE
 from megatron_stable.training.stop import SIGNALS
 
@@ -28,6 +27,11 @@ from megatron_stable.training.stop import SIGNALS
 LAUNCHER = (
     "import logging, runpy; logging.disable(); runpy.run_module('deepspeed.launcher.launch', run_name='__main__')"
 )
+
+
+# A process group of its own, so that Ctrl-C at a terminal reaches the front end alone; but no session, so that ranks
+# know the front end for who started them. An argument of Popen since 3.11.
+OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 
 
 class Program(NamedTuple):
@@ -74,10 +78,8 @@ def launch(program: Program, arguments: Sequence[str], ranks: int) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="megatron-stable-") as scratch:
             error = Path(scratch) / "error"
-            # a session of its own, so that Ctrl-C at a terminal reaches this process alone
-            launcher = subprocess.Popen(
-                _command(program.module, arguments, ranks), env=_environment(ranks, error), start_new_session=True
-            )
+            command = _command(program.module, arguments, ranks)
+            launcher = subprocess.Popen(command, env=_environment(ranks, error), **OWN_GROUP)
             if received:
                 _signal_ranks(launcher.pid, program.module, received[-1])
             code = launcher.wait()
@@ -129,7 +131,7 @@ def _command(module: str, arguments: Sequence[str], ranks: int) -> list[str]:
 
 
 def _environment(ranks: int, error: Path) -> dict[str, str]:
-    start = {START: secrets.token_hex(8), FRONT: str(os.getpid())}
+    start = {START: secrets.token_hex(8)}
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", ERROR_FILE: str(error), **start}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return environment

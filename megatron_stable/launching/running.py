@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_stable.errors import MegatronStableError
-from megatron_stable.launching.command import for_file
+from megatron_stable.launching.local import OWN_GROUP
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.owner import OWNER, Owner, read_owner
 from megatron_stable.records.presence import ask_to_stop
@@ -24,14 +24,15 @@ from megatron_stable.training.stop import SIGNALS
 LOOK = 0.5  # seconds between looks for signals
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], directory: Path, on_hangup: str) -> int:
+def run(command: Sequence[str], environment: Mapping[str, str], file: str, directory: Path, on_hangup: str) -> int:
     """Returns the exit code.
 
     The first signal asks the run to stop, as ``megatron-stable stop`` does: all ranks finish their step and save,
     however long that takes, and end with code 0. Launchers would end them in a hurry. One more ends the launcher.
 
     Args:
-        environment: Added to this process's; pdsh's launcher is given it in a file.
+        environment: Added to this process's.
+        file: Text of the file that DS_ENV_FILE names, for DeepSpeed's launcher.
         directory: The run's.
         on_hangup: The run's setting: with "continue" a terminal that is closed is no reason to stop.
     """
@@ -46,16 +47,14 @@ def run(command: Sequence[str], environment: Mapping[str, str], directory: Path,
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = {number: signal.signal(number, receive) for number in caught}
     earlier, known = _owner(directory), len(_events(directory))
-    with tempfile.NamedTemporaryFile("w", prefix="megatron-stable-", suffix=".env") as file:
-        file.write(for_file(environment))
-        file.flush()
-        # A process group of its own, so that Ctrl-C at a terminal reaches this process alone; but not a session, so
-        # that the ranks know this process for who started them.
+    with tempfile.NamedTemporaryFile("w", prefix="megatron-stable-", suffix=".env") as passed:
+        passed.write(file)
+        passed.flush()
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment, "DS_ENV_FILE": file.name},
+            env={**os.environ, **environment, "DS_ENV_FILE": passed.name},
             stdin=subprocess.DEVNULL,
-            preexec_fn=os.setpgrp,
+            **OWN_GROUP,
         )
         try:
             code, passed_on = _await(process, received, directory, earlier)

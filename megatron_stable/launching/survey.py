@@ -16,12 +16,11 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import xxhash
 
-from megatron_stable.parallel.addresses import is_loopback
+from megatron_stable.parallel.addresses import others_reach
 
 MARK = "megatron-stable survey: "  # what shells' start files print goes before
 REACH = 5.0  # seconds for an answer of the first machine, and for a file to be seen
@@ -76,7 +75,6 @@ class Survey:
     answer: str
     cores: int
     gpus: int
-    memory: int
     addresses: list[str] = field(default_factory=list)
     ranks: dict[str, str] = field(default_factory=dict)
 
@@ -104,8 +102,7 @@ def survey(question: Question) -> Survey:
         answer=answer,
         cores=len(os.sched_getaffinity(0)),
         gpus=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
-        memory=psutil.virtual_memory().available,
-        addresses=[entry.address for entries in psutil.net_if_addrs().values() for entry in entries if _useful(entry)],
+        addresses=others_reach(),
         ranks=_ranks(),
     )
 
@@ -163,10 +160,6 @@ def _file_digest(path: Path) -> str:
         return xxhash.xxh3_64(path.read_bytes()).hexdigest()
     except OSError:
         return ""
-
-
-def _useful(entry: Any) -> bool:
-    return entry.family in (socket.AF_INET, socket.AF_INET6) and not is_loopback(entry.address.partition("%")[0])
 
 
 def _ranks() -> dict[str, str]:

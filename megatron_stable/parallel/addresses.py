@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 import psutil
 
@@ -24,3 +25,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def others_reach() -> list[str]:
+    """IPv4 addresses of this machine by which another may reach it."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = [
+        entry.address
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if name in up and entry.family == socket.AF_INET
+    ]
+    return [each for each in found if not (plain := ipaddress.ip_address(each)).is_loopback and not plain.is_link_local]

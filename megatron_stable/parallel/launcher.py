@@ -6,6 +6,9 @@ import base64
 import json
 import os
 import re
+import socket
+import sys
+import time
 from itertools import chain, product
 from typing import NamedTuple
 
@@ -54,6 +57,16 @@ def first_on_machine() -> bool:
     """Whether this process is the one of its machine to say what all of them would."""
     mine = seat()
     return mine is None or mine.local == 0
+
+
+def refuse(text: str, code: int) -> int:
+    """Say on one rank of each machine why it does not begin; returns the exit code. The others wait for that one, as it
+    may come later, and launchers end all ranks when the first ends."""
+    if first_on_machine():
+        print(f"error: {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SPEAKS)
+    return code
 
 
 def start() -> str:

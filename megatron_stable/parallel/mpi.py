@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-import psutil
-
 from megatron_stable.errors import JoinError
+from megatron_stable.parallel.addresses import others_reach
 
 ANSWERS = 3.0  # seconds in which an address does
 
@@ -36,7 +34,7 @@ def address_of_rank_0(size: int) -> str:
         raise RuntimeError(f"mpi4py is built for another MPI than the one that started these {size} ranks")
     if world.Get_rank() == 0:
         with _doorman() as (port, token):
-            host, candidates, *_ = world.bcast((here, _addresses(), port, token), root=0)
+            host, candidates, *_ = world.bcast((here, others_reach(), port, token), root=0)
             found = world.allgather((here, None))  # all have tried by then
     else:
         host, candidates, port, token = world.bcast(None, root=0)
@@ -81,15 +79,3 @@ def _answers(address: str, port: int, token: str) -> bool:
             return line.makefile("rb").read(len(token)) == token.encode()
     except OSError:
         return False
-
-
-def _addresses() -> Sequence[str]:
-    """IPv4 addresses of this machine by which another may reach it."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    found = [
-        entry.address
-        for name, entries in psutil.net_if_addrs().items()
-        for entry in entries
-        if name in up and entry.family == socket.AF_INET
-    ]
-    return [each for each in found if not (plain := ipaddress.ip_address(each)).is_loopback and not plain.is_link_local]

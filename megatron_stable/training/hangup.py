@@ -14,7 +14,6 @@ import psutil
 
 from megatron_stable.parallel.launcher import seat
 
-FRONT = "MEGATRON_STABLE_FRONT"  # process id of `pretrain --ranks`, whose ranks have a session of their own
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "busybox"}  # may leave a run behind on purpose
 DAEMONS = ("sshd", "slurmstepd", "orted", "prted", "hydra_pmi_proxy", "pmi_proxy")  # connections to other machines
 
@@ -68,11 +67,6 @@ class Starters:
     def __init__(self) -> None:
         self._gone: str | None = None
         self._watched = {process: f"{process.pid} ({_name(process)})" for process in starters()}
-        if front := os.environ.get(FRONT):
-            try:
-                self._watched[psutil.Process(int(front))] = f"{front} (pretrain)"
-            except psutil.Error:
-                self._gone = f"process {front} (pretrain), which started it, has ended"
 
     def __call__(self) -> str | None:
         for process, name in self._watched.items():

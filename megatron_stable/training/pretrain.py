@@ -56,13 +56,8 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
     starters = Starters() if config.run.on_hangup == "stop" else None  # before anything that takes time
     if config.run.deterministic:
         make_deterministic()
-    terms = {
-        f"{section}.{key}": value
-        for section, fields in config.model_dump(mode="json").items()
-        for key, value in fields.items()
-    }
     # the lifeline loses patience first
-    place = join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, terms)
+    place = join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, config.by_key())
     last_words = LastWords()
     lifeline = Lifeline(config.run.patience, last_words)
     with StopSignal(lambda wish: lifeline.stop(wish.why, int(wish.forced)), starters) as stop:

@@ -16,7 +16,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.doctor import storage
 from megatron_stable.doctor.bounded import Late, within
 from megatron_stable.doctor.finding import Finding, Verdict
-from megatron_stable.doctor.storage import Storage, check_storage, checkpoint_bytes, kind_of
+from megatron_stable.doctor.storage import Storage, check_storage, kind_of
 from tests.doctor.rounds import crew
 from tests.harness.ranks import Ranks
 
@@ -96,12 +96,6 @@ def test_room_for_checkpoints(ranks: Ranks, tmp_path: Path) -> None:
         (found,) = ranks.run(1, on_rank, ("a",), tmp_path, values)
         assert verdicts(found)["storage"] is expected
     assert "a checkpoint takes" in found[0].text and found[0].remedy.startswith("make room")
-
-
-def test_the_size_of_a_checkpoint_is_twelve_bytes_a_parameter() -> None:
-    config = Config.model_validate({"model": {"size": None, "layers": 2, "hidden": 64, "heads": 4, "vocab_size": 128}})
-    assert checkpoint_bytes(config) == 12 * (2 * 12 * 64**2 + 2 * 128 * 64 + 5 * 64)
-    assert checkpoint_bytes(Config()) is None
 
 
 def test_a_file_system_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from megatron_stable.launching.survey import Question, Survey, survey
 
 GOOD = Survey(
     host="x", clock=0.0, python="3.11.2", versions={"torch": "2.13.0"}, source="s", config="c", sees=True, free=10**12,
-    first="10.0.0.1", answer="refused", cores=64, gpus=8, memory=10**12,
+    first="10.0.0.1", answer="refused", cores=64, gpus=8,
 )  # fmt: skip
 
 

@@ -53,9 +53,9 @@ def test_the_run_is_named_word_by_word(launcher: object) -> None:
     command = launcher(start(), {"OMP_NUM_THREADS": "4"})  # type: ignore[operator]
     at = command.index("megatron_stable.pretrain")
     assert command[at - 1] in ("-m", "--module") and [*command[at + 1 :]] == WORDS
-    text = as_text(command, {"OMP_NUM_THREADS": "4"}, launcher.__name__)  # type: ignore[attr-defined]
+    text = as_text(command, {"OMP_NUM_THREADS": "4"}, "NCCL_DEBUG=INFO\n")
     assert shlex.split(text.splitlines()[-1]) == command
-    assert "OMP_NUM_THREADS=4" in text
+    assert "export OMP_NUM_THREADS=4\n" in text and "#   NCCL_DEBUG=INFO\n" in text
 
 
 def test_shells_of_other_machines_leave_words_alone() -> None:
@@ -80,6 +80,8 @@ def test_values_come_through_deepspeeds_quoting(value: str) -> None:
     runner = object.__new__(PDSHRunner)
     runner.exports = {}
     runner.add_export(*line.split("=", maxsplit=1))
+    with pytest.raises(ConfigError, match="several lines"):
+        for_file({"NAME": f"{value}\n{value}"})
     line = f"export NAME={runner.exports['NAME']}; printf '%s' \"$NAME\""
     assert subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout == value
 
