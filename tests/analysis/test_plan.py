@@ -123,6 +123,15 @@ def test_no_interval_loses_less_than_the_best() -> None:
     assert best.write_seconds == pytest.approx(best.checkpoint_bytes / 64 / 2e9)
 
 
+def test_saves_that_come_faster_than_the_disk_hold_training_up() -> None:
+    """Each waits for the one before, so that a step of 1 s, saved every time, is one save to the next."""
+    config = run_of("7b", checkpoint={"every": 1})
+    slow = H100.model_copy(update={"disk_write": 1e8})
+    found = durability(config, 512, slow, 1.0)
+    assert found.write_seconds > 10
+    assert found.overhead == pytest.approx(found.stall_seconds + found.write_seconds - 1.0, rel=0.01)
+
+
 def test_what_does_not_fit_is_mended_by_what_is_proposed() -> None:
     config = run_of("13b")
     found = make_plan(config, 8, H100)

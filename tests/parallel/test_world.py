@@ -45,6 +45,15 @@ LAUNCHED: dict[str, tuple[dict[str, str], tuple[int, int, int] | None, str]] = {
          "SLURM_STEP_ID": "2"},
         (3, 8, 1), "7.2",
     ),
+    "srun --mpi=pmi2": (
+        {"PMI_RANK": "3", "PMI_SIZE": "8", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
+         "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2"},
+        (3, 8, 1), "7.2",
+    ),
+    "MPICH within Slurm": (
+        {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        (3, 8, 1), "",
+    ),
     "mpirun": (
         {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
          "PMIX_NAMESPACE": "prte-1"},
