@@ -7,7 +7,7 @@ The docstring under a field is its documentation: the reference page and the com
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -16,6 +16,8 @@ from megatron_stable.config.sizes import SIZES
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(gt=0, le=1)]
+ProbeGroup: TypeAlias = Literal["outputs", "attention", "logits", "weights", "gradients", "updates", "moments", "noise"]
+PROBE_GROUPS: tuple[ProbeGroup, ...] = get_args(ProbeGroup)
 Blend = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
 
@@ -369,6 +371,17 @@ class LoggingConfig(Section):
     """Steps between records in metrics.jsonl, TensorBoard and on the progress line."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    probes_every: int = Field(10, ge=0)
+    """Steps between measurements inside the model (docs/probes.md), recorded in metrics.jsonl and TensorBoard; 0: none.
+    While the guard sees trouble, each step is measured."""
+    probes: tuple[ProbeGroup, ...] = PROBE_GROUPS
+    """What is measured."""
+    probe_positions: int = Field(64, ge=1)
+    """Positions per sequence, evenly spaced, whose attention and output logits are looked at."""
+    probe_heads: bool = False
+    """Record attention of each head, too, not of each layer alone."""
+    flight_recorder: int = Field(50, ge=0)
+    """Measured steps that stay on the device, and are written to flight/ when the guard sees trouble; 0: none."""
 
 
 class EvaluationConfig(Section):
