@@ -17,10 +17,7 @@ from megatron_stable.parallel.topology import TensorParallel
 
 POINTS = ("q", "k", "v", "proj", "fc1", "fc2", "residual")  # what QKV gives follows from its parts
 SHARDED = ("q", "k", "v", "fc1")  # over TP; the others are, under SP, along the sequence, or whole on each rank
-LOWEST, HIGHEST = (
-    -32,
-    32,
-)  # powers of two between which magnitudes have buckets, one each; all others are in the outer ones
+LOWEST, HIGHEST = -32, 32  # powers of two between which histograms have buckets, one each
 LOGITS = ("logits", "weighted", "log_z", "sampled_log_z")
 
 

@@ -22,12 +22,8 @@ from tests.reference.probes import measure_training
 
 STEPS = 3
 LOGGING = {
-    "histograms_every": 1,
-    "probes_every": 1,
-    "probe_positions": 5,
-    "probe_heads": True,
-    "flight_recorder": STEPS,
-}
+    "probes_every": 1, "probe_positions": 5, "probe_heads": True, "histograms_every": 1, "flight_recorder": STEPS,
+}  # fmt: skip
 Case = dict[str, Any]
 CASES: dict[str, tuple[int, Case, Case]] = {
     "alone": (1, {}, {}),
