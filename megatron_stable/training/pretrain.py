@@ -88,6 +88,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
     from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.chronicle import Chronicle
     from megatron_stable.records.directory import RunDirectory
+    from megatron_stable.records.hparams import HParams
     from megatron_stable.records.metrics_file import MetricsFile
     from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.tensorboard import TensorBoard
@@ -139,7 +140,10 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                     directory.log(Resume(**started, changed=changed) if trainer.step else Start(**started))
                     callbacks.callbacks += [Chronicle(directory), MetricsFile(directory.metrics)]
                     if config.logging.tensorboard:
-                        callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
+                        callbacks.callbacks += [
+                            TensorBoard(directory.tensorboard, trainer.step + 1, config),
+                            HParams(directory.tensorboard / "hparams", config),
+                        ]
                     trainer.recovery.catch_up(trainer.step)
         last_words.begin(directory.path, tokens[0])
         stopped = trainer.run(stop, lifeline)
