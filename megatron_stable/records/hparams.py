@@ -17,8 +17,8 @@ from megatron_stable.stability.events import Event
 class HParams(Callback):
     """Event files in a directory of their own, ``tensorboard/hparams``, of the newest start of the run alone.
 
-    The tab takes every scalar that stands beside a configuration for a metric, and the first configuration for good: beside
-    the curves it would have thousands of metrics, and after a resume with other values the old ones.
+    The tab takes every scalar that stands beside a configuration for a metric, and the first configuration for good:
+    beside the curves it would have thousands of metrics, and after a resume with other values the old ones.
     """
 
     FINAL = ("loss", "validation_loss", "validation_perplexity", "tokens_per_second", "step")

@@ -21,10 +21,10 @@ class TensorBoard(Callback):
     """Event files under ``tensorboard/``, with a custom-scalars layout as a dashboard.
 
     All numbers of a record are one entry of the file: a model of 48 layers has thousands, and one by one, as
-    ``add_scalar`` writes them, they take several times as long (benchmarks/board.py).
+    ``add_scalar`` writes them, they take ten times as long (benchmarks/board.py).
 
-    An event is a pulse of a scalar, ``events/spike``, and its sentence in the text of the same tag. It stands at its step;
-    where the run went back behind that, at the first step anew, as TensorBoard hides what was written from there on.
+    An event is a pulse of a scalar, ``events/spike``, and its sentence in the text of the same tag. It stands at its
+    step; where the run went back behind that, at the first step anew: TensorBoard hides what was written from there on.
 
     Args:
         first_step: The step to begin with; what an earlier process wrote from there on is superseded.
@@ -46,7 +46,7 @@ class TensorBoard(Callback):
     def record(self, record: Record) -> None:
         step = record["step"]
         with self._writing(step):
-            self._write_pending(step, scalars(record) | dict.fromkeys(self.pulsing, 0.0))
+            self._write_pending(step, scalars(record))
         self.last = step
 
     def rewind(self, step: int) -> None:
@@ -72,11 +72,10 @@ class TensorBoard(Callback):
     def _open(self) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog  # takes a second, and only rank 0 needs it
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        from torch.utils.tensorboard.summary import custom_scalars
 
         self.writer = EventFileWriter(str(self.directory))
         self._add(self.first_step, session_log=SessionLog(status=SessionLog.START))
-        self._add(0, summary=custom_scalars(layout(self.config.logging)))
+        self._add(0, summary=layout(self.config.logging))
 
     @contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -90,12 +89,12 @@ class TensorBoard(Callback):
             raise
 
     def _write_pending(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the events that wait, each at its step as far as that is not written yet, and values at ``step``."""
+        """Write the events that wait, each at its step unless that is past, and the values of ``step``."""
         waiting = defaultdict[int, list[Event]](list, {step: []})
         for event in self.pending:
             waiting[min(max(event.step, self.last), step)].append(event)
         for at, events in sorted(waiting.items()):
-            self._write(at, events, values if at == step else {})
+            self._write(at, events, {**dict.fromkeys(self.pulsing, 0.0), **values} if at == step else {})
         self.told += [(at, event) for at, events in waiting.items() for event in events]
         self.pending = []
 
