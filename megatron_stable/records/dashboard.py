@@ -22,7 +22,7 @@ def layout(logging: LoggingConfig) -> Any:
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
     from tensorboard.util.tensor_util import make_tensor_proto
 
-    categories = []
+    categories: list[Any] = []
     for title, charts in _categories(logging).items():
         drawn = [
             layout_pb2.Chart(title=name, multiline=layout_pb2.MultilineChartContent(tag=tags))
