@@ -24,6 +24,7 @@ from megatron_stable.model.activations import Activations
 from megatron_stable.model.probes import LOGITS, POINTS, SHARDED
 from megatron_stable.optim.optimizer import Optimizer
 from megatron_stable.parallel.topology import Topology
+from megatron_stable.stability.probes import tag
 
 
 class Probes:
@@ -48,7 +49,7 @@ class Probes:
         self.activations = Activations(module, config.model, config.logging, topology.tp, device)
         self.parameters = optimizer.measure(counted, config.logging.probes)
         self.optimizer = optimizer
-        self._readings = Readings(config)
+        self.readings = Readings(config)
         self._lay_out()
         self.on = False
         size = max(1, config.logging.flight_recorder)
@@ -57,10 +58,10 @@ class Probes:
         self._tops = torch.zeros(size, len(self._top_places), dtype=torch.float64, device=device)
         self._next = 0
 
-    def begin(self, on: bool) -> None:
-        """Before a step that is measured, or is not."""
+    def begin(self, on: bool, histograms: bool = False) -> None:
+        """Before a step that is measured, or is not; likewise of histograms."""
         self.on = on
-        self.activations.begin(on)
+        self.activations.begin(on, histograms)
         self.parameters.begin(on)
 
     def end(self, step: int) -> None:
@@ -87,12 +88,30 @@ class Probes:
         """(step, values) of all steps that are kept, oldest first. Collective like :meth:`last`."""
         return self._read(len(self._steps)) if self._steps else []
 
+    def histograms(self) -> dict[str, list[float]]:
+        """Of the last step that made them: by tag, how many elements have a magnitude in each power of two; see
+        :func:`~megatron_stable.model.probes.magnitudes`. Collective; rank 0 alone knows them."""
+        model, here = self.config.model, self.activations.counts
+        assert here is not None
+        counts = here.new_zeros(model.layers, *here.shape[1:])
+        counts[self.activations.layers] = here * self._once[: len(POINTS), None]
+        if self.topology.world > 1:
+            dist.reduce(counts, 0)
+        if self.topology.rank:
+            return {}
+        of_layers = counts.cpu().tolist()
+        return {
+            tag("output_histogram", point, layer): of_layers[layer][i]
+            for i, point in enumerate(POINTS)
+            for layer in range(model.layers)
+        }
+
     def _read(self, count: int) -> list[tuple[int, Values]]:
         size = len(self._sums)
         rows = [(self._next - count + i) % size for i in range(count)]
-        sums = self._sums.new_zeros(count, self._readings.sums)
+        sums = self._sums.new_zeros(count, self.readings.sums)
         sums[:, self._sum_places] = self._sums[rows] * self._once
-        tops = self._tops.new_full((count, self._readings.tops), -torch.inf)
+        tops = self._tops.new_full((count, self.readings.tops), -torch.inf)
         tops[:, self._top_places] = self._tops[rows].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if self.topology.world > 1:
             dist.reduce(sums, 0)
@@ -101,7 +120,7 @@ class Probes:
             return [(step, {}) for step, _ in list(self._steps)[-count:]]
         both = torch.cat([sums, tops], 1).cpu().numpy()  # the one read from the device
         steps = list(self._steps)[-count:]
-        return [(step, self._readings.of(row, updates)) for (step, updates), row in zip(steps, both, strict=True)]
+        return [(step, self.readings.of(row, updates)) for (step, updates), row in zip(steps, both, strict=True)]
 
     def _lay_out(self) -> None:
         """Where this rank's numbers lie among those of all, and which of them count here."""

@@ -115,10 +115,13 @@ def _allow_open_files() -> None:
 @contextmanager
 def quiet(verbose: bool = False) -> Iterator[None]:
     """Keep to itself what DeepSpeed prints, unless ``verbose``; errors are exceptions and come through."""
-    logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
     if verbose:
+        from deepspeed.utils.logging import set_log_level_from_string
+
+        set_log_level_from_string("info")
         yield
         return
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
 
