@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_stable.config.schema import Config
+from megatron_stable.model.probes import LOWEST
 from megatron_stable.records.callbacks import Callback
 from megatron_stable.records.dashboard import layout
 from megatron_stable.records.metrics import Record
@@ -48,6 +49,14 @@ class TensorBoard(Callback):
         with self._writing(step):
             self._write_pending(step, scalars(record))
         self.last = step
+
+    def histograms(self, step: int, counts: Mapping[str, Sequence[float]]) -> None:
+        """By the logarithm of the magnitude to base 2: in itself, all but the largest few would be one bar."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        drawn = [Summary.Value(tag=tag, histo=_histogram(of)) for tag, of in counts.items() if any(of)]
+        with self._writing(step):
+            self._add(step, summary=Summary(value=drawn))
 
     def rewind(self, step: int) -> None:
         self.pending[:0] = [event for at, event in self.told if at > step]
@@ -120,3 +129,18 @@ class TensorBoard(Callback):
         from tensorboard.compat.proto.event_pb2 import Event as Entry
 
         self.writer.add_event(Entry(step=step, wall_time=time.time(), **content))
+
+
+def _histogram(counts: Sequence[float]) -> Any:
+    """Counts of the powers of two, without the empty ones at both ends."""
+    from tensorboard.compat.proto.summary_pb2 import HistogramProto
+
+    held = [i for i, count in enumerate(counts) if count]
+    first, end = held[0], held[-1] + 1
+    return HistogramProto(
+        min=LOWEST + first,
+        max=LOWEST + end,
+        num=sum(counts),
+        bucket_limit=[LOWEST + i for i in range(first + 1, end + 1)],
+        bucket=counts[first:end],
+    )

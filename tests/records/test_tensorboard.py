@@ -125,6 +125,18 @@ def test_probes_are_one_entry_of_the_file(tmp_path: Path) -> None:
     assert [len(entry.summary.value) for entry in entries if entry.step == 10] == [len(expected)]
 
 
+def test_histograms_go_by_powers_of_two(tmp_path: Path) -> None:
+    writer, counts = TensorBoard(tmp_path, 1, Config()), [0.0] * 64
+    counts[30], counts[32], counts[33] = 3, 5, 1  # [1/4, 1/2), [1, 2), [2, 4)
+    writer.histograms(7, {"output_histogram/fc1/layer_00": counts, "output_histogram/fc1/layer_01": [0.0] * 64})
+    writer.close()
+    events = read(tmp_path)
+    (shown,) = events.Tensors("output_histogram/fc1/layer_00")
+    buckets = [tuple(bucket) for bucket in make_ndarray(shown.tensor_proto) if bucket[2]]
+    assert shown.step == 7 and buckets == [(-2, -1, 3), (0, 1, 5), (1, 2, 1)]
+    assert "output_histogram/fc1/layer_01" not in events.Tags()["tensors"]  # of which nothing was finite
+
+
 def test_a_key_that_is_nobodys_has_no_tag() -> None:
     assert scalars({"step": 3, "tokens": 9, "loss": 1.5, "skipped": True, "noise_scale": 4.0, "output_norm/x": 1}) == {
         "train/loss": 1.5, "guard/dropped": 1.0, "noise_scale": 4.0,
