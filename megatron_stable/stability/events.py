@@ -21,6 +21,7 @@ from megatron_stable.stability.interventions import By, Decision, Intervention
 Series: TypeAlias = Literal["loss", "grad_norm"]
 Number: TypeAlias = Annotated[float | None, AfterValidator(finite)]  # null where it was not finite
 Step: TypeAlias = Annotated[int, Field(ge=0)]
+WarningKind: TypeAlias = Literal["ahead", "past", "growth", "jump"]
 
 SERIES: dict[Series, str] = {"loss": "loss", "grad_norm": "gradient norm"}
 
@@ -333,6 +334,70 @@ class FlightRecorded(Event):
         return f"measurements of steps {self.first} to {self.last} are in {self.file}"
 
 
+class EarlyWarning(Event):
+    """A measurement inside the model says what the loss does not say yet. docs/warnings.md has the rules."""
+
+    event: Literal["warning"] = "warning"
+    rule: str
+    """Which rule."""
+    kind: WarningKind
+    """`ahead`: at this rate a threshold will be passed; `past`: it has been; `growth`: a series has multiplied since
+    a step, and grows on; `jump`: it stands above its usual level."""
+    tag: str
+    """The series that is the first to pass, or the farthest, as in `metrics.jsonl`."""
+    layers: tuple[int, ...]
+    """All layers that this holds of, in the same order, counted from 0."""
+    what: str
+    """What is measured, in words."""
+    value: Number
+    """Of that series, in this step."""
+    threshold: float
+    """Which was passed, or will be; for `growth` and `jump` a factor."""
+    falls: bool = False
+    """Whether it is passed downwards."""
+    at: Step | None = None
+    """`ahead`: the step in which it will be passed if things go on so."""
+    interval: tuple[Step, Step] | None = None
+    """`ahead`: the first and the last step for that."""
+    since: Step | None = None
+    """`growth`: the step that it is compared with."""
+    meaning: str
+    """What it means for the run."""
+    remedy: str
+    """The configuration that treats it."""
+    page: str
+    """The documentation of that method."""
+    track_record: tuple[int, int] | None = None
+    """Of our back-test's runs in which the rule spoke: those in which the loss rose later, and all."""
+
+    def words(self) -> str:
+        first = where(self.tag)
+        others = [str(layer) for layer in self.layers if f"layer_{layer:02}" not in self.tag]
+        what = f"{self.what} of {first}" if first else self.what
+        text = f"early warning: {what} {self._happens()}"
+        if others:
+            text += f"; likewise layer{'s' * (len(others) > 1)} {', '.join(others)}"
+        text += f". It means: {self.meaning}. {self.remedy} treats it ({self.page})"
+        if self.track_record is not None:
+            right, all_ = self.track_record
+            text += f"; in {right} of {_count(all_, 'run')} of our back-test in which it was said, the loss rose"
+        return text
+
+    def _happens(self) -> str:
+        value, threshold = _number(self.value), f"{self.threshold:,.10g}"
+        if self.kind == "ahead" and self.at is not None and self.interval is not None:
+            low, high = self.interval
+            return (
+                f"is {value}, and at this rate {'falls below' if self.falls else 'reaches'} {threshold} at about step "
+                f"{self.at:,} ({low:,}–{high:,})"
+            )
+        if self.kind == "growth":
+            return f"is {value}, more than {threshold} times what it was at step {self.since}, and grows on"
+        if self.kind == "jump":
+            return f"is {value}, for its learning rate more than {threshold} times its usual level"
+        return f"is {value}, {'below' if self.falls else 'above'} {threshold}"
+
+
 class SaveFailed(Event):
     """A checkpoint could not be written; training goes on without it, up to `checkpoint.max_failed_saves` in a row."""
 
@@ -422,7 +487,7 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Converted | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback | GaveUp
-    | Undo | LossScaleFloor | FlightRecorded | SaveFailed | Waiting | WentOn | Stop,
+    | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
@@ -441,6 +506,17 @@ def one_line(text: str) -> str:
     """Text on one line, with what does not print, or would steer a terminal, as Python's escapes."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in line)
+
+
+def where(tag: str) -> str:
+    """Which part of the model the tag of a probe is of, in words; nothing if it is of all."""
+    names = {"qkv": "QKV", "proj": "Proj", "fc1": "FC1", "fc2": "FC2", "embedding": "the embedding", "head": "the head"}
+    parts = tag.split("/")
+    point = next((names.get(part, part) for part in parts[1:-1] if part in names), "")
+    layer = next((f"layer {int(part[6:])}" for part in parts if part.startswith("layer_")), "")
+    if not layer:
+        return names.get(parts[-1], "")
+    return f"{point} in {layer}" if point else layer
 
 
 def _count(number: int, one: str, more: str = "") -> str:

@@ -96,6 +96,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
     from megatron_stable.training.kernels import choose_kernels
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
+    from megatron_stable.training.watch import EarlyWarnings
 
     rank, world = dist.get_rank(), dist.get_world_size()
     directory = RunDirectory(config.run.directory)
@@ -143,6 +144,8 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                     ]  # fmt: skip
                     if config.logging.tensorboard:
                         callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
+                    if config.logging.warnings and config.logging.probes_every:
+                        callbacks.callbacks.append(EarlyWarnings(config, directory, callbacks, trainer.step))
                     trainer.recovery.catch_up(trainer.step)
         last_words.begin(directory.path, tokens[0])
         stopped = trainer.run(stop, lifeline)
