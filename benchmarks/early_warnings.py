@@ -45,7 +45,7 @@ from megatron_stable.records.metrics import Record, latest, read_metrics
 from megatron_stable.stability import track_record
 from megatron_stable.stability.detector import LOSS, find_spikes
 from megatron_stable.stability.events import EarlyWarning
-from megatron_stable.stability.growth import History, Window, forecast
+from megatron_stable.stability.growth import LEAST, History, Window, forecast
 from megatron_stable.stability.warning_rules import RULES, Rule
 from megatron_stable.stability.warnings import Watch
 
@@ -130,11 +130,16 @@ def prepare(root: Path) -> None:
 
 
 class Passing(NamedTuple):
-    """A series that passes the threshold of a rule, and the interval foretold at half of the way there."""
+    """A series that passes the threshold of a rule, and the interval foretold at half of the way there.
+
+    Attributes:
+        measured: Times that it was measured until then.
+    """
 
     rule: str
     tag: str
     step: int
+    measured: int
     low: float = inf
     high: float = inf
 
@@ -200,14 +205,14 @@ def passing(rule: Rule, tag: str, config: Config, records: list[Record]) -> Pass
     if passed is None:
         return None
     history, windows = History(1), dict[int, Window]()
-    for step, value in values:
-        if step <= passed / 2:
-            windows |= {window.pace: window for window in history.add(step, np.array([value]))}
+    half = [(step, value) for step, value in values if step <= passed / 2]
+    for step, value in half:
+        windows |= {window.pace: window for window in history.add(step, np.array([value]))}
     seen = [forecast(window, np.array([target])) for window in windows.values()]
     soonest = min(seen, key=lambda one: float(one.at[0]), default=None)
     if soonest is None:
-        return Passing(rule.name, tag, passed)
-    return Passing(rule.name, tag, passed, float(soonest.low[0]), float(soonest.high[0]))
+        return Passing(rule.name, tag, passed, len(half))
+    return Passing(rule.name, tag, passed, len(half), float(soonest.low[0]), float(soonest.high[0]))
 
 
 def report(seen: list[Seen]) -> dict[str, tuple[int, int]]:
@@ -234,11 +239,11 @@ def report(seen: list[Seen]) -> dict[str, tuple[int, int]]:
     )
     track = {rule.name: report_rule(rule.name, seen) for rule in RULES}
     passings = [one for each in seen for one in each.passings]
-    foretold = [one for one in passings if one.foretold]
-    print(f"\nat half of the way to a threshold: {len(foretold)} of {len(passings)} series had an interval with an end")
-    print(
-        f"    and {sum(one.held for one in foretold)} of these hold the step; too early or late for a fit: the others"
-    )
+    enough = [one for one in passings if one.measured >= 2 * LEAST]
+    foretold = [one for one in enough if one.foretold]
+    print(f"\nseries that passed a threshold: {len(passings)}; at half of the way there")
+    print(f"    measured often enough for a fit: {len(enough)}; with an interval that has an end: {len(foretold)};")
+    print(f"    which holds the step: {sum(one.held for one in foretold)}")
     report_said(seen)
     return {name: counts for name, counts in track.items() if counts[1]}
 
