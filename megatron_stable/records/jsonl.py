@@ -45,9 +45,11 @@ def tail(path: Path, size: int) -> Iterator[dict[str, Any]]:
         return
     with path.open("rb") as lines:
         start = max(lines.seek(0, 2) - size, 0)
-        lines.seek(start)
         if start:
+            lines.seek(start - 1)
             lines.readline()  # the rest of a line
+        else:
+            lines.seek(0)
         yield from (value for value in map(_parse, lines) if value is not None)
 
 

@@ -6,55 +6,24 @@ of the fields are the documentation of the format, docs/ledger.md. MAD: median a
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import Self
 
 from megatron_stable.config.schema import ParallelConfig
-from megatron_stable.numbers import finite
+from megatron_stable.stability.event import Event as Event
+from megatron_stable.stability.event import Number, Step, one_line
+from megatron_stable.stability.event import count as _count
+from megatron_stable.stability.event import number as _number
+from megatron_stable.stability.event import plain as _value
 from megatron_stable.stability.interventions import By, Decision, Intervention
 
 Series: TypeAlias = Literal["loss", "grad_norm"]
-Number: TypeAlias = Annotated[float | None, AfterValidator(finite)]  # null where it was not finite
-Step: TypeAlias = Annotated[int, Field(ge=0)]
 WarningKind: TypeAlias = Literal["ahead", "past", "growth", "jump"]
 
 SERIES: dict[Series, str] = {"loss": "loss", "grad_norm": "gradient norm"}
-
-
-class Event(BaseModel, ABC):
-    """What all events have."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    time: str | None = None
-    """When it was written to the ledger: ISO 8601, UTC."""
-    event: str
-    """The kind."""
-    step: Step
-    """The optimizer step in which it happened; 0: before the first."""
-    data_step: Step | None = None
-    """The position of that step in the data order."""
-
-    def sentence(self) -> str:
-        """What happened, in plain words, with step and numbers; one line, safe on a terminal."""
-        data = f" (data step {self.data_step})" if self.data_step is not None else ""
-        return one_line(f"step {self.step}{data}: {self.words()}")
-
-    @abstractmethod
-    def words(self) -> str:
-        """The sentence, without the step."""
-
-    def line(self) -> dict[str, Any]:
-        """Plain values for JSON, without what there is nothing to say about."""
-        required = {name for name, field in type(self).model_fields.items() if field.is_required()}
-        return {
-            key: value for key, value in self.model_dump(mode="json").items() if value is not None or key in required
-        }
 
 
 class Start(Event):
@@ -83,7 +52,7 @@ class Resume(Start):
     """Training went on from a checkpoint."""
 
     event: Literal["resume"] = "resume"  # type: ignore[assignment]
-    changed: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     """What the configuration has changed since that checkpoint, by key: `[before, now]`."""
 
     def words(self) -> str:
@@ -467,7 +436,7 @@ class Unknown(Event):
     event: Any = None
     step: Any = None
     data_step: Any = None
-    facts: dict[Any, Any] = {}
+    facts: dict[Any, Any] = Field(default_factory=dict)
     """All else."""
 
     def sentence(self) -> str:
@@ -502,12 +471,6 @@ def parse(line: Mapping[str, Any]) -> Event:
         return Unknown(**own, facts={key: value for key, value in line.items() if key not in own})
 
 
-def one_line(text: str) -> str:
-    """Text on one line, with what does not print, or would steer a terminal, as Python's escapes."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in line)
-
-
 def where(tag: str) -> str:
     """Which part of the model the tag of a probe is of, in words; nothing if it is of all."""
     names = {"qkv": "QKV", "proj": "Proj", "fc1": "FC1", "fc2": "FC2", "embedding": "the embedding", "head": "the head"}
@@ -517,19 +480,3 @@ def where(tag: str) -> str:
     if not layer:
         return names.get(parts[-1], "")
     return f"{point} in {layer}" if point else layer
-
-
-def _count(number: int, one: str, more: str = "") -> str:
-    return f"{number} {one if number == 1 else more or one + 's'}"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return _number(finite(value))
-    return json.dumps(value, default=str)

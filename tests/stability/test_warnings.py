@@ -12,8 +12,10 @@ import pytest
 
 from megatron_stable.config.load import load_config
 from megatron_stable.config.schema import Config
+from megatron_stable.records.warnings_reference import warnings_page
 from megatron_stable.stability.events import EarlyWarning, parse
 from megatron_stable.stability.probes import PROBES, places
+from megatron_stable.stability.track_record import TRACK_RECORD
 from megatron_stable.stability.warning_rules import RULES
 from megatron_stable.stability.warnings import Watch
 
@@ -176,6 +178,16 @@ def test_every_rule_measures_what_there_is_and_names_a_remedy_that_there_is() ->
         for key, value in re.findall(r"(\S+\.\S+)=(\S+?)(?:,|$| )", rule.remedy):
             load_config(None, [f"{key}={value}", "model.vocab_size=512"])
     assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+def test_page_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "warnings.md"
+    assert page.read_text(encoding="utf-8") == warnings_page(), "run `make docs`"
+
+
+def test_the_track_record_is_of_rules_that_there_are() -> None:
+    assert set(TRACK_RECORD) <= {rule.name for rule in RULES}
+    assert all(0 <= right <= times and times > 0 for right, times in TRACK_RECORD.values())
 
 
 def test_the_sentence_says_when_what_it_means_and_what_treats_it() -> None:
