@@ -57,6 +57,7 @@ docs: setup  ## write the pages that are generated from the code
 	$(BIN)/python -m megatron_stable.config.methods docs/methods
 	$(BIN)/python -m megatron_stable.records.reference docs/ledger.md
 	$(BIN)/python -m megatron_stable.records.probes_reference docs/probes.md
+	$(BIN)/python -m megatron_stable.records.warnings_reference docs/warnings.md
 
 examples: setup  ## write the examples' plans, and the table of examples/README.md
 	$(BIN)/python examples/pages.py
