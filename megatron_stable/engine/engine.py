@@ -23,7 +23,8 @@ from megatron_stable.engine.faults import Faults
 from megatron_stable.engine.loss_scaler import LateUpdate, LossScalerState
 from megatron_stable.engine.outcome import J, Outcome, Refused, StepMetrics
 from megatron_stable.engine.pipeline import TransformerPipeline, even_groups
-from megatron_stable.engine.reduction import ReducingOptimizer, sum_partial_first
+from megatron_stable.engine.probes import Probes
+from megatron_stable.engine.reduction import ReducingOptimizer, counts, sum_partial_first
 from megatron_stable.engine.shards import (
     ShardState,
     flats,
@@ -99,6 +100,10 @@ class Engine:
             self._global_norm,
             topology.pipeline_group,
         )
+        self.probes: Probes | None = None
+        if config.logging.probes_every:
+            counted = {shard.place.name for weight, shard in held if counts(weight, topology)}
+            self.probes = Probes(config, topology, self.module, self.optimizer, counted, self.device)
         self._peaks: Peaks | None = None
         if config.optimizer.qk_clip is not None:
             peaks = Peaks(self.module, config.model.heads // topology.tensor_size, self.device)
@@ -130,6 +135,7 @@ class Engine:
         learning_rate: float,
         approve: Callable[[StepMetrics], J] | None = None,
         wish: Callable[[], bool] = lambda: False,
+        measured: bool = False,
     ) -> Outcome[J]:
         """One optimizer step on this rank's part of the global batch.
 
@@ -142,6 +148,7 @@ class Engine:
                 its judgement has ``take``. Where gradients were not finite none is made in any case. ``None``: every
                 update is made.
             wish: Asked when the step is measured: whether this rank wishes to stop. All learn it with the metrics.
+            measured: Whether the probes measure it, the same on all ranks.
         """
         if not self._filled:
             raise RuntimeError("the engine was made without weights (draw=False), and none have been loaded")
@@ -151,6 +158,8 @@ class Engine:
         seed_step(self.config.run.seed, step, self.topology)
         sigma.follow_masters(self.module, self._gammas, self.topology.data_group)
         sigma.power_iteration(self.module)
+        if self.probes is not None:
+            self.probes.begin(measured)
         if self._peaks is not None:
             self._peaks.reset()
         self._sums.zero_()
@@ -165,6 +174,8 @@ class Engine:
             approval(torch.tensor(inf))
         if self._late is not None:
             self._late.catch_up()
+        if self.probes is not None:
+            self.probes.end(step)
         exhausted = not approval.finite and scaler is not None and self._at_floor(scaler)
         return Outcome(approval.metrics, approval.judgement, exhausted)
 
@@ -303,6 +314,7 @@ class Engine:
             self.config.model.final_logit_cap,
             self.config.loss.mu_loss,
             self._output,
+            self.probes.activations.see_logits if self.probes is not None else None,
         )
         self._sums += torch.stack([part.detach() for part in losses])
         return self.faults.loss(sum(losses[1:], start=losses[0]), self._sums)

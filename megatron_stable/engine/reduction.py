@@ -36,7 +36,7 @@ class ReducingOptimizer(BF16_Optimizer):
         optimizer = engine.optimizer
         optimizer.__class__ = cls
         optimizer.held = [shard for _, shard in held]
-        counted = [float(_counts(weight, topology)) for weight, _ in held]
+        counted = [float(counts(weight, topology)) for weight, _ in held]
         optimizer.counted = torch.tensor(counted, dtype=torch.float64, device=engine.device)
         optimizer.dtype_sent = engine.communication_data_type
         optimizer.data_group = topology.data_group
@@ -78,8 +78,8 @@ class ReducingOptimizer(BF16_Optimizer):
         self.clear_lp_grads(set_to_none)
 
 
-def _counts(weight: nn.Parameter, topology: Topology) -> bool:
-    """Whether this rank's shard of a parameter counts in the global norm; of replicated ones one does."""
+def counts(weight: nn.Parameter, topology: Topology) -> bool:
+    """Whether this rank's shard of a parameter counts in sums over all ranks; of replicated ones one does."""
     once = place(weight).dim is not None or topology.tensor_rank == 0
     return once and not getattr(weight, "ds_pipe_replicated", False)
 

@@ -11,6 +11,7 @@ from megatron_stable.model.backends import BACKENDS, Scores, max_attention_logit
 from megatron_stable.model.init import output_init, qkv_init
 from megatron_stable.model.norms import projection_norm
 from megatron_stable.model.positions import rotate
+from megatron_stable.model.probes import UNPROBED, Unprobed
 from megatron_stable.model.sigma import reparametrized
 from megatron_stable.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_stable.parallel.random import sharded_region
@@ -32,6 +33,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel, backend: str, by: ModelMultipliers) -> None:
         super().__init__()
         self.tp, self.dropout = tp, config.attention_dropout
+        self.probe: Unprobed = UNPROBED
         self.peaks: Tensor | None = None  # no buffer: half precision would round it, and checkpoints need not hold it
         self.scores = Scores(
             by.attention_scale * config.attention_temperature, config.attention_cap, config.attention_clip
@@ -57,14 +59,15 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in self.project(x))
         if self.peaks is not None and self.training:
             self.peaks.copy_(torch.maximum(self.peaks, max_attention_logits(q, k, self.scores.scale)))
+        self.probe.attention(q, k, self.scores)
         y = self._attend(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.probe("proj", self.proj(y.transpose(1, 2).flatten(2)))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[b, s, heads/tp, d]``, keys and values ``[b, s, groups/tp, d]``, as attention takes them."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries + 2, self.head_dim))  # [b, s, groups/tp, q..kv, d]
         q, k, v = qkv.split((self.queries, 1, 1), dim=-2)
-        q, k, v = (part.flatten(2, 3) for part in (q, k, v))
+        q, k, v = (self.probe(name, part.flatten(2, 3)) for name, part in (("q", q), ("k", k), ("v", v)))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         if self.rope_theta is not None:
             q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)

@@ -23,6 +23,7 @@ from megatron_stable.model.attention import Attention
 from megatron_stable.model.elementwise import LayerScale, Scale
 from megatron_stable.model.mlp import MLP
 from megatron_stable.model.norms import residual_norm
+from megatron_stable.model.probes import UNPROBED, Unprobed
 from megatron_stable.parallel.random import dropout
 from megatron_stable.parallel.topology import TensorParallel
 
@@ -41,6 +42,7 @@ class Block(nn.Module):
         super().__init__()
         self.tp, self.dropout, self.recompute = tp, config.dropout, recompute
         self.random = bool(config.dropout or config.attention_dropout)
+        self.probe: Unprobed = UNPROBED
         # DeepNorm's alpha, decoder-only (arXiv 2203.00555)
         self.skip = Scale((2 * config.layers) ** 0.25) if config.deepnorm else nn.Identity()
         self.attention_input_norm = residual_norm(config, tp, config.attention_input_norm)
@@ -54,6 +56,10 @@ class Block(nn.Module):
         self.mlp_scale = branch_scale(config, tp, by.residual)
         self.mlp_post_norm = residual_norm(config, tp, config.deepnorm)
 
+    def measure(self, probe: Unprobed) -> None:
+        """Let a probe see the outputs of the linear layers, attention, and the residual stream."""
+        self.probe = self.attention.probe = self.mlp.probe = probe
+
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
         if self.recompute and torch.is_grad_enabled():
@@ -66,7 +72,8 @@ class Block(nn.Module):
         y = self.attention_output_norm(self.attention(self.attention_input_norm(x)))
         x = self.attention_post_norm(self.skip(x) + self._dropout(self.attention_scale(y)))
         y = self.mlp_output_norm(self.mlp(self.mlp_input_norm(x)))
-        return self.mlp_post_norm(self.skip(x) + self._dropout(self.mlp_scale(y)))
+        x = self.mlp_post_norm(self.skip(x) + self._dropout(self.mlp_scale(y)))
+        return self.probe("residual", x)
 
     def _dropout(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training, self.tp)

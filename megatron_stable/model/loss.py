@@ -3,7 +3,7 @@ them; mu-loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -131,10 +131,13 @@ def language_model_loss(
     cap: float | None = None,
     mu: float = 0.0,
     output_embedding: Tensor | None = None,
+    see: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Losses:
     """Mean cross-entropy, ``z_loss`` x mean log(Z)^2 (PaLM, arXiv 2204.02311) over ``[b, s]`` targets, and ``mu`` x
-    :func:`mu_loss`, which needs the output embedding's weight."""
+    :func:`mu_loss`, which needs the output embedding's weight. ``see`` is shown the logits and their log Z."""
     nll, log_z = vocab_parallel_cross_entropy(logits, targets, tp, vocab_size, cap)
+    if see is not None:
+        see(logits, log_z)
     centre = nll.new_zeros(())
     if mu:
         assert output_embedding is not None

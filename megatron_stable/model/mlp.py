@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model.init import fc1_init, output_init
+from megatron_stable.model.probes import UNPROBED, Unprobed
 from megatron_stable.model.sigma import reparametrized
 from megatron_stable.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_stable.parallel.topology import TensorParallel
@@ -45,7 +46,9 @@ class MLP(nn.Module):
             RowParallelLinear(config.ffn, config.hidden, output_init(config, config.ffn, by), tp, config.bias), config
         )
         self.activation = ACTIVATIONS[config.activation]
+        self.probe: Unprobed = UNPROBED
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
-        return self.fc2(self.activation(self.fc1(x)))
+        hidden = self.activation(self.probe("fc1", self.fc1(x)))
+        return self.probe("fc2", self.fc2(hidden))

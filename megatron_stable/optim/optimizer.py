@@ -13,7 +13,7 @@ parameters over the ranks of a pipeline stage::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import inf
 
 import torch
@@ -28,6 +28,7 @@ from megatron_stable.optim.clipping import build_clipping
 from megatron_stable.optim.clipping_state import ClippingState
 from megatron_stable.optim.groups import parameter_groups
 from megatron_stable.optim.partition import LocalShard, Partition
+from megatron_stable.optim.probes import ParameterProbes
 from megatron_stable.optim.qk_clip import qk_clip_
 from megatron_stable.parallel.parameters import place
 
@@ -48,6 +49,7 @@ class Optimizer(torch.optim.Optimizer):
         moments_from: How many of these there were when the moments began at zero.
         max_logits: Asked once per step that is taken, if the configuration has QK-Clip: by block ("blocks.0"), the
             largest attention logit of each local head over the global batch.
+        probes: What measures weights, gradients, updates and moments, if anything does.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: Config) -> None:
@@ -58,6 +60,7 @@ class Optimizer(torch.optim.Optimizer):
         self._approve: Callable[[Tensor], bool] | None = None  # of this step
         self.max_logits: Callable[[], Mapping[str, Tensor]] = dict
         self._peaks: Mapping[str, Tensor] = {}  # of this step
+        self.probes: ParameterProbes | None = None
         self.group_of = {place(weight).name: i for i, group in enumerate(groups) for weight in group["params"]}
         weights = [(i, weight) for i, group in enumerate(groups) for weight in group["params"]]
         self._global_norm: Callable[[], Tensor] | None = None
@@ -89,6 +92,17 @@ class Optimizer(torch.optim.Optimizer):
         for _, flat in flats:
             self._state(flat)
 
+    def measure(self, counted: Collection[str], groups: Collection[str]) -> ParameterProbes:
+        """Let steps be measured; after :meth:`bind`.
+
+        Args:
+            counted: Names of the parameters of which this rank's shard counts.
+            groups: Of probes.
+        """
+        adam = {flat for flat, rule in self._rules.items() if "exp_avg_sq" in MOMENTS[rule]}
+        self.probes = ParameterProbes(self._partition, adam, counted, self.config.model.layers, groups)
+        return self.probes
+
     def begin_step(self, learning_rate: float, approve: Callable[[Tensor], bool] | None = None) -> None:
         """Start an optimizer step.
 
@@ -111,10 +125,17 @@ class Optimizer(torch.optim.Optimizer):
             for flat in group["params"]
             if flat.grad is not None
         ]
+        probes = self.probes if self.probes is not None and self.probes.on else None
+        if probes is not None:
+            probes.gradients(flats)
         if not self._begun:
             self._begin(flats)
+        if probes is not None and self._taken:
+            probes.before(flats)
         if self._taken:
             self._update(flats)
+        if probes is not None:
+            probes.after(flats, self.updates - self.moments_from) if self._taken else probes.dropped()
         if self._global_norm is None:
             self._begun = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_stable.records.metrics import Record
 from megatron_stable.stability.events import Event
@@ -17,6 +17,9 @@ class Callback:
 
     def record(self, record: Record) -> None:
         """After a step that is logged or evaluated; docs/training.md has the keys."""
+
+    def flight(self, step: int, rows: Sequence[tuple[int, Record]]) -> None:
+        """Trouble began in a step: (step, values by tag) of the measured steps up to it."""
 
     def rewind(self, step: int) -> None:
         """After the run went back to a checkpoint of ``step``: records of later steps come anew."""
@@ -43,6 +46,9 @@ class Callbacks(Callback):
 
     def record(self, record: Record) -> None:
         self._each(lambda callback: callback.record(record))
+
+    def flight(self, step: int, rows: Sequence[tuple[int, Record]]) -> None:
+        self._each(lambda callback: callback.flight(step, rows))
 
     def rewind(self, step: int) -> None:
         self._each(lambda callback: callback.rewind(step))

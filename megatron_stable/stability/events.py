@@ -318,6 +318,21 @@ class LossScaleFloor(Event):
         )
 
 
+class FlightRecorded(Event):
+    """Trouble began, and what was measured inside the model in the steps before was written down."""
+
+    event: Literal["flight_recorded"] = "flight_recorded"
+    file: str
+    """In the run's directory."""
+    first: Step
+    """The first step in it."""
+    last: Step
+    """The last step in it."""
+
+    def words(self) -> str:
+        return f"measurements of steps {self.first} to {self.last} are in {self.file}"
+
+
 class SaveFailed(Event):
     """A checkpoint could not be written; training goes on without it, up to `checkpoint.max_failed_saves` in a row."""
 
@@ -407,7 +422,7 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Converted | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback | GaveUp
-    | Undo | LossScaleFloor | SaveFailed | Waiting | WentOn | Stop,
+    | Undo | LossScaleFloor | FlightRecorded | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

@@ -186,7 +186,7 @@ PROBES: dict[str, Probe] = {
             "share of its elements that are smaller than Adam's ε",
             _SHARDS,
             f"{WORTSMAN}, §3.4",
-            WEIGHTS,
+            LINEARS,
             OUTSIDE,
             log=False,
         ),
@@ -198,7 +198,7 @@ PROBES: dict[str, Probe] = {
             "masters, weight decay included",
             _SHARDS,
             STABLE_ADAMW,
-            WEIGHTS,
+            LINEARS,
             OUTSIDE,
         ),
         Probe(
@@ -208,7 +208,7 @@ PROBES: dict[str, Probe] = {
             "the same, relative to the root mean square of the weight",
             _SHARDS,
             f"{WORTSMAN}, §3.4",
-            WEIGHTS,
+            LINEARS,
             OUTSIDE,
         ),
         Probe(
@@ -218,7 +218,7 @@ PROBES: dict[str, Probe] = {
             "root of the mean of Adam's second moment, corrected for its start",
             _SHARDS,
             f"{WORTSMAN}, §3.4",
-            WEIGHTS,
+            LINEARS,
             OUTSIDE,
         ),
         Probe(
@@ -228,7 +228,7 @@ PROBES: dict[str, Probe] = {
             "share of elements whose second moment has a root smaller than ε",
             _SHARDS,
             f"{WORTSMAN}, §3.4",
-            WEIGHTS,
+            LINEARS,
             OUTSIDE,
             log=False,
         ),
@@ -240,7 +240,7 @@ PROBES: dict[str, Probe] = {
             "moment: about 1 while it is as usual, more where the moment is out of date",
             _SHARDS,
             STABLE_ADAMW,
-            WEIGHTS,
+            LINEARS,
             OUTSIDE,
         ),
         Probe(

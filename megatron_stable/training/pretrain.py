@@ -88,6 +88,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
     from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.chronicle import Chronicle
     from megatron_stable.records.directory import RunDirectory
+    from megatron_stable.records.flight import FlightFiles
     from megatron_stable.records.metrics_file import MetricsFile
     from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.tensorboard import TensorBoard
@@ -137,7 +138,9 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                 started: dict[str, Any] = {"step": trainer.step, "ranks": world, "layout": config.parallel}
                 with directory.explained():
                     directory.log(Resume(**started, changed=changed) if trainer.step else Start(**started))
-                    callbacks.callbacks += [Chronicle(directory), MetricsFile(directory.metrics)]
+                    callbacks.callbacks += [
+                        Chronicle(directory), MetricsFile(directory.metrics), FlightFiles(directory.path)
+                    ]  # fmt: skip
                     if config.logging.tensorboard:
                         callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
                     trainer.recovery.catch_up(trainer.step)

@@ -31,6 +31,8 @@ from megatron_stable.stability.recovery import Trouble
 from megatron_stable.training.checkpoints import Checkpoints
 from megatron_stable.training.clock import Clock
 from megatron_stable.training.flops import flops_per_token, peak_flops
+from megatron_stable.training.probing import Probing
+from megatron_stable.training.record import record_of
 from megatron_stable.training.recovery import FLOOR, Recovery, explain_floor
 from megatron_stable.training.second_opinion import second_opinion
 from megatron_stable.training.source import Source
@@ -65,6 +67,7 @@ class Trainer:
         self.engine = Engine(config, topology, draw=not loader.any_to_load(directory.checkpoints))
         self.guard = Guard(config.guard, fp16=config.precision.dtype == "fp16")
         self.checkpoints = Checkpoints(config, self.engine, directory, callbacks)
+        self.probing = Probing(config.logging, self.engine, callbacks)
         self.recovery = Recovery(config, directory, self.checkpoints.saver.shelf, callbacks)
         peak = peak_flops(config.precision.dtype)
         self.peak = peak and peak * topology.world / flops_per_token(config.model)  # tokens/s at full utilisation
@@ -126,7 +129,8 @@ class Trainer:
                 trouble = self._review(outcome, asks=not stopped)
             ends = stopped or trouble is not None or self.step == config.run.steps
             evaluates = self._evaluates() and not stopped
-            if self.step % config.logging.every == 0 or evaluates or ends or rewound:
+            due = self.step % config.logging.every == 0 or self.probing.measured
+            if due or evaluates or ends or rewound:
                 record = self._record(outcome, clock)
                 if evaluates:
                     with clock.paused():
@@ -136,6 +140,7 @@ class Trainer:
             if trouble is not None:
                 with lifeline.slow():
                     self._recover(trouble)
+                self.probing.rewind(self.step)
                 self.callbacks.rewind(self.step)
                 clock = Clock()
             elif not stopped and self.checkpoints.due(self.step):
@@ -167,7 +172,8 @@ class Trainer:
             return self.guard.judge(step, metrics.loss, metrics.grad_norm, metrics.skipped)
 
         self.engine.faults.begin(self.source.course.data_step(step))
-        return self.engine.train_step(step, self.source.step(step), self.rate, approve, stop.wished)
+        measured = self.probing.due(step)
+        return self.engine.train_step(step, self.source.step(step), self.rate, approve, stop.wished, measured)
 
     def _review(self, outcome: Outcome[Judgement], asks: bool) -> Trouble | None:
         """Put on record what a step's outcome says, ask a second opinion where one is wanted; what to recover from.
@@ -186,8 +192,10 @@ class Trainer:
         return self._floor() if outcome.loss_scale_exhausted else trouble
 
     def _tell(self, judgement: Judgement) -> None:
+        data_step = self.source.course.data_step(self.step)
         for event in judgement.events:
-            self.callbacks.event(event.model_copy(update={"data_step": self.source.course.data_step(self.step)}))
+            self.callbacks.event(event.model_copy(update={"data_step": data_step}))
+        self.probing.review(self.step, data_step, judgement.events)
 
     def _floor(self) -> Trouble:
         """The loss scale can fall no lower: see where the step goes wrong."""
@@ -264,30 +272,12 @@ class Trainer:
         self.engine.set_clip_factor(self.recovery.interventions.clip_factor)
 
     def _record(self, outcome: Outcome[Judgement], clock: Clock) -> Record:
-        metrics, judgement, tokens = outcome.metrics, outcome.judgement, self.config.tokens_per_step
-        course = self.source.course
         steps_per_second = clock.lap(self.step)
-        speed = steps_per_second and steps_per_second * tokens
-        record: Record = {
-            "step": self.step,
-            "loss": finite(metrics.loss),
-            "z_loss": finite(metrics.z_loss),
-            "grad_norm": finite(metrics.grad_norm),
-            "learning_rate": self.rate,
-            "loss_scale": metrics.loss_scale,
-            "tokens": course.trained(self.step) * self.config.model.sequence_length,
-            "tokens_per_second": speed,
-            "skipped": metrics.skipped,
-            "data_step": course.data_step(self.step),
-            "samples": [[piece.start, piece.stop] for piece in course.samples(self.step)],
-        }
-        if judgement is not None:
-            record |= {f"{name}_score": finite(score) for name, score in judgement.scores.items()}
-        if self.config.loss.mu_loss:
-            record["mu_loss"] = finite(metrics.mu_loss)
+        speed = steps_per_second and steps_per_second * self.config.tokens_per_step
+        record = record_of(self.step, outcome, self.config, self.source.course, self.rate, speed)
         if self.peak and speed:
             record["mfu"] = speed / self.peak
-        return record
+        return record | self.probing.record()
 
     def _evaluates(self) -> bool:
         last = self.step == self.config.run.steps

@@ -1,0 +1,43 @@
+"""The flight recorder's files: what was measured in the steps before trouble began, ``flight/step_NNNNNNNN.jsonl``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_stable.files import explain_os_errors, replace_file
+from megatron_stable.records import jsonl
+from megatron_stable.records.callbacks import Callback
+from megatron_stable.records.metrics import Record
+
+FLIGHT = "flight"  # folder, in a run's directory
+
+
+def flight_file(step: int) -> str:
+    """The name of the file of trouble that began in a step."""
+    return f"step_{step:08}.jsonl"
+
+
+class FlightFiles(Callback):
+    """Writes a file each time trouble begins: a line for each measured step, with its number and all tags."""
+
+    def __init__(self, directory: Path) -> None:
+        self.folder = directory / FLIGHT
+
+    def flight(self, step: int, rows: Sequence[tuple[int, Record]]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        lines = "".join(f"{json.dumps({'step': measured, **values})}\n" for measured, values in rows)
+        replace_file(self.folder / flight_file(step), lines.encode())
+
+
+def flights(run: Path) -> list[tuple[int, Path]]:
+    """(step in which trouble began, file) of all files of a run, oldest first."""
+    found = (run / FLIGHT).glob("step_*.jsonl")
+    return sorted((int(path.stem[5:]), path) for path in found if path.stem[5:].isdecimal())
+
+
+def read_flight(path: Path) -> list[Record]:
+    """The records of a file, in order of steps. DataError: it cannot be read."""
+    with explain_os_errors("read", path):
+        return [row for row in jsonl.read(path) if row is not None and type(row.get("step")) is int]

@@ -1,0 +1,63 @@
+"""Which steps are measured inside the model, and what becomes of it: with the records, and when trouble begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_stable.config.schema import LoggingConfig
+from megatron_stable.engine.engine import Engine
+from megatron_stable.records.callbacks import Callbacks
+from megatron_stable.records.flight import FLIGHT, flight_file
+from megatron_stable.records.metrics import Record
+from megatron_stable.stability.events import Divergence, Drop, Event, FlightRecorded, LossScaleFloor, Rise, Spike
+
+SUSPICIOUS = (Spike, Rise, Divergence, Drop, LossScaleFloor)
+
+
+class Probing:
+    """The probes of a run in progress. Collective: every rank has one, calls its methods, and decides alike.
+
+    Args:
+        callbacks: Take what the flight recorder has when trouble begins.
+    """
+
+    def __init__(self, logging: LoggingConfig, engine: Engine, callbacks: Callbacks) -> None:
+        self.every, self.size, self.engine, self.callbacks = (
+            logging.probes_every,
+            logging.flight_recorder,
+            engine,
+            callbacks,
+        )
+        self.until = 0  # up to this step, each one is measured
+
+    def due(self, step: int) -> bool:
+        """Whether a step is measured."""
+        return self.every > 0 and (step % self.every == 0 or step <= self.until)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the last step was."""
+        return self.engine.probes is not None and self.engine.probes.on
+
+    def record(self) -> Record:
+        """What the last step's record says of it, on rank 0."""
+        return self.engine.probes.last() if self.engine.probes is not None and self.measured else {}
+
+    def review(self, step: int, data_step: int, events: Iterable[Event]) -> None:
+        """After a step in which this happened: when trouble begins, hand out the steps before it, and look closely."""
+        if self.engine.probes is None or not self.size or not any(isinstance(event, SUSPICIOUS) for event in events):
+            return
+        begins, self.until = step > self.until, step + self.size
+        if not begins:
+            return
+        rows = self.engine.probes.flight()
+        if rows:
+            self.callbacks.flight(step, rows)
+            file, first, last = f"{FLIGHT}/{flight_file(step)}", rows[0][0], rows[-1][0]
+            self.callbacks.event(FlightRecorded(step=step, data_step=data_step, file=file, first=first, last=last))
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to a checkpoint of this step: what comes now is looked at closely, too."""
+        if self.engine.probes is not None:
+            self.engine.probes.forget()
+        self.until = step + self.size if self.until else 0

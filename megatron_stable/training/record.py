@@ -1,0 +1,40 @@
+"""The record of a step: what ``metrics.jsonl`` has of each that is logged."""
+
+from __future__ import annotations
+
+from megatron_stable.config.schema import Config
+from megatron_stable.data import Course
+from megatron_stable.engine.outcome import Outcome
+from megatron_stable.numbers import finite
+from megatron_stable.records.metrics import Record
+from megatron_stable.stability.guard import Judgement
+
+
+def record_of(
+    step: int, outcome: Outcome[Judgement], config: Config, course: Course, rate: float, speed: float | None
+) -> Record:
+    """The record of a step, without what is measured inside the model. Collective if nobody has judged the step.
+
+    Args:
+        rate: The learning rate.
+        speed: Tokens per second since the last record, if that is known.
+    """
+    metrics, judgement = outcome.metrics, outcome.judgement
+    record: Record = {
+        "step": step,
+        "loss": finite(metrics.loss),
+        "z_loss": finite(metrics.z_loss),
+        "grad_norm": finite(metrics.grad_norm),
+        "learning_rate": rate,
+        "loss_scale": metrics.loss_scale,
+        "tokens": course.trained(step) * config.model.sequence_length,
+        "tokens_per_second": speed,
+        "skipped": metrics.skipped,
+        "data_step": course.data_step(step),
+        "samples": [[piece.start, piece.stop] for piece in course.samples(step)],
+    }
+    if judgement is not None:
+        record |= {f"{name}_score": finite(score) for name, score in judgement.scores.items()}
+    if config.loss.mu_loss:
+        record["mu_loss"] = finite(metrics.mu_loss)
+    return record
