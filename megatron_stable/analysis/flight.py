@@ -73,6 +73,32 @@ class Standout:
         return text
 
 
+@dataclass(frozen=True)
+class Before:
+    """What stood out in the measured steps up to one step.
+
+    Attributes:
+        file: Of the flight recorder, in the run's directory.
+        first, last: The steps of it that were looked at.
+        standouts: What left its own level, what left first first.
+    """
+
+    file: str
+    first: int
+    last: int
+    standouts: tuple[Standout, ...]
+
+
+def before(run: Path, step: int) -> Before | None:
+    """What stood out up to a step; ``None``: no file of the flight recorder covers it. DataError: it cannot be read."""
+    flight = covering(run, step)
+    if flight is None:
+        return None
+    measured = [row for row in rows(flight.path) if row["step"] <= step]
+    steps = [row["step"] for row in measured] or [flight.first]
+    return Before(f"flight/{flight.path.name}", steps[0], steps[-1], tuple(standouts(measured)))
+
+
 def flights(run: Path) -> list[Flight]:
     """The files of a run's flight recorder, in order of their last steps. DataError: they cannot be read."""
     found = []

@@ -29,7 +29,9 @@ def step(network: Transformer, probes: Activations, on: bool) -> torch.Tensor:
     return torch.cat([probes.sums, probes.tops], 1).clone()
 
 
-@pytest.mark.parametrize("model", [{}, {"activation": "swiglu", "kv_heads": 2, "recipe": "olmo2"}], ids=["plain", "olmo2"])
+@pytest.mark.parametrize(
+    "model", [{}, {"activation": "swiglu", "kv_heads": 2, "recipe": "olmo2"}], ids=["plain", "olmo2"]
+)
 def test_compiled_blocks_are_one_graph_each_with_probes_and_without(model: dict[str, Any]) -> None:
     torch._dynamo.reset()
     network, probes = model_and_probes(model)

@@ -40,7 +40,7 @@ def inline(svg: str, name: str, label: str) -> str:
     body = re.sub(r"#([\w.-]+)([\")])", rf"#{name}-\1\2", body)
     body = PATH.sub(lambda found: f' {found[1]}="{_short(found[2])}"', body)
     body = PICTURE.sub(lambda found: f"data:image/png;base64,{_palette(found[1])}", body)
-    body = re.sub(r">\s+<", "><", body)
+    body = _flat(re.sub(r">\s+<", "><", body))
     return f'<svg role="img" aria-label="{escape(label)}" viewBox="{size}">{body.strip()}'
 
 
@@ -48,6 +48,19 @@ def _short(path: str) -> str:
     """Coordinates to a tenth of a point; after a move, lines need no letter."""
     path = DECIMALS.sub(lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), " ".join(path.split()))
     return path.replace(" L ", " ")
+
+
+def _flat(body: str) -> str:
+    """Without groups that say nothing: a browser, and what looks for faults in a page, is slower by each."""
+    kept: list[bool] = []
+
+    def keep(tag: re.Match[str]) -> str:
+        if tag[0] == "</g>":
+            return tag[0] if kept.pop() else ""
+        kept.append(tag[0] != "<g>")
+        return tag[0] if kept[-1] else ""
+
+    return re.sub(r"<g(?: [^>]*)?>|</g>", keep, body)
 
 
 def _palette(picture: str) -> str:

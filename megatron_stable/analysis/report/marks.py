@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from megatron_stable.analysis.drawing import COLORS, INK, MUTED
+from megatron_stable.analysis.drawing import COLORS, INK, MUTED, style
 from megatron_stable.analysis.report.run import Run
 from megatron_stable.stability.events import Event, GaveUp, Rollback
 
@@ -20,10 +20,8 @@ LOOKS: dict[str, dict[str, Any]] = {
     "warning": {"color": COLORS[3], "linestyle": (0, (5, 2)), "marker": "o"},
 }
 LEGEND = (
-    "dotted and ▾: a spike, rise or divergence begins; solid and ▪: an update dropped, a rollback, the end of a run "
-)
-LEGEND += (
-    "that was given up; dashed and ●: a warning, or the flight recorder; grey: steps that a rollback went back behind"
+    "dotted and ▾: a spike, rise or divergence begins; solid and ▪: an update dropped, a rollback, a run that "
+    "is given up; dashed and ●: a warning, or the flight recorder; grey: steps that a rollback went back behind"
 )
 
 
@@ -53,30 +51,34 @@ def marks(events: Iterable[Event]) -> Marks:
     return Marks({look: sorted(found) for look, found in steps.items()}, behind)
 
 
-def draw_marks(axes: Any, run: Run, width: int, lines: bool = True) -> None:
+def draw_marks_of(axes: Any, runs: Sequence[Run]) -> None:
+    """Mark the events of runs that share a chart: of several, each in its colour, at the upper edge alone."""
+    for number, run in enumerate(runs):
+        draw_marks(axes, run, lines=len(runs) == 1, color=style(number)["color"] if len(runs) > 1 else None)
+
+
+def draw_marks(axes: Any, run: Run, lines: bool, color: str | None = None) -> None:
     """Mark a run's events in a chart over its steps.
 
     Args:
-        width: Steps that the chart does not show apart: of several marks there, one is drawn.
         lines: Whether to draw lines through the chart too, and not at its upper edge alone.
+        color: In place of those that tell the kinds apart.
     """
-    found = marks(run.events)
+    found, width = marks(run.events), run.curves.series.width
+    above = axes.get_xaxis_transform()
     for first, last in found.behind if lines else ():
         axes.axvspan(first, last, color=MUTED, alpha=0.12, linewidth=0, zorder=0)
-    for name, steps in found.steps.items():
-        look = dict(LOOKS[name])
-        marker, apart = look.pop("marker"), sorted({(step - 1) // width * width + 1: step for step in steps}.values())
+    for kind, steps in found.steps.items():
+        look = LOOKS[kind]
+        apart = sorted({(step - 1) // width: step for step in steps}.values())  # one of each stretch
         if not apart:
             continue
         axes.plot(
-            apart, [1.0] * len(apart), marker, transform=axes.get_xaxis_transform(), color=look["color"],
-            markersize=3.2, markeredgewidth=0, clip_on=False, zorder=5, scalex=False, scaley=False,
+            apart, [1.03] * len(apart), look["marker"], transform=above, color=color or look["color"], markersize=4.5,
+            markeredgewidth=0, clip_on=False, zorder=5, scalex=False, scaley=False,
         )  # fmt: skip
         if lines:
             axes.vlines(
-                apart, 0, 1, transform=axes.get_xaxis_transform(), linewidth=0.7, alpha=0.8, zorder=1, **_lines(look)
-            )
-
-
-def _lines(look: dict[str, Any]) -> dict[str, Any]:
-    return {"colors": look["color"], "linestyles": [look["linestyle"]]}
+                apart, 0, 1, transform=above, linewidth=0.7, alpha=0.8, zorder=1, colors=look["color"],
+                linestyles=[look["linestyle"]],
+            )  # fmt: skip

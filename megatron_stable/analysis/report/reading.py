@@ -1,6 +1,6 @@
 """The numbers of a run as a report shows them, read from ``metrics.jsonl`` while the run may still be writing it.
 
-The file is read from its end to its beginning. A line holds unless a line behind it is of the same step or of an earlier
+The file is read from its end to its beginning. A line holds unless one behind it is of the same step or of an earlier
 one: so nothing has to be taken back, and the last line, which is read first, says how long the run is.
 """
 

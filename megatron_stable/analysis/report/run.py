@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -72,7 +73,8 @@ def open_runs(paths: Sequence[Path], empty: bool = False) -> list[Run]:
         if not run.curves.step and not empty:
             raise DataError(f"{path} has recorded no step yet: there is nothing to report")
         runs.append(run)
+    names = Counter(run.name for run in runs)
     for run in runs:
-        if [other.name for other in runs].count(run.name) > 1:
+        if names[run.name] > 1:
             run.name = str(run.path)
     return runs

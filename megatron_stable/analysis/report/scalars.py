@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_stable.analysis.drawing import INK, MUTED, canvas, log_ticks, plain, style, tidy
-from megatron_stable.analysis.report.marks import draw_marks
+from megatron_stable.analysis.report.marks import draw_marks_of
 from megatron_stable.analysis.report.reading import where
 from megatron_stable.analysis.report.run import Run
 from megatron_stable.analysis.report.thinning import Line
@@ -136,8 +136,7 @@ def _draw_panel(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
             logarithmic = logarithmic or _spans_much(line)
             lines += 1
     finish(axes, panel.label, logarithmic)
-    for run in runs:
-        draw_marks(axes, run, run.curves.series.width, lines=not several)
+    draw_marks_of(axes, runs)
     set_steps(axes, runs)
     if lines > 1:
         axes.legend(frameon=False, fontsize=SMALL, loc="upper right", labelcolor=INK, ncols=2 if lines > 4 else 1)
@@ -179,7 +178,7 @@ def finish(axes: Any, label: str, logarithmic: bool) -> None:
         axes.set_yticks(*log_ticks(*axes.get_ylim()))
     elif high - low < 1e-9 * max(abs(high), abs(low)):  # a constant
         axes.set_ylim(low - abs(low) / 10 - 1e-12, high + abs(high) / 10 + 1e-12)
-    axes.set_ylabel(label, fontsize=SMALL)
+    axes.set_ylabel(plain(label), fontsize=SMALL)
     axes.tick_params(labelsize=SMALL, which="both")
 
 

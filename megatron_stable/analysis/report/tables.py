@@ -38,7 +38,7 @@ def summary(runs: Sequence[Run]) -> str:
     """How the runs stand, one column each."""
     facts = [_facts(run) for run in runs]
     body = [(escape(name), *(escape(each[name]) for each in facts)) for name in facts[0]]
-    return table(["", *(run.name for run in runs)], body, "Summary")
+    return table(["fact", *(run.name for run in runs)], body, "Summary")
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""Series of any length in bounded memory: least, mean and greatest of stretches of steps, so that no extreme is lost."""
+"""Series of any length in bounded memory: least, mean and greatest of stretches of steps: no extreme is lost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 BUCKETS = 512  # stretches of steps, at most: more than a chart has room to show apart
 FLICKER = 3.0  # a value stands out in its stretch if it is so many times as far from the mean as is usual
 
-Numbers = NDArray[np.float64]
+Numbers = NDArray[np.floating[Any]]
 
 
 class Line(NamedTuple):
@@ -60,25 +60,25 @@ class Thinned:
         at //= self.width
         starts = np.flatnonzero(np.diff(at, prepend=-1))
         cells, finite = np.ix_(at[starts], self._find(keys)), np.isfinite(values)
-        # fmt: off
-        self._least[cells] = np.minimum(self._least[cells], np.minimum.reduceat(np.where(finite, values, np.inf), starts))
-        self._most[cells] = np.maximum(self._most[cells], np.maximum.reduceat(np.where(finite, values, -np.inf), starts))
+        least = np.minimum.reduceat(np.where(finite, values, np.inf), starts)
+        most = np.maximum.reduceat(np.where(finite, values, -np.inf), starts)
+        self._least[cells] = np.minimum(self._least[cells], least)
+        self._most[cells] = np.maximum(self._most[cells], most)
         self._total[cells] += np.add.reduceat(np.where(finite, values, 0.0), starts)
         self._count[cells] += np.add.reduceat(finite, starts, dtype=np.int32)
         self._lost[cells] |= np.logical_or.reduceat(~finite, starts)
-        # fmt: on
 
     def line(self, key: str) -> Line:
         """A series; one that is not there has no points."""
         column = self._columns.get(key)
         if column is None:
-            return Line(*(np.empty(0) for _ in range(4)), np.empty(0, bool))
+            return Line(np.empty(0), np.empty(0), np.empty(0), np.empty(0), np.empty(0, bool))
         there = np.flatnonzero((self._count[:, column] > 0) | self._lost[:, column])
         least, mean, most, lost = (part[there, 0] for part in self._of([column]))
         return Line(there * float(self.width) + (self.width + 1) / 2, least, mean, most, lost)
 
     def table(self, keys: Sequence[str]) -> tuple[Numbers, Numbers, Numbers, NDArray[np.bool_]]:
-        """Least, mean, greatest, and whether any was not finite, each ``[keys, buckets]``; NaN where there is nothing."""
+        """Least, mean, greatest, and whether any was not finite, each ``[keys, buckets]``; NaN: there is nothing."""
         least, mean, most, lost = self._of([self._columns[key] for key in keys])
         return least.T, mean.T, most.T, lost.T
 

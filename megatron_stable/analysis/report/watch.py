@@ -56,7 +56,8 @@ class Watch:
 
     def look(self, first: bool = False) -> None:
         """Make the page anew if the runs have gone on."""
-        if not any([run.refresh() for run in self.runs]) and not first:
+        news = [run.refresh() for run in self.runs]
+        if not any(news) and not first:
             return
         version = self.version + 1
         head = SCRIPT.replace("VERSION", str(version)).replace("PERIOD", f"{1000 * self.every:.0f}")
