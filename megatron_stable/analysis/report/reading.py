@@ -7,7 +7,7 @@ one: so nothing has to be taken back, and the last line, which is read first, sa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron_stable.stability.probes import Where, parse
 
 BLOCK = 2**24  # bytes read at a time
 BATCH = 2**18  # numbers taken in at a time
+WORDS = ((b"null", b"nan"), (b"true", b"1"), (b"false", b"0"))
 SUPERSEDED = ("loss", "grad_norm")  # what is kept of steps that a rollback or a resume went behind
 
 
@@ -71,76 +72,113 @@ class Curves:
 
     def _read(self, file: Any, begin: int, end: int) -> bool:
         """Take in the lines of a part of the file; False: they supersede what was read before."""
-        holds, past = _Batches(self.series), _Batches(self.superseded)
+        shapes: dict[int, Shape] = {}
+        holds, past, newest = _Batches(self.series), _Batches(self.superseded), dict[str, Any]()
         last = first = None
         for line in backwards(file, begin, end):
-            record = _record(line)
-            if record is None:
-                self.broken += bool(line.strip())
-                continue
-            step = record["step"]
+            parts = line.split(b'"')
+            shape = shapes.get(len(parts))
+            found = shape.numbers(parts) if shape is not None else None
+            if shape is None or found is None:
+                record = _record(line)
+                if record is None:
+                    self.broken += bool(line.strip())
+                    continue
+                if shape is None or shape.all != list(record):
+                    shape = shapes[len(parts)] = Shape(record, parts)
+                    newest = {key: value for key, value in record.items() if where(key) is None} | newest
+                found = shape.numbers_of(record)
+                if found is None:
+                    self.broken += 1
+                    continue
+            step, row = found
             if first is not None and step >= first:
-                past.add({key: record[key] for key in ("step", *SUPERSEDED) if key in record})
+                past.add(step, *shape.only(SUPERSEDED, row))
                 continue
             if step <= self.step and begin:
                 return False
             last, first = step if last is None else last, step
             self.records += 1
-            if not holds.add(record):
-                self.broken += 1
+            holds.add(step, shape.keys, row)
         holds.flush()
         past.flush()
-        self.step, self.newest, self._end = last or self.step, self.newest | holds.newest, end
+        self.step, self.newest, self._end = last or self.step, self.newest | newest, end
         return True
+
+
+class Shape:
+    """The keys of records that are alike. Once they are known, a line needs no parser of JSON, which is half as fast.
+
+    Attributes:
+        all: The keys of a record, in order.
+        keys: Those whose numbers are shown.
+    """
+
+    def __init__(self, record: Record, parts: Sequence[bytes]) -> None:
+        """``parts``: of the line, between its quotation marks."""
+        self.all = list(record)
+        self.keys = tuple(key for key, value in record.items() if key != "step" and _is_shown(key, value))
+        self._of_record = itemgetter("step", "step", *self.keys)
+        self._of_cells = itemgetter(*(self.all.index(key) for key in ("step", "step", *self.keys)))
+        names = parts[1::2]
+        # a name that is not written as it is, and a value that is a text, are left to JSON
+        self._names = names if names == [key.encode() for key in self.all] else None
+
+    def numbers(self, parts: Sequence[bytes]) -> tuple[int, np.ndarray] | None:
+        """Step and numbers of a line of this shape; ``None``: it is not, or not written as Python writes JSON."""
+        if parts[1::2] != self._names or parts[0] != b"{":
+            return None
+        values = b"".join(parts[2::2])
+        for word, number in WORDS:
+            values = values.replace(word, number)
+        cells = values[2:-1].split(b", : ")
+        if len(cells) != len(self.all) or values[:2] != b": " or values[-1:] != b"}":
+            return None
+        step, *chosen = self._of_cells(cells)
+        try:
+            return int(step), np.array([*map(float, chosen)][1:])
+        except ValueError:
+            return None
+
+    def numbers_of(self, record: Record) -> tuple[int, np.ndarray] | None:
+        """Step and numbers of a record of this shape; ``None``: one is something else."""
+        try:
+            return record["step"], np.array(self._of_record(record)[2:], float)  # None becomes NaN
+        except (TypeError, ValueError):
+            return None
+
+    def only(self, keys: Sequence[str], row: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+        """Some of the keys, as far as they are shown, and their numbers."""
+        places = [i for i, key in enumerate(self.keys) if key in keys]
+        return tuple(self.keys[i] for i in places), row[places]
 
 
 class _Batches:
-    """Records on their way into a table, together with others that have the same keys."""
+    """Numbers on their way into a table, together with others of the same keys."""
 
     def __init__(self, table: Thinned) -> None:
         self.table = table
-        self.shapes: dict[tuple[str, ...], _Batch] = {}
-        self.newest: dict[str, Any] = {}
+        self.waiting: dict[tuple[str, ...], tuple[list[int], list[np.ndarray]]] = {}
 
-    def add(self, record: Record) -> bool:
-        """Take in a record; False: it holds something else where others have numbers."""
-        shape = tuple(record)
-        if shape not in self.shapes:
-            self.shapes[shape] = _Batch(record)
-            # the newest of its shape, as records come from the last to the first
-            self.newest = {key: value for key, value in record.items() if where(key) is None} | self.newest
-        batch = self.shapes[shape]
-        if not batch.keys:
-            return True
-        if batch.steps and (record["step"] >= batch.steps[-1] or len(batch.steps) * len(batch.keys) >= BATCH):
-            batch.flush(self.table)
-        return batch.add(record)
+    def add(self, step: int, keys: tuple[str, ...], row: np.ndarray) -> None:
+        """Take in the numbers of a step; steps that do not fall begin another batch."""
+        steps, rows = self.waiting.setdefault(keys, ([], []))
+        if steps and (step >= steps[-1] or len(steps) * len(keys) >= BATCH):
+            self._hand_over(keys)
+            steps, rows = self.waiting.setdefault(keys, ([], []))
+        if keys:
+            steps.append(step)
+            rows.append(row)
 
     def flush(self) -> None:
-        for batch in self.shapes.values():
-            batch.flush(self.table)
+        """Nothing is left waiting."""
+        for keys in list(self.waiting):
+            self._hand_over(keys)
 
-
-class _Batch:
-    def __init__(self, record: Record) -> None:
-        self.keys = [key for key, value in record.items() if key != "step" and _is_shown(key, value)]
-        self.take = itemgetter(*self.keys, "step")  # never one alone, which would come without a tuple
-        self.steps: list[int] = []
-        self.rows: list[np.ndarray] = []
-
-    def add(self, record: Record) -> bool:
-        try:
-            row = np.array(self.take(record)[:-1], float)  # None becomes NaN
-        except (TypeError, ValueError):
-            return False
-        self.steps.append(record["step"])
-        self.rows.append(row)
-        return True
-
-    def flush(self, table: Thinned) -> None:
-        if self.steps:
-            table.add(self.steps, self.keys, np.stack(self.rows))
-        self.steps, self.rows = [], []
+    def _hand_over(self, keys: tuple[str, ...]) -> None:
+        steps, rows = self.waiting.pop(keys)
+        if steps:
+            self.table.add(steps, keys, np.stack(rows))
 
 
 def _is_shown(key: str, value: Any) -> bool:

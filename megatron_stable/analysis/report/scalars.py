@@ -16,6 +16,7 @@ from megatron_stable.analysis.report.thinning import Line
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 10.0, 0.75, 0.2, 0.4, 0.5, 0.32  # inches
 SMALL = 8.5  # points of text
 RATIO = 30.0  # a positive series whose values span so much is drawn on a logarithmic axis
+MOST_OTHER = 24  # numbers that nobody foresaw, of a run of another version perhaps
 FEW = 64  # points that are drawn as such
 
 
@@ -90,7 +91,7 @@ def scalar_charts(runs: Sequence[Run]) -> Iterator[Chart]:
     """The charts of which any run has a series; numbers that nobody foresaw come last."""
     keys = dict.fromkeys(key for run in runs for key in run.curves.series.keys)
     known = ELSEWHERE.union(*(panel.keys for chart in CHARTS for panel in chart.panels))
-    other = [key for key in keys if key not in known and where(key) is None]
+    other = [key for key in keys if key not in known and where(key) is None][:MOST_OTHER]
     more = Chart("other", "Other numbers", "What else is recorded.", tuple(Panel((key,), key, 1.0) for key in other))
     for chart in (*CHARTS, more):
         panels = tuple(panel for panel in chart.panels if any(_has_values(runs, key) for key in panel.keys))

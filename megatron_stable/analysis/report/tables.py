@@ -38,7 +38,7 @@ def summary(runs: Sequence[Run]) -> str:
     """How the runs stand, one column each."""
     facts = [_facts(run) for run in runs]
     body = [(escape(name), *(escape(each[name]) for each in facts)) for name in facts[0]]
-    return table(["fact", *(run.name for run in runs)], body, "Summary")
+    return table(["fact", *(run.name for run in runs)], body, "Summary, table")
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -106,9 +106,10 @@ def ledger(run: Run, prefix: str) -> str:
         )
     more = {kind: count - LISTED for kind, count in counts.items() if count > LISTED}
     note = ", ".join(f"{count} more of {escape(kind)}" for kind, count in more.items())
+    name = f"Ledger of {run.name}, table"
     return (
         f"<style>{hide}</style><fieldset><legend>Kinds of events</legend>{boxes}</fieldset>"
-        f'<div class="wide" role="region" tabindex="0" aria-label="Ledger of {escape(run.name)}"><table><thead><tr>'
+        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(name)}"><table><thead><tr>'
         '<th scope="col">time (UTC)</th><th scope="col">kind</th><th scope="col">what happened, newest first</th></tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
         + (f'<p class="note">ledger.jsonl has {note}.</p>' if note else "")

@@ -94,11 +94,28 @@ def test_probes_and_nulls_and_broken_lines(tmp_path: Path) -> None:
     assert curves.newest["validation_loss"] == 1.5 and "logits/mean" not in curves.newest
 
 
-def test_a_record_with_something_else_where_others_have_numbers_is_left_out(tmp_path: Path) -> None:
-    path = write(tmp_path / "metrics.jsonl", record(1), record(2, loss="high"), record(3))
-    curves = read(path)
-    assert curves.broken == 1
-    np.testing.assert_array_equal(curves.series.line("loss").steps, [1, 3])
+def test_a_text_where_others_have_numbers_is_left_out(tmp_path: Path) -> None:
+    curves = read(write(tmp_path / "metrics.jsonl", record(1), record(2, loss="high"), record(3)))
+    assert curves.series.line("loss").steps.tolist() == [1, 3]
+    assert curves.series.line("grad_norm").steps.tolist() == [1, 2, 3]
+
+
+def test_however_json_is_written_the_numbers_are_the_same(tmp_path: Path) -> None:
+    """Lines as Python writes them are read without a parser of JSON; all others with one."""
+    odd = {"c": None, "d": True, "e": -1e-7, "f": [[1, 2], [3, 4]], "g": False}
+    records = [record(step) | odd | probes(step, 1) for step in range(1, 6)] + [record(step) for step in (6, 7)]
+    ours, others = read(write(tmp_path / "ours", *records)), Curves(tmp_path / "others")
+    others.path.write_text("\n".join(json.dumps(each, separators=(",", ":")) for each in records))
+    others.refresh()
+    quoted = read(write(tmp_path / "quoted", *({'a"b': step} | each for step, each in enumerate(records))))
+    for curves in (others, quoted):
+        assert set(curves.series.keys) - {'a"b'} == set(ours.series.keys)
+        for key in ours.series.keys:
+            for mine, theirs in zip(ours.series.line(key), curves.series.line(key), strict=True):
+                np.testing.assert_array_equal(mine, theirs, err_msg=key)
+    assert quoted.series.line('a"b').mean.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert ours.series.line("c").lost.all() and ours.series.line("d").mean.tolist() == [1.0] * 5
+    assert ours.series.line("e").mean.tolist() == [-1e-7] * 5 and "f" not in ours.series
 
 
 def test_no_file_is_no_step(tmp_path: Path) -> None:
