@@ -30,7 +30,7 @@ SHOWN = (
     "loss", "gradient", "guard", "output_norm", "output_max", "attention_max_logit", "attention_entropy", "logits",
     "weight_norm", "grad_rms", "update_ratio", "moment_surprise", "noise_scale",
 )  # fmt: skip
-DPI, COLORS = 72, 64
+DPI, COLORS = 96, 96
 
 
 def train(directory: Path) -> None:

@@ -51,7 +51,7 @@ def log_ticks(low: float, high: float, most: int = 5) -> tuple[list[float], list
         if len(found) >= 3:
             break
     found = found[:: -(-len(found) // most)] if found else [low, high]
-    return found, [f"{tick:.3g}" for tick in found]
+    return found, [f"{tick:g}" for tick in found]
 
 
 def plain(text: str) -> str:

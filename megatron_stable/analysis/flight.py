@@ -18,7 +18,8 @@ from megatron_stable.stability.probes import Where, parse
 
 NAME = re.compile(r"step_(\d+)\.jsonl")
 SIGMA = 1.4826  # standard deviation of a normal distribution over its MAD
-FLOOR = 0.05  # the least deviation that counts: of the logarithm, or of the level
+FLOOR = 0.05  # the least deviation that counts: of the logarithm, or of the level, and then at least
+LEAST = 0.01  # of a share, or of nats
 STANDS_OUT = 6.0  # deviations
 FEWEST = 8  # steps from which a level can be told
 
@@ -168,7 +169,7 @@ def _scores(values: np.ndarray, logarithmic: bool) -> tuple[float, np.ndarray]:
     if early.size < FEWEST // 2:
         return float("nan"), np.zeros(len(values))
     level = float(np.median(early))
-    least = FLOOR if logarithmic else max(FLOOR * abs(level), 1e-12)
+    least = FLOOR if logarithmic else max(FLOOR * abs(level), LEAST)
     scores = (numbers - level) / max(SIGMA * float(np.median(np.abs(early - level))), least)
     lost = ~np.isfinite(values)
     return exp(level) if logarithmic else level, np.where(lost, inf, np.where(usable, scores, 0.0))

@@ -257,7 +257,7 @@ def _draw_bar(axes: Any, scale: Any, label: str) -> None:
         ticks, labels = log_ticks(low, high)
     else:
         ticks = np.linspace(low, high, 4).tolist()
-        labels = [f"{tick:.3g}" for tick in ticks]
+        labels = [f"{tick:.2g}" for tick in ticks]
     axes.set_yticks([float(scale.norm(tick)) for tick in ticks], labels)
     axes.set_xticks([])
     axes.yaxis.tick_right()

@@ -17,6 +17,7 @@ WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 10.0, 0.75, 0.2, 0.4, 0.5, 0.32  # inches
 SMALL = 8.5  # points of text
 RATIO = 30.0  # a positive series whose values span so much is drawn on a logarithmic axis
 MOST_OTHER = 24  # numbers that nobody foresaw, of a run of another version perhaps
+OFF = {"loss_scale": 1.0}  # what a series is throughout if there is no such thing; others are 0
 FEW = 64  # points that are drawn as such
 
 
@@ -100,9 +101,9 @@ def scalar_charts(runs: Sequence[Run]) -> Iterator[Chart]:
 
 
 def _has_values(runs: Sequence[Run], key: str) -> bool:
-    """Whether a series is there and not 0 throughout, as a term of the loss is that is off."""
-    lines = [run.curves.series.line(key) for run in runs]
-    return any(line.lost.any() or np.nan_to_num(line.most).any() or np.nan_to_num(line.least).any() for line in lines)
+    """Whether a series is there and more than the constant that says it is off."""
+    lines, off = [run.curves.series.line(key) for run in runs], OFF.get(key, 0.0)
+    return any(line.lost.any() or (line.least != off).any() or (line.most != off).any() for line in lines)
 
 
 def draw_scalars(chart: Chart, runs: Sequence[Run]) -> Any:
