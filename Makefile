@@ -56,6 +56,7 @@ docs: setup  ## write the pages that are generated from the code
 	$(BIN)/python -m megatron_stable.config.reference docs/configuration.md
 	$(BIN)/python -m megatron_stable.config.methods docs/methods
 	$(BIN)/python -m megatron_stable.records.reference docs/ledger.md
+	$(BIN)/python -m megatron_stable.records.probes_reference docs/probes.md
 
 figures: setup  ## train two small runs, and draw the figures of docs/diagnostics.md; minutes
 	$(BIN)/python examples/diagnostics.py

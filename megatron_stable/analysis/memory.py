@@ -37,6 +37,7 @@ class StageMemory:
         logits: Logits of the last stage.
         working: What the backward pass needs beside these where it needs most: gradients of activations, a weight's
             gradient and its fp32 copy, a chunk of the loss.
+        measured: The copy of its fp32 masters with which an update is measured, when activations are gone.
         reserve: For the CUDA context, libraries and NCCL.
     """
 
@@ -51,13 +52,14 @@ class StageMemory:
     activations: float
     logits: float
     working: float
+    measured: float
     reserve: float
 
     @property
     def total(self) -> float:
         """Bytes at the fullest moment."""
         states = self.weights + self.gradients + self.optimizer + self.buckets
-        return states + self.activations + self.logits + self.working + self.reserve
+        return states + max(self.activations + self.logits + self.working, self.measured) + self.reserve
 
 
 def memory(config: Config, world: int, device: str = "cuda", reserve: float = 0.0) -> list[StageMemory]:
@@ -72,7 +74,7 @@ def memory(config: Config, world: int, device: str = "cuda", reserve: float = 0.
     replicas = world // (config.parallel.tensor * config.parallel.pipeline)
     micro_batches = config.batch.global_size // (config.batch.micro_size * replicas)
     return [
-        _stage(config, number, own, held, micro_batches, device, reserve)
+        _stage(config, number, own, held, replicas, micro_batches, device, reserve)
         for number, (own, held) in enumerate(zip(names, stages, strict=True))
     ]
 
@@ -86,7 +88,14 @@ def stage_layers(config: Config) -> list[list[str]]:
 
 
 def _stage(
-    config: Config, number: int, names: list[str], held: Footprint, micro_batches: int, device: str, reserve: float
+    config: Config,
+    number: int,
+    names: list[str],
+    held: Footprint,
+    replicas: int,
+    micro_batches: int,
+    device: str,
+    reserve: float,
 ) -> StageMemory:
     layers, stages = Layers(config, device), config.parallel.pipeline
     first, last = number == 0, number == stages - 1
@@ -136,5 +145,8 @@ def _stage(
         in_flight * kept + piped,
         of_logits,
         working,
+        FP32 * held.parameters / replicas
+        if config.logging.probes_every and "updates" in config.logging.probes
+        else 0.0,
         reserve,
     )

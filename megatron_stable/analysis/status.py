@@ -13,7 +13,7 @@ from megatron_stable.config.load import load_config
 from megatron_stable.records.directory import RunDirectory, require_known_format, require_run
 from megatron_stable.records.presence import last_start, owner
 
-TAIL = 2**16  # bytes from the end of a file in which its last lines are
+TAIL = 2**16  # bytes from the end of a file in which to look for its last lines at first
 EVENTS = 5
 
 
@@ -81,17 +81,20 @@ def status_of(run: Path) -> Status:
 
 
 def _last_record(path: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics."""
+    """The last whole line of a run's metrics; what was measured in a large model makes a long one."""
     if not path.is_file():
         return {}
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
-        lines = file.read().split(b"\n")
-    for line in reversed(lines):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and type(value.get("step")) is int:
-            return value
-    return {}
+        size, tail = path.stat().st_size, TAIL
+        while True:
+            file.seek(max(0, size - tail))
+            for line in reversed(file.read(tail).split(b"\n")):
+                try:
+                    value = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(value, dict) and type(value.get("step")) is int:
+                    return value
+            if tail >= size:
+                return {}
+            tail *= 8

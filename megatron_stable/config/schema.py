@@ -382,6 +382,8 @@ class LoggingConfig(Section):
     """Record attention of each head, too, not of each layer alone."""
     flight_recorder: int = Field(50, ge=0)
     """Measured steps that stay on the device, and are written to flight/ when the guard sees trouble; 0: none."""
+    flight_every: int = Field(0, ge=0)
+    """Steps between measurements for the flight recorder alone; 0: it has those that are recorded."""
 
 
 class EvaluationConfig(Section):

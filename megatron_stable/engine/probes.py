@@ -48,7 +48,7 @@ class Probes:
         self.activations = Activations(module, config.model, config.logging, topology.tp, device)
         self.parameters = optimizer.measure(counted, config.logging.probes)
         self.optimizer = optimizer
-        self._readings = Readings(config)
+        self.readings = Readings(config)
         self._lay_out()
         self.on = False
         size = max(1, config.logging.flight_recorder)
@@ -90,9 +90,9 @@ class Probes:
     def _read(self, count: int) -> list[tuple[int, Values]]:
         size = len(self._sums)
         rows = [(self._next - count + i) % size for i in range(count)]
-        sums = self._sums.new_zeros(count, self._readings.sums)
+        sums = self._sums.new_zeros(count, self.readings.sums)
         sums[:, self._sum_places] = self._sums[rows] * self._once
-        tops = self._tops.new_full((count, self._readings.tops), -torch.inf)
+        tops = self._tops.new_full((count, self.readings.tops), -torch.inf)
         tops[:, self._top_places] = self._tops[rows].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if self.topology.world > 1:
             dist.reduce(sums, 0)
@@ -101,7 +101,7 @@ class Probes:
             return [(step, {}) for step, _ in list(self._steps)[-count:]]
         both = torch.cat([sums, tops], 1).cpu().numpy()  # the one read from the device
         steps = list(self._steps)[-count:]
-        return [(step, self._readings.of(row, updates)) for (step, updates), row in zip(steps, both, strict=True)]
+        return [(step, self.readings.of(row, updates)) for (step, updates), row in zip(steps, both, strict=True)]
 
     def _lay_out(self) -> None:
         """Where this rank's numbers lie among those of all, and which of them count here."""

@@ -82,6 +82,7 @@ EXAMPLES: tuple[Event, ...] = (
     ),
     types.Undo(step=60, id="5f0c81d2a9e4", by="user"),
     types.LossScaleFloor(step=88, data_step=88, scale=1.0, module="blocks.3", norms={"embedding": 1.5, "head": None}),
+    types.FlightRecorded(step=159, data_step=159, file="flight/step_00000159.jsonl", first=1, last=150),
     types.SaveFailed(
         step=300, consecutive=2,
         reason="the checkpoint of step 300 could not be written: rank 5: [Errno 28] No space left on device",

@@ -28,20 +28,18 @@ class Probing:
             engine,
             callbacks,
         )
+        self.flights = logging.flight_every if self.size else 0
         self.until = 0  # up to this step, each one is measured
+        self.recorded = False  # whether the last step's measurements go into its record
 
-    def due(self, step: int) -> bool:
-        """Whether a step is measured."""
-        return self.every > 0 and (step % self.every == 0 or step <= self.until)
-
-    @property
-    def measured(self) -> bool:
-        """Whether the last step was."""
-        return self.engine.probes is not None and self.engine.probes.on
+    def begin(self, step: int) -> bool:
+        """Whether a step that begins is measured."""
+        self.recorded = self.every > 0 and (step % self.every == 0 or step <= self.until)
+        return self.recorded or (self.every > 0 and self.flights > 0 and step % self.flights == 0)
 
     def record(self) -> Record:
         """What the last step's record says of it, on rank 0."""
-        return self.engine.probes.last() if self.engine.probes is not None and self.measured else {}
+        return self.engine.probes.last() if self.engine.probes is not None and self.recorded else {}
 
     def review(self, step: int, data_step: int, events: Iterable[Event]) -> None:
         """After a step in which this happened: when trouble begins, hand out the steps before it, and look closely."""

@@ -129,7 +129,7 @@ class Trainer:
                 trouble = self._review(outcome, asks=not stopped)
             ends = stopped or trouble is not None or self.step == config.run.steps
             evaluates = self._evaluates() and not stopped
-            due = self.step % config.logging.every == 0 or self.probing.measured
+            due = self.step % config.logging.every == 0 or self.probing.recorded
             if due or evaluates or ends or rewound:
                 record = self._record(outcome, clock)
                 if evaluates:
@@ -172,7 +172,7 @@ class Trainer:
             return self.guard.judge(step, metrics.loss, metrics.grad_norm, metrics.skipped)
 
         self.engine.faults.begin(self.source.course.data_step(step))
-        measured = self.probing.due(step)
+        measured = self.probing.begin(step)
         return self.engine.train_step(step, self.source.step(step), self.rate, approve, stop.wished, measured)
 
     def _review(self, outcome: Outcome[Judgement], asks: bool) -> Trouble | None:

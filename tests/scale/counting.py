@@ -16,6 +16,7 @@ SMALL = 1024  # bytes: what is below is no matter of scale (norms, losses, flags
 # which argument of a collective holds what this rank puts in
 INPUT = {
     "allreduce_": 0,
+    "reduce_": 0,
     "_reduce_scatter_base_": 1,
     "_allgather_base_": 1,
     "broadcast_": 0,

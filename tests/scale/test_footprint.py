@@ -41,6 +41,7 @@ class Layout(NamedTuple):
             },
             precision={"dtype": "bf16"},
             batch={"global_size": self.micro_batches * self.replicas, "micro_size": 1},
+            logging={"probes_every": 0},  # test_probes.py counts these
         )
 
 

@@ -18,6 +18,7 @@ from megatron_stable.stability.events import (
     Divergence,
     Drop,
     Event,
+    FlightRecorded,
     GaveUp,
     LossScaleFloor,
     Resume,
@@ -107,6 +108,10 @@ TOLD: list[tuple[Event, str]] = [
         LossScaleFloor(**AT, scale=1.0, module=None, norms={"embedding": 1.5, "head": inf}),
         "the loss scale is at its floor, 1; first module with values that are not finite: none in a replay; "
         "gradient norms: embedding 1.5, head not finite",
+    ),
+    (
+        FlightRecorded(**AT, file="flight/step_00000007.jsonl", first=2, last=6),
+        "measurements of steps 2 to 6 are in flight/step_00000007.jsonl",
     ),
     (SaveFailed(**AT, reason="no room", consecutive=2), "no room; 2 in a row"),
     (
