@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, inf, log
+from math import exp, inf, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Before:
     Attributes:
         file: Of the flight recorder, in the run's directory.
         first, last: The steps of it that were looked at.
-        standouts: What left its own level, what left first first.
+        standouts: What left its own level, the farthest first.
     """
 
     file: str
@@ -126,10 +126,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def standouts(measured: Sequence[Mapping[str, Any]]) -> list[Standout]:
-    """What left its own level by the last of these steps, what left first first.
+    """What is far from its own level in the last of these steps, the farthest first.
 
-    The level is the median of the first half of the steps; a deviation is 1.4826 MADs of these, or 5% if that is more.
-    A probe whose charts are logarithmic is judged by its logarithm.
+    The level is the median of the first half of the steps. A deviation is the scatter there from one step to the next, by
+    its MAD, or 5% if that is more. A probe whose charts are logarithmic is judged by its logarithm.
     """
     steps = [row["step"] for row in measured]
     if len(steps) < FEWEST:
@@ -141,7 +141,7 @@ def standouts(measured: Sequence[Mapping[str, Any]]) -> list[Standout]:
             name = key if where.layer is None else key.rpartition("/layer_")[0]
             groups.setdefault(name, []).append((where, np.array([_number(row, key) for row in measured])))
     found = [_standout(name, steps, group) for name, group in groups.items()]
-    return sorted(filter(None, found), key=lambda standout: (standout.onset, -_order(standout.score)))
+    return sorted(filter(None, found), key=lambda standout: -inf if standout.score is None else -standout.score)
 
 
 def _standout(name: str, steps: Sequence[int], group: Iterable[tuple[Where, np.ndarray]]) -> Standout | None:
@@ -170,7 +170,9 @@ def _scores(values: np.ndarray, logarithmic: bool) -> tuple[float, np.ndarray]:
         return float("nan"), np.zeros(len(values))
     level = float(np.median(early))
     least = FLOOR if logarithmic else max(FLOOR * abs(level), LEAST)
-    scores = (numbers - level) / max(SIGMA * float(np.median(np.abs(early - level))), least)
+    changes = np.diff(early)  # their scatter is √2 times that of the values, and a slow growth does not add to it
+    noise = SIGMA * float(np.median(np.abs(changes - np.median(changes)))) / sqrt(2)
+    scores = (numbers - level) / max(noise, least)
     lost = ~np.isfinite(values)
     return exp(level) if logarithmic else level, np.where(lost, inf, np.where(usable, scores, 0.0))
 
@@ -178,7 +180,3 @@ def _scores(values: np.ndarray, logarithmic: bool) -> tuple[float, np.ndarray]:
 def _number(row: Mapping[str, Any], key: str) -> float:
     value = row.get(key)
     return float(value) if isinstance(value, (int, float)) else inf
-
-
-def _order(score: float | None) -> float:
-    return inf if score is None else log(1 + score)

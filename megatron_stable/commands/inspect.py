@@ -116,7 +116,7 @@ def _print_before(before: Before, every: bool, console: Console) -> None:
     if not before.standouts:
         console.print("nothing left its own level")
         return
-    console.print("what left its own level, first what left it first")
+    console.print("what left its own level, the farthest first")
     for standout in before.standouts if every else before.standouts[:ROWS]:
         console.print(f"- {standout.words()}")
     _print_rest(len(before.standouts), every, console)

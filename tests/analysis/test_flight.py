@@ -37,16 +37,16 @@ def test_the_layer_that_left_its_level_first_is_named() -> None:
     assert standouts(measured(20)) == [] and standouts(measured(5)) == [] and standouts([]) == []
 
 
-def test_what_left_first_comes_first_and_what_is_not_finite_stands_out() -> None:
+def test_the_farthest_comes_first_and_what_is_not_finite_before_it() -> None:
     steps = measured()
     for row in steps:
         row["logits/mean"] = None if row["step"] >= 38 else row["logits/mean"]
         row["output_norm/qkv/layer_00"] *= 0.1 if row["step"] >= 36 else 1  # what falls stands out, too
     found = standouts(steps)
     assert [(one.name, one.onset) for one in found] == [
-        ("attention/max_logit", 21), ("output_norm/qkv", 36), ("logits/mean", 38),
+        ("logits/mean", 38), ("attention/max_logit", 21), ("output_norm/qkv", 36),
     ]  # fmt: skip
-    assert found[2].last is None and found[2].score is None and "to not finite" in found[2].words()
+    assert found[0].last is None and found[0].score is None and "to not finite" in found[0].words()
 
 
 def test_a_peak_that_is_over_does_not_stand_out() -> None:

@@ -132,7 +132,11 @@ def flight_recorder(run: Run) -> str:
         parts.append(
             f"<details{' open' if flight is run.flights[-1] else ''}><summary>Steps {flight.first} to {flight.last} "
             f"(<code>{escape(name)}</code>)</summary>"
-            + (f"<p>What left its own level, first what left it first:</p><ol>{what}</ol>" if what else "")
+            + (
+                f"<p>What left its own level, the farthest first, with the layer that left it first:</p><ol>{what}</ol>"
+                if what
+                else ""
+            )
             + ("" if what else "<p>Nothing stood out from its own level.</p>")
             + "</details>"
         )
