@@ -128,8 +128,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def standouts(measured: Sequence[Mapping[str, Any]]) -> list[Standout]:
     """What is far from its own level in the last of these steps, the farthest first.
 
-    The level is the median of the first half of the steps. A deviation is the scatter there from one step to the next, by
-    its MAD, or 5% if that is more. A probe whose charts are logarithmic is judged by its logarithm.
+    The level is the median of the first half of the steps. A deviation is the scatter there from one step to the next,
+    by its MAD, or 5% if that is more. A probe whose charts are logarithmic is judged by its logarithm.
     """
     steps = [row["step"] for row in measured]
     if len(steps) < FEWEST:

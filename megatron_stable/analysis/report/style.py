@@ -44,7 +44,7 @@ figure svg { display: block; width: 100%; min-width: 42rem; height: auto; }
 figure svg text { font-family: system-ui, sans-serif; fill: var(--ink); }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.2rem 0.8rem 0.2rem 0; border-bottom: 1px solid var(--grid);
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { font-weight: 600; }
 details { margin: 0.5rem 0; }

@@ -128,17 +128,12 @@ def flight_recorder(run: Run) -> str:
     for flight in reversed(run.flights):
         name = f"flight/{flight.path.name}"
         found = standouts(rows(flight.path))[:FOREMOST]
-        what = "".join(f"<li>{escape(standout.words())}</li>" for standout in found)
+        lines = "".join(f"<li>{escape(standout.words())}</li>" for standout in found)
+        what = f"<p>What left its own level, the farthest first, with the layer that left it first:</p><ol>{lines}</ol>"
         parts.append(
             f"<details{' open' if flight is run.flights[-1] else ''}><summary>Steps {flight.first} to {flight.last} "
-            f"(<code>{escape(name)}</code>)</summary>"
-            + (
-                f"<p>What left its own level, the farthest first, with the layer that left it first:</p><ol>{what}</ol>"
-                if what
-                else ""
-            )
-            + ("" if what else "<p>Nothing stood out from its own level.</p>")
-            + "</details>"
+            f"(<code>{escape(name)}</code>)</summary>{what if found else '<p>Nothing left its own level.</p>'}"
+            "</details>"
         )
     return "".join(parts)
 
