@@ -380,6 +380,8 @@ class LoggingConfig(Section):
     """Positions per sequence, evenly spaced, whose attention and output logits are looked at."""
     probe_heads: bool = False
     """Record attention of each head, too, not of each layer alone."""
+    histograms_every: int = Field(0, ge=0)
+    """Steps between histograms of the outputs of linear layers, for TensorBoard; 0: none."""
     flight_recorder: int = Field(50, ge=0)
     """Measured steps that stay on the device, and are written to flight/ when the guard sees trouble; 0: none."""
     flight_every: int = Field(0, ge=0)

@@ -136,6 +136,7 @@ class Engine:
         approve: Callable[[StepMetrics], J] | None = None,
         wish: Callable[[], bool] = lambda: False,
         measured: bool = False,
+        histograms: bool = False,
     ) -> Outcome[J]:
         """One optimizer step on this rank's part of the global batch.
 
@@ -148,7 +149,7 @@ class Engine:
                 its judgement has ``take``. Where gradients were not finite none is made in any case. ``None``: every
                 update is made.
             wish: Asked when the step is measured: whether this rank wishes to stop. All learn it with the metrics.
-            measured: Whether the probes measure it, the same on all ranks.
+            measured, histograms: Whether the probes measure it, and make histograms; the same on all ranks.
         """
         if not self._filled:
             raise RuntimeError("the engine was made without weights (draw=False), and none have been loaded")
@@ -159,7 +160,7 @@ class Engine:
         sigma.follow_masters(self.module, self._gammas, self.topology.data_group)
         sigma.power_iteration(self.module)
         if self.probes is not None:
-            self.probes.begin(measured)
+            self.probes.begin(measured, histograms)
         if self._peaks is not None:
             self._peaks.reset()
         self._sums.zero_()

@@ -24,6 +24,7 @@ from megatron_stable.model.activations import Activations
 from megatron_stable.model.probes import LOGITS, POINTS, SHARDED
 from megatron_stable.optim.optimizer import Optimizer
 from megatron_stable.parallel.topology import Topology
+from megatron_stable.stability.probes import tag
 
 
 class Probes:
@@ -57,10 +58,10 @@ class Probes:
         self._tops = torch.zeros(size, len(self._top_places), dtype=torch.float64, device=device)
         self._next = 0
 
-    def begin(self, on: bool) -> None:
-        """Before a step that is measured, or is not."""
+    def begin(self, on: bool, histograms: bool = False) -> None:
+        """Before a step that is measured, or is not; likewise of histograms."""
         self.on = on
-        self.activations.begin(on)
+        self.activations.begin(on, histograms)
         self.parameters.begin(on)
 
     def end(self, step: int) -> None:
@@ -86,6 +87,24 @@ class Probes:
     def flight(self) -> list[tuple[int, Values]]:
         """(step, values) of all steps that are kept, oldest first. Collective like :meth:`last`."""
         return self._read(len(self._steps)) if self._steps else []
+
+    def histograms(self) -> dict[str, list[float]]:
+        """Of the last step that made them: by tag, how many elements have a magnitude in each power of two; see
+        :func:`~megatron_stable.model.probes.magnitudes`. Collective; rank 0 alone knows them."""
+        model, here = self.config.model, self.activations.counts
+        assert here is not None
+        counts = here.new_zeros(model.layers, *here.shape[1:])
+        counts[self.activations.layers] = here * self._once[: len(POINTS), None]
+        if self.topology.world > 1:
+            dist.reduce(counts, 0)
+        if self.topology.rank:
+            return {}
+        of_layers = counts.cpu().tolist()
+        return {
+            tag("output_histogram", point, layer): of_layers[layer][i]
+            for i, point in enumerate(POINTS)
+            for layer in range(model.layers)
+        }
 
     def _read(self, count: int) -> list[tuple[int, Values]]:
         size = len(self._sums)

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from megatron_stable.config.schema import LoggingConfig, ModelConfig
 from megatron_stable.model.block import Block
-from megatron_stable.model.probes import LOGITS, POINTS, BlockProbe, Switch, logit_statistics, stride_of
+from megatron_stable.model.probes import (
+    HIGHEST,
+    LOGITS,
+    LOWEST,
+    POINTS,
+    BlockProbe,
+    Switch,
+    logit_statistics,
+    stride_of,
+)
 from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.topology import TensorParallel
 
@@ -25,6 +34,7 @@ class Activations:
         layers: Numbers of the blocks here.
         sums: fp64 ``[layers here, points + heads/tp]``.
         tops: fp64, the same shape.
+        counts: fp64 ``[layers here, points, powers of two]``, histograms of magnitudes, if there are any.
         logits: fp64 ``[4]``, see :func:`logit_statistics`; zeros but on the last stage.
         top_logit: fp64, scalar.
     """
@@ -38,16 +48,21 @@ class Activations:
         self.layers = [int(place(block.attention.qkv.weight).name.split(".")[1]) for block in blocks]
         self.sums = torch.zeros(len(blocks), columns, dtype=torch.float64, device=device)
         self.tops = torch.zeros_like(self.sums)
+        shape = (len(blocks), len(POINTS), HIGHEST - LOWEST)
+        self.counts = torch.zeros(shape, dtype=torch.float64, device=device) if logging.histograms_every else None
         self.logits = torch.zeros(len(LOGITS), dtype=torch.float64, device=device)
         self.top_logit = torch.zeros((), dtype=torch.float64, device=device)
         self.switch, self.of_logits = Switch(logging.probes), "logits" in logging.probes
         self.stride = stride_of(model.sequence_length, logging.probe_positions)
-        for block, sums, tops in zip(blocks, self.sums, self.tops, strict=True):
-            block.measure(BlockProbe(self.switch, sums, tops, self.stride))
+        for i, block in enumerate(blocks):
+            counts = None if self.counts is None else self.counts[i]
+            block.measure(BlockProbe(self.switch, self.sums[i], self.tops[i], counts, self.stride))
 
-    def begin(self, on: bool) -> None:
-        """Before a step that is measured, or is not."""
-        self.switch.on = on
+    def begin(self, on: bool, histograms: bool = False) -> None:
+        """Before a step that is measured, or is not; likewise of histograms."""
+        self.switch.on, self.switch.histograms = on, histograms
+        if histograms and self.counts is not None:
+            self.counts.zero_()
         if on:
             self.sums.zero_()
             self.tops.fill_(-torch.inf)

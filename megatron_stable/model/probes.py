@@ -17,6 +17,7 @@ from megatron_stable.parallel.topology import TensorParallel
 
 POINTS = ("q", "k", "v", "proj", "fc1", "fc2", "residual")  # what QKV gives follows from its parts
 SHARDED = ("q", "k", "v", "fc1")  # over TP; the others are, under SP, along the sequence, or whole on each rank
+LOWEST, HIGHEST = -32, 32  # powers of two between which histograms have buckets, one each
 LOGITS = ("logits", "weighted", "log_z", "sampled_log_z")
 
 
@@ -38,7 +39,7 @@ class Switch:
     """Whether this step is measured, and what."""
 
     def __init__(self, groups: Collection[str]) -> None:
-        self.on = False
+        self.on = self.histograms = False
         self.outputs, self.attention = "outputs" in groups, "attention" in groups
 
 
@@ -48,17 +49,20 @@ class BlockProbe(Unprobed):
     Args:
         sums: fp64 ``[points + heads/tp]``: sums of squares of outputs; of entropies of attention.
         tops: fp64 ``[points + heads/tp]``: largest magnitudes of outputs; largest attention logits.
+        counts: fp64 ``[points, powers of two]``: of magnitudes of outputs; ``None``: there are no histograms.
         stride: Distance of the queries that are looked at.
     """
 
-    def __init__(self, switch: Switch, sums: Tensor, tops: Tensor, stride: int) -> None:
-        self.switch, self.sums, self.tops, self.stride = switch, sums, tops, stride
+    def __init__(self, switch: Switch, sums: Tensor, tops: Tensor, counts: Tensor | None, stride: int) -> None:
+        self.switch, self.sums, self.tops, self.counts, self.stride = switch, sums, tops, counts, stride
 
     def __call__(self, point: str, x: Tensor) -> Tensor:
         """Measure the output of a linear layer, ``[..., features]``, or the residual stream; returns it."""
         # of a block that is recomputed, the pass with gradients counts
         if self.switch.on and self.switch.outputs and torch.is_grad_enabled():
             self._output(POINTS.index(point), x.detach())
+        if self.switch.histograms and self.counts is not None and torch.is_grad_enabled():
+            self.counts[POINTS.index(point)].add_(magnitudes(x.detach()))
         return x
 
     def _output(self, column: int, x: Tensor) -> None:
@@ -73,6 +77,13 @@ class BlockProbe(Unprobed):
             top, entropy = attention_statistics(q.detach(), k.detach(), scores, self.stride)
             self.tops[len(POINTS) :].copy_(torch.maximum(self.tops[len(POINTS) :], top))
             self.sums[len(POINTS) :].add_(entropy)
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    """How many elements have a magnitude in ``[2^n, 2^(n + 1))``, for each n from ``LOWEST`` to below ``HIGHEST``;
+    what is smaller or larger, zeros among them, is in the first and last bucket. NaNs are in none."""
+    powers = x.abs().to(_wide(x)).log2().clamp_(LOWEST, HIGHEST - 0.5)
+    return torch.histc(powers, HIGHEST - LOWEST, LOWEST, HIGHEST)
 
 
 def stride_of(length: int, positions: int) -> int:

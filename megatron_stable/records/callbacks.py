@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from megatron_stable.records.metrics import Record
 from megatron_stable.stability.events import Event
@@ -20,6 +20,9 @@ class Callback:
 
     def flight(self, step: int, rows: Sequence[tuple[int, Record]]) -> None:
         """Trouble began in a step: (step, values by tag) of the measured steps up to it."""
+
+    def histograms(self, step: int, counts: Mapping[str, Sequence[float]]) -> None:
+        """Of a step, by tag: how many elements have a magnitude in each power of two, from 2^-32 on."""
 
     def rewind(self, step: int) -> None:
         """After the run went back to a checkpoint of ``step``: records of later steps come anew."""
@@ -49,6 +52,9 @@ class Callbacks(Callback):
 
     def flight(self, step: int, rows: Sequence[tuple[int, Record]]) -> None:
         self._each(lambda callback: callback.flight(step, rows))
+
+    def histograms(self, step: int, counts: Mapping[str, Sequence[float]]) -> None:
+        self._each(lambda callback: callback.histograms(step, counts))
 
     def rewind(self, step: int) -> None:
         self._each(lambda callback: callback.rewind(step))

@@ -31,15 +31,25 @@ class Probing:
         self.flights = logging.flight_every if self.size else 0
         self.until = 0  # up to this step, each one is measured
         self.recorded = False  # whether the last step's measurements go into its record
+        self.histograms_every = logging.histograms_every if logging.probes_every else 0
 
     def begin(self, step: int) -> bool:
         """Whether a step that begins is measured."""
         self.recorded = self.every > 0 and (step % self.every == 0 or step <= self.until)
         return self.recorded or (self.every > 0 and self.flights > 0 and step % self.flights == 0)
 
+    def histograms(self, step: int) -> bool:
+        """Whether a step makes histograms."""
+        return self.histograms_every > 0 and step % self.histograms_every == 0
+
     def record(self) -> Record:
         """What the last step's record says of it, on rank 0."""
         return self.engine.probes.last() if self.engine.probes is not None and self.recorded else {}
+
+    def hand_out(self, step: int) -> None:
+        """After a step: its histograms, if it made any."""
+        if self.engine.probes is not None and self.histograms(step):
+            self.callbacks.histograms(step, self.engine.probes.histograms())
 
     def review(self, step: int, data_step: int, events: Iterable[Event]) -> None:
         """After a step in which this happened: when trouble begins, hand out the steps before it, and look closely."""

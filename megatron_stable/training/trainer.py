@@ -136,6 +136,7 @@ class Trainer:
                     with clock.paused():
                         record |= self._evaluate(lifeline)
                 self.callbacks.record(record)
+            self.probing.hand_out(self.step)
             rewound = trouble is not None  # the step after a rollback supersedes what was recorded before it
             if trouble is not None:
                 with lifeline.slow():
@@ -172,8 +173,9 @@ class Trainer:
             return self.guard.judge(step, metrics.loss, metrics.grad_norm, metrics.skipped)
 
         self.engine.faults.begin(self.source.course.data_step(step))
-        measured = self.probing.begin(step)
-        return self.engine.train_step(step, self.source.step(step), self.rate, approve, stop.wished, measured)
+        measured, histograms = self.probing.begin(step), self.probing.histograms(step)
+        batches = self.source.step(step)
+        return self.engine.train_step(step, batches, self.rate, approve, stop.wished, measured, histograms)
 
     def _review(self, outcome: Outcome[Judgement], asks: bool) -> Trouble | None:
         """Put on record what a step's outcome says, ask a second opinion where one is wanted; what to recover from.

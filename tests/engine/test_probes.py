@@ -9,6 +9,8 @@ import pytest
 from megatron_stable.config.schema import Config
 from megatron_stable.stability.probes import PROBES, parse, places
 from tests.engine.layouts import (
+    GLOBAL,
+    SEQUENCE,
     engine_on_rank,
     global_batches,
     initial_parameters,
@@ -19,7 +21,9 @@ from tests.harness.ranks import Ranks
 from tests.reference.probes import measure_training
 
 STEPS = 3
-LOGGING = {"probes_every": 1, "probe_positions": 5, "probe_heads": True, "flight_recorder": STEPS}
+LOGGING = {
+    "probes_every": 1, "probe_positions": 5, "probe_heads": True, "histograms_every": 1, "flight_recorder": STEPS,
+}  # fmt: skip
 Case = dict[str, Any]
 CASES: dict[str, tuple[int, Case, Case]] = {
     "alone": (1, {}, {}),
@@ -47,10 +51,10 @@ def measured_on_rank(values: dict[str, Any], steps: int) -> dict[str, Any]:
         config, topology, found = engine.config, engine.topology, []
         for step, tokens in enumerate(global_batches(steps), start=1):
             batch = micro_batches(tokens, config, topology)
-            engine.train_step(step, batch, learning_rate(config, step), measured=True)
+            engine.train_step(step, batch, learning_rate(config, step), measured=True, histograms=True)
             engine.evaluate([batch])  # no step, and so not measured
             found.append(engine.probes.last())
-        return {"steps": found, "flight": engine.probes.flight()}
+        return {"steps": found, "flight": engine.probes.flight(), "histograms": engine.probes.histograms()}
 
 
 def configured(model: Case, parallel: Case, dtype: str = "fp32", **logging: Any) -> Config:
@@ -85,6 +89,10 @@ def test_every_probe_says_what_the_plain_model_says(ranks: Ranks, case: str) -> 
         }
         assert not wrong
     assert result["flight"] == list(enumerate(result["steps"], start=1))
+    for tag, counts in result["histograms"].items():
+        rms = result["steps"][-1][tag.replace("histogram", "rms")]
+        rough = sum(n * 2.0 ** (2 * i - 63) for i, n in enumerate(counts)) / sum(counts)  # 2^(n + 1/2) for all of one
+        assert sum(counts) % (GLOBAL * SEQUENCE) == 0 and rms == pytest.approx(rough**0.5, rel=0.3), tag
 
 
 def test_the_plain_model_knows_every_probe_of_the_table() -> None:

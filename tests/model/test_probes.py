@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_stable.model.activations import Activations
 from megatron_stable.model.block import Block
+from megatron_stable.model.probes import LOWEST, magnitudes
 from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.parallel.topology import TensorParallel
 from tests.engine.layouts import global_batches, make_config
@@ -74,3 +75,22 @@ def test_values_that_are_no_numbers_are_seen() -> None:
     next(block for block in network.modules() if isinstance(block, Block)).mlp.fc1.weight.data[0, 0] = torch.nan
     step(network, probes, on=True)
     assert probes.tops[0, 4].isnan() and probes.sums[0, 4].isnan() and probes.tops[0, 0].isfinite()
+
+
+def test_histograms_count_magnitudes_by_powers_of_two() -> None:
+    x = torch.tensor([0.0, 2.0**-40, 0.75, -1.0, 1.99, 2.0, -3.0, 2.0**40, torch.inf, torch.nan])
+    counts = magnitudes(x)
+    assert counts.sum() == 9, "all but the NaN"
+    assert {LOWEST + i: int(n) for i, n in enumerate(counts) if n} == {-32: 2, -1: 1, 0: 2, 1: 2, 31: 2}
+
+
+def test_histograms_are_of_all_outputs() -> None:
+    network, probes = model_and_probes({}, histograms_every=1)
+    probes.begin(False, histograms=True)
+    network(TOKENS).square().mean().backward()
+    assert probes.counts is not None and not probes.sums.any()
+    widths = torch.tensor([32, 32, 32, 32, 128, 32, 32], dtype=torch.float64)
+    assert torch.equal(probes.counts.sum(-1), (TOKENS.numel() * widths).expand(4, 7))
+    probes.begin(True)
+    network(TOKENS).square().mean().backward()
+    assert torch.equal(probes.counts.sum(-1), (TOKENS.numel() * widths).expand(4, 7)), "not of each measured step"
