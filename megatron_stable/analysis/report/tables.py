@@ -14,7 +14,8 @@ from megatron_stable.analysis.flight import rows, standouts
 from megatron_stable.analysis.report.run import Run
 from megatron_stable.data.skip import merged
 from megatron_stable.records.directory import SILENT
-from megatron_stable.stability.events import Drop, Event, GaveUp, Rollback, one_line
+from megatron_stable.stability.event import one_line
+from megatron_stable.stability.events import Drop, Event, GaveUp, Rollback
 
 LISTED = 150  # events of a kind that are listed
 FOREMOST = 12  # what stood out in a file of the flight recorder
