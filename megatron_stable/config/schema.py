@@ -393,6 +393,8 @@ class LoggingConfig(Section):
     """Measured steps that stay on the device, and are written to flight/ when the guard sees trouble; 0: none."""
     flight_every: int = Field(0, ge=0)
     """Steps between measurements for the flight recorder alone; 0: it has those that are recorded."""
+    warnings: bool = True
+    """Warn when what is measured inside the model foretells trouble (docs/warnings.md)."""
 
 
 class EvaluationConfig(Section):

@@ -32,9 +32,30 @@ def read(path: Path) -> Iterator[dict[str, Any] | None]:
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            yield value if isinstance(value, dict) else None
+        yield from map(_parse, lines)
+
+
+def tail(path: Path, size: int) -> Iterator[dict[str, Any]]:
+    """The whole objects among the last ``size`` bytes, in order; no file, none.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        start = max(lines.seek(0, 2) - size, 0)
+        if start:
+            lines.seek(start - 1)
+            lines.readline()  # the rest of a line
+        else:
+            lines.seek(0)
+        yield from (value for value in map(_parse, lines) if value is not None)
+
+
+def _parse(line: str | bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

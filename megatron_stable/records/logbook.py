@@ -11,6 +11,7 @@ from math import prod
 from typing import TypeAlias
 
 from megatron_stable.data.skip import merged
+from megatron_stable.stability.event import one_line
 from megatron_stable.stability.events import (
     SERIES,
     Divergence,
@@ -24,7 +25,6 @@ from megatron_stable.stability.events import (
     Spike,
     SpikeEnd,
     Undo,
-    one_line,
 )
 
 MARKUP = re.compile(r"[\\`*{}\[\]<>#|~!&$^]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")

@@ -83,6 +83,13 @@ EXAMPLES: tuple[Event, ...] = (
     types.Undo(step=60, id="5f0c81d2a9e4", by="user"),
     types.LossScaleFloor(step=88, data_step=88, scale=1.0, module="blocks.3", norms={"embedding": 1.5, "head": None}),
     types.FlightRecorded(step=159, data_step=159, file="flight/step_00000159.jsonl", first=1, last=150),
+    types.EarlyWarning(
+        step=21400, data_step=21400, rule="attention_logits", kind="ahead", tag="attention/max_logit/layer_07",
+        layers=(7, 5), what="the largest attention logit", value=412.3, threshold=1000.0, at=29500,
+        interval=(27800, 33100), meaning="softmax nears an argmax, whose gradient vanishes",
+        remedy="model.recipe=qk_norm_cap in a new run, optimizer.qk_clip=100 in this one",
+        page="docs/methods/qk_norm_cap.md", track_record=(38, 41),
+    ),
     types.SaveFailed(
         step=300, consecutive=2,
         reason="the checkpoint of step 300 could not be written: rank 5: [Errno 28] No space left on device",

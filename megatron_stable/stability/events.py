@@ -6,54 +6,24 @@ of the fields are the documentation of the format, docs/ledger.md. MAD: median a
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import Self
 
 from megatron_stable.config.schema import ParallelConfig
-from megatron_stable.numbers import finite
+from megatron_stable.stability.event import Event as Event
+from megatron_stable.stability.event import Number, Step, one_line
+from megatron_stable.stability.event import count as _count
+from megatron_stable.stability.event import number as _number
+from megatron_stable.stability.event import plain as _value
 from megatron_stable.stability.interventions import By, Decision, Intervention
 
 Series: TypeAlias = Literal["loss", "grad_norm"]
-Number: TypeAlias = Annotated[float | None, AfterValidator(finite)]  # null where it was not finite
-Step: TypeAlias = Annotated[int, Field(ge=0)]
+WarningKind: TypeAlias = Literal["ahead", "past", "growth", "jump"]
 
 SERIES: dict[Series, str] = {"loss": "loss", "grad_norm": "gradient norm"}
-
-
-class Event(BaseModel, ABC):
-    """What all events have."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    time: str | None = None
-    """When it was written to the ledger: ISO 8601, UTC."""
-    event: str
-    """The kind."""
-    step: Step
-    """The optimizer step in which it happened; 0: before the first."""
-    data_step: Step | None = None
-    """The position of that step in the data order."""
-
-    def sentence(self) -> str:
-        """What happened, in plain words, with step and numbers; one line, safe on a terminal."""
-        data = f" (data step {self.data_step})" if self.data_step is not None else ""
-        return one_line(f"step {self.step}{data}: {self.words()}")
-
-    @abstractmethod
-    def words(self) -> str:
-        """The sentence, without the step."""
-
-    def line(self) -> dict[str, Any]:
-        """Plain values for JSON, without what there is nothing to say about."""
-        required = {name for name, field in type(self).model_fields.items() if field.is_required()}
-        return {
-            key: value for key, value in self.model_dump(mode="json").items() if value is not None or key in required
-        }
 
 
 class Start(Event):
@@ -82,7 +52,7 @@ class Resume(Start):
     """Training went on from a checkpoint."""
 
     event: Literal["resume"] = "resume"  # type: ignore[assignment]
-    changed: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     """What the configuration has changed since that checkpoint, by key: `[before, now]`."""
 
     def words(self) -> str:
@@ -333,6 +303,70 @@ class FlightRecorded(Event):
         return f"measurements of steps {self.first} to {self.last} are in {self.file}"
 
 
+class EarlyWarning(Event):
+    """A measurement inside the model says what the loss does not say yet. docs/warnings.md has the rules."""
+
+    event: Literal["warning"] = "warning"
+    rule: str
+    """Which rule."""
+    kind: WarningKind
+    """`ahead`: at this rate a threshold will be passed; `past`: it has been; `growth`: a series has multiplied since
+    a step, and grows on; `jump`: it stands above its usual level."""
+    tag: str
+    """The series that is the first to pass, or the farthest, as in `metrics.jsonl`."""
+    layers: tuple[int, ...]
+    """All layers that this holds of, in the same order, counted from 0."""
+    what: str
+    """What is measured, in words."""
+    value: Number
+    """Of that series, in this step."""
+    threshold: float
+    """Which was passed, or will be; for `growth` and `jump` a factor."""
+    falls: bool = False
+    """Whether it is passed downwards."""
+    at: Step | None = None
+    """`ahead`: the step in which it will be passed if things go on so."""
+    interval: tuple[Step, Step] | None = None
+    """`ahead`: the first and the last step for that."""
+    since: Step | None = None
+    """`growth`: the step that it is compared with."""
+    meaning: str
+    """What it means for the run."""
+    remedy: str
+    """The configuration that treats it."""
+    page: str
+    """The documentation of that method."""
+    track_record: tuple[int, int] | None = None
+    """Of our back-test's runs in which the rule spoke: those in which the loss rose later, and all."""
+
+    def words(self) -> str:
+        first = where(self.tag)
+        others = [str(layer) for layer in self.layers if f"layer_{layer:02}" not in self.tag]
+        what = f"{self.what} of {first}" if first else self.what
+        text = f"early warning: {what} {self._happens()}"
+        if others:
+            text += f"; likewise layer{'s' * (len(others) > 1)} {', '.join(others)}"
+        text += f". It means: {self.meaning}. {self.remedy} treats it ({self.page})"
+        if self.track_record is not None:
+            right, all_ = self.track_record
+            text += f"; in {right} of {_count(all_, 'run')} of our back-test in which it was said, the loss rose"
+        return text
+
+    def _happens(self) -> str:
+        value, threshold = _number(self.value), f"{self.threshold:,.10g}"
+        if self.kind == "ahead" and self.at is not None and self.interval is not None:
+            low, high = self.interval
+            return (
+                f"is {value}, and at this rate {'falls below' if self.falls else 'reaches'} {threshold} at about step "
+                f"{self.at:,} ({low:,}–{high:,})"
+            )
+        if self.kind == "growth":
+            return f"is {value}, more than {threshold} times what it was at step {self.since}, and grows on"
+        if self.kind == "jump":
+            return f"is {value}, for its learning rate more than {threshold} times its usual level"
+        return f"is {value}, {'below' if self.falls else 'above'} {threshold}"
+
+
 class SaveFailed(Event):
     """A checkpoint could not be written; training goes on without it, up to `checkpoint.max_failed_saves` in a row."""
 
@@ -402,7 +436,7 @@ class Unknown(Event):
     event: Any = None
     step: Any = None
     data_step: Any = None
-    facts: dict[Any, Any] = {}
+    facts: dict[Any, Any] = Field(default_factory=dict)
     """All else."""
 
     def sentence(self) -> str:
@@ -422,7 +456,7 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Converted | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback | GaveUp
-    | Undo | LossScaleFloor | FlightRecorded | SaveFailed | Waiting | WentOn | Stop,
+    | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
@@ -437,23 +471,12 @@ def parse(line: Mapping[str, Any]) -> Event:
         return Unknown(**own, facts={key: value for key, value in line.items() if key not in own})
 
 
-def one_line(text: str) -> str:
-    """Text on one line, with what does not print, or would steer a terminal, as Python's escapes."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in line)
-
-
-def _count(number: int, one: str, more: str = "") -> str:
-    return f"{number} {one if number == 1 else more or one + 's'}"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, float):
-        return _number(finite(value))
-    return json.dumps(value, default=str)
+def where(tag: str) -> str:
+    """Which part of the model the tag of a probe is of, in words; nothing if it is of all."""
+    names = {"qkv": "QKV", "proj": "Proj", "fc1": "FC1", "fc2": "FC2", "embedding": "the embedding", "head": "the head"}
+    parts = tag.split("/")
+    point = next((names.get(part, part) for part in parts[1:-1] if part in names), "")
+    layer = next((f"layer {int(part[6:])}" for part in parts if part.startswith("layer_")), "")
+    if not layer:
+        return names.get(parts[-1], "")
+    return f"{point} in {layer}" if point else layer

@@ -88,18 +88,14 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
     from megatron_stable.parallel.agreement import agreed, everywhere, together
     from megatron_stable.parallel.topology import Topology
     from megatron_stable.records.callbacks import Callbacks
-    from megatron_stable.records.chronicle import Chronicle
     from megatron_stable.records.directory import RunDirectory
-    from megatron_stable.records.flight import FlightFiles
-    from megatron_stable.records.hparams import HParams
-    from megatron_stable.records.metrics_file import MetricsFile
     from megatron_stable.records.presence import Rank, forget_request, write_start
-    from megatron_stable.records.tensorboard import TensorBoard
-    from megatron_stable.records.wandb import WeightsAndBiases, require_wandb
+    from megatron_stable.records.wandb import require_wandb
     from megatron_stable.stability.events import Resume, Start, Stop
     from megatron_stable.training.kernels import choose_kernels
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
+    from megatron_stable.training.writers import writers
 
     rank, world = dist.get_rank(), dist.get_world_size()
     directory = RunDirectory(config.run.directory)
@@ -144,16 +140,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                 started: dict[str, Any] = {"step": trainer.step, "ranks": world, "layout": config.parallel}
                 with directory.explained():
                     directory.log(Resume(**started, changed=changed) if trainer.step else Start(**started))
-                    callbacks.callbacks += [
-                        Chronicle(directory), MetricsFile(directory.metrics), FlightFiles(directory.path)
-                    ]  # fmt: skip
-                    if config.logging.tensorboard:
-                        callbacks.callbacks += [
-                            TensorBoard(directory.tensorboard, trainer.step + 1, config),
-                            HParams(directory.tensorboard / "hparams", config),
-                        ]
-                    if config.logging.wandb is not None:
-                        callbacks.callbacks.append(WeightsAndBiases(config, directory.path))
+                    callbacks.callbacks += writers(config, directory, callbacks, trainer.step)
                     trainer.recovery.catch_up(trainer.step)
         last_words.begin(directory.path, tokens[0])
         stopped = trainer.run(stop, lifeline)

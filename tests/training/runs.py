@@ -48,7 +48,7 @@ def settings(folder: Path, name: str = "run", steps: int = 10, **sections: dict[
         "schedule": {"warmup_steps": 2},
         "loss": {"z_loss": 1e-3},
         "checkpoint": {"every": 5, "keep": 9},
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "warnings": False},  # of gradients near this eps
         "guard": {"mode": "drop"},  # recover would begin each run with a checkpoint
     }  # fmt: skip
     for section, fields in sections.items():

@@ -1,0 +1,8 @@
+"""How often a warning was followed by what it warns of, in our back-test. docs/warnings.md says how that was counted.
+
+    python benchmarks/early_warnings.py --write
+
+Of the held-out runs in which a rule spoke: (those in which the loss rose within the run, all), by rule.
+"""
+
+TRACK_RECORD: dict[str, tuple[int, int]] = {}
