@@ -40,6 +40,8 @@ def report(
     """
     if output is not None and watch:
         raise ConfigError("--watch serves the page and writes no file: leave out --output, or --watch")
+    if figures is not None and watch:
+        raise ConfigError("--watch serves the page and writes no file: leave out --figures, or --watch")
     if output is None and len(runs) > 1 and not watch:
         raise ConfigError("name the page of several runs with --output FILE.html")
     found = open_runs(runs, empty=watch)

@@ -390,7 +390,7 @@ class LoggingConfig(Section):
     histograms_every: int = Field(0, ge=0)
     """Steps between histograms of the outputs of linear layers, for TensorBoard; 0: none."""
     flight_recorder: int = Field(50, ge=0)
-    """Measured steps that stay on the device, and are written to flight/ when the guard sees trouble; 0: none."""
+    """Measured steps that stay on the device, and are written to flight/ when the guard sees trouble; 0: no files."""
     flight_every: int = Field(0, ge=0)
     """Steps between measurements for the flight recorder alone; 0: it has those that are recorded."""
     warnings: bool = True

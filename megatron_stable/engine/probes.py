@@ -71,7 +71,7 @@ class Probes:
         seen, row = self.activations, self._next
         self._sums[row] = torch.cat([seen.sums.flatten(), seen.logits, self.parameters.sums.flatten()])
         self._tops[row] = torch.cat([seen.tops.flatten(), seen.top_logit.view(1)])
-        self._steps.append((step, self.optimizer.updates - self.optimizer.moments_from))
+        self._steps.append((step, self.optimizer.moments_age))
         self._next = (row + 1) % len(self._sums)
         seen.switch.on = False
 

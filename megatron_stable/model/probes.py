@@ -82,8 +82,11 @@ class BlockProbe(Unprobed):
 def magnitudes(x: Tensor) -> Tensor:
     """How many elements have a magnitude in ``[2^n, 2^(n + 1))``, for each n from ``LOWEST`` to below ``HIGHEST``;
     what is smaller or larger, zeros among them, is in the first and last bucket. NaNs are in none."""
-    powers = x.abs().to(_wide(x)).log2().clamp_(LOWEST, HIGHEST - 0.5)
-    return torch.histc(powers, HIGHEST - LOWEST, LOWEST, HIGHEST)
+    powers = x.abs().to(_wide(x)).log2().clamp_(LOWEST, HIGHEST - 0.5).floor_().nan_to_num_(nan=HIGHEST)
+    # histc would count in fp32, and on a GPU not in a fixed order
+    counts = torch.zeros(HIGHEST - LOWEST + 1, dtype=torch.float64, device=x.device)
+    buckets = powers.flatten().long() - LOWEST
+    return counts.index_add_(0, buckets, torch.ones_like(buckets, dtype=torch.float64))[:-1]
 
 
 def stride_of(length: int, positions: int) -> int:
@@ -103,7 +106,7 @@ def attention_statistics(q: Tensor, k: Tensor, scores: Scores, stride: int) -> t
     """
     length, wide = q.shape[2], _wide(q)
     q = q[:, :, stride - 1 :: stride].unflatten(1, (k.shape[1], -1))  # [b, groups, queries, sampled, d]
-    logits = q.to(wide) @ k.to(wide).unsqueeze(2).transpose(-2, -1) * scores.scale
+    logits = (q.to(wide).flatten(2, 3) @ k.to(wide).transpose(-2, -1)).unflatten(2, q.shape[2:4]) * scores.scale
     position = torch.arange(length, device=q.device)
     future = position > position[stride - 1 :: stride, None]
     top = logits.masked_fill(future, -torch.inf).amax((0, 3, 4)).flatten()

@@ -135,9 +135,14 @@ class Optimizer(torch.optim.Optimizer):
         if self._taken:
             self._update(flats)
         if probes is not None:
-            probes.after(flats, self.updates - self.moments_from) if self._taken else probes.dropped()
+            probes.after(flats, self.moments_age) if self._taken else probes.dropped()
         if self._global_norm is None:
             self._begun = False
+
+    @property
+    def moments_age(self) -> int:
+        """How many gradients the moments have seen."""
+        return spam.age(self.updates, self.config.optimizer.momentum_reset_every, self.moments_from)
 
     def moments(self, flat: Tensor) -> dict[str, Tensor]:
         """The state that is kept for each element of a flat, by name."""

@@ -24,6 +24,7 @@ GROUPS = {
     "weights": ("weights",), "gradients": ("gradients", "under_eps"), "updates": ("updates", "weights"),
     "moments": ("second", "second_under_eps", "surprise"), "noise": ("second", "first"),
 }  # fmt: skip
+PIECE = 2**24  # elements for which there is another tensor at a time
 WRITTEN = {"attention.qkv": "qkv", "attention.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
 
 
@@ -124,6 +125,7 @@ class ParameterProbes:
         self.on, self._seen = on, False
         if on:
             self.sums.fill_(torch.nan)
+            self.sums[: len(COUNTS)] = self._counts
 
     def gradients(self, flats: Sequence[Flat]) -> None:
         """Measure gradients as they come, before clipping, and the weights that they are of."""
@@ -164,8 +166,8 @@ class ParameterProbes:
         floor = max(eps**2, torch.finfo(torch.float32).tiny)  # a denormal one may count as 0
 
         def surprise(shard: LocalShard) -> Tensor:
-            usual = (shard.of(second) / correction.second).clamp_min_(floor)
-            return (shard.of(flat.grad).square() / usual).sum(dtype=torch.float64)
+            pieces = zip(shard.of(flat.grad).split(PIECE), shard.of(second).split(PIECE), strict=True)
+            return sum_of(g.square() / (v / correction.second).clamp_min_(floor) for g, v in pieces)
 
         self._own("second", flat, lambda shard: shard.of(second).sum(dtype=torch.float64) / correction.second)
         self._own("first", flat, lambda shard: (_norm(shard.of(first)) / correction.first).square())
@@ -194,7 +196,12 @@ class ParameterProbes:
 
     def _under(self, row: str, flat: Flat, tensor: Tensor, limit: float) -> None:
         """Count elements below a limit, without the padding of the vocabulary, whose elements are all 0."""
-        self._own(row, flat, lambda shard: (shard.of(tensor).abs() < limit).count_nonzero() - _padding(shard))
+        self._own(row, flat, lambda s: sum_of(piece.abs() < limit for piece in s.of(tensor).split(PIECE)) - _padding(s))
+
+
+def sum_of(pieces: Iterable[Tensor]) -> Tensor:
+    """The sum over pieces of a large tensor, which are made one after another; fp64."""
+    return torch.stack([piece.sum(dtype=torch.float64) for piece in pieces]).sum()
 
 
 def _norm(x: Tensor) -> Tensor:

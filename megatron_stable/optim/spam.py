@@ -28,6 +28,12 @@ def resets(update: int, reset_every: int | None) -> bool:
     return reset_every is not None and update % reset_every == 0
 
 
+def age(update: int, reset_every: int | None, moments_from: int = 0) -> int:
+    """How many gradients the moments have seen with that of update number ``update``."""
+    since = update - moments_from
+    return since if reset_every is None or update < reset_every else min(since, update % reset_every + 1)
+
+
 def rate_factor(update: int, reset_every: int | None, warmup: int) -> float:
     """Of the learning rate: after a reset it rises from about 0.01 to 1 over ``warmup`` updates, along a cosine."""
     if reset_every is None or update < reset_every or (since := update % reset_every) >= warmup:

@@ -63,26 +63,35 @@ class Callbacks(Callback):
         self._each(lambda callback: callback.rewind(step))
 
     def message(self, text: str) -> None:
-        for callback in self.callbacks:
-            callback.message(text)
+        self._last(lambda callback: callback.message(text))
 
     def ended(self, text: str) -> None:
-        for callback in self.callbacks:
-            callback.ended(text)
+        self._last(lambda callback: callback.ended(text))
 
     def close(self) -> None:
-        for callback in self.callbacks:
-            try:
-                callback.close()
-            except OSError as error:
-                print(f"warning: {type(callback).__name__}: {error}", file=sys.stderr)
+        self._last(lambda callback: callback.close())
 
     def _each(self, call: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
             try:
                 call(callback)
                 self.failed.discard(callback)
-            except OSError as error:
+            except Exception as error:
                 if callback not in self.failed:
                     self.failed.add(callback)
-                    self.message(f"warning: {type(callback).__name__} cannot write, training goes on: {error}")
+                    self.message(f"warning: {_failure(callback, error)}")
+
+    def _last(self, call: Callable[[Callback], None]) -> None:
+        """What is said of a failure here, no callback can be asked to say."""
+        for callback in self.callbacks:
+            try:
+                call(callback)
+            except Exception as error:
+                print(f"warning: {_failure(callback, error)}", file=sys.stderr)
+
+
+def _failure(callback: Callback, error: Exception) -> str:
+    name = type(callback).__name__
+    if isinstance(error, OSError):
+        return f"{name} cannot write, training goes on: {error}"
+    return f"{name} failed, training goes on: {type(error).__name__}: {error}"

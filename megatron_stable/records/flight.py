@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from megatron_stable.files import explain_os_errors, replace_file
@@ -20,7 +21,10 @@ def flight_file(step: int) -> str:
 
 
 class FlightFiles(Callback):
-    """Writes a file each time trouble begins: a line for each measured step, with its number and all tags."""
+    """Writes a file each time trouble begins: a line for each measured step, with its number and all tags.
+
+    Where the run went back and trouble begins in the same step again, the older file is kept as ``….1.jsonl``.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.folder = directory / FLIGHT
@@ -28,7 +32,11 @@ class FlightFiles(Callback):
     def flight(self, step: int, rows: Sequence[tuple[int, Record]]) -> None:
         self.folder.mkdir(exist_ok=True)
         lines = "".join(f"{json.dumps({'step': measured, **values})}\n" for measured, values in rows)
-        replace_file(self.folder / flight_file(step), lines.encode())
+        path = self.folder / flight_file(step)
+        if path.exists():  # of the same step, before the run went back
+            older = next(n for n in count(1) if not path.with_suffix(f".{n}.jsonl").exists())
+            path.rename(path.with_suffix(f".{older}.jsonl"))
+        replace_file(path, lines.encode())
 
 
 def flights(run: Path) -> list[tuple[int, Path]]:

@@ -55,6 +55,9 @@ class HParams(Callback):
         if "validation_loss" in record:
             self._write_final()
 
+    def rewind(self, step: int) -> None:
+        self.final.clear()
+
     def close(self) -> None:
         from tensorboard.plugins.hparams import metadata
         from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS

@@ -23,9 +23,10 @@ output logits, weights, gradients, updates and moments. While the guard sees tro
 `metrics.jsonl` and TensorBoard have the numbers under the tags below; `NN` is the layer, from `00`.
 
 - **The same on every layout.** Each number is a function of the whole model and the whole global batch. TP, PP, SP, DP
-  and ZeRO change its rounding and nothing else; a test compares every probe on ten layouts with a plain model in one
-  process, in float64.
-- **Cheap.** A step that is not measured does nothing of it; in a compiled model it runs a graph of its own. A measured
+  and ZeRO change its rounding and nothing else; a test compares every probe on ten layouts with a plain model of one
+  process, which computes in float64.
+- **Cheap.** A step that is not measured does nothing of it; in a compiled model the two are graphs of their own, whose
+  results differ in rounding, as those of any two compiled graphs do (eager ones give the same bits). A measured
   step reads nothing from the device until it is recorded: then there are two small reductions to rank 0 (sums cannot go
   with maxima) and one read. Attention and output logits are looked at in `logging.probe_positions` positions of each
   sequence (default 64, evenly spaced; all, if the sequence is no longer), so that the cost grows with the sequence's
@@ -36,13 +37,14 @@ output logits, weights, gradients, updates and moments. While the guard sees tro
   rank's fp32 masters until the update is made, when the activations are gone; `megatron-stable plan` counts it.
 - **Flight recorder.** What was measured in the last `logging.flight_recorder` measured steps (default 50) stays on the
   device. When trouble begins (a spike, a rise, a divergence, a dropped update), it is written to
-  `RUN/flight/step_NNNNNNNN.jsonl`, a line for each step with its number and all tags, and the ledger says so. These
-  are every tenth step unless `logging.flight_every` has more of them measured, for the recorder alone: with 1, a spike
+  `RUN/flight/step_NNNNNNNN.jsonl`, a line for each step with its number and all tags, and the ledger says so; then each
+  step is measured until fifty have passed without a sign of trouble. The lines are those of `metrics.jsonl`, gathered,
+  unless `logging.flight_every` has more of them measured, for the recorder alone: with 1, a spike
   comes with each of the fifty steps before it, and each step costs what a measured one does.
 
 Values have five significant digits; one that was not finite is `null`. A probe that does not apply has no tag: second
-moments under Muon, say. [diagnostics.md](diagnostics.md) shows how to read them, [warnings.md](warnings.md) what a run
-reads from them itself.
+moments under Muon, say. Weights are as they are stored: under `sigma_reparam`, before they are divided by σ.
+[diagnostics.md](diagnostics.md) shows how to read them, [warnings.md](warnings.md) what a run reads from them itself.
 
 To add a probe, add an entry to the table in `megatron_stable/stability/probes.py`, and its formula to
 `megatron_stable/engine/readings.py`; tags, charts, report, this page and the test follow.

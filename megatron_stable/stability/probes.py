@@ -121,7 +121,7 @@ PROBES: dict[str, Probe] = {
             "logits/mean",
             "logits",
             "1",
-            "output logits, mean over the vocabulary and sampled positions",
+            "output logits behind a final cap, mean over the vocabulary and sampled positions",
             _VOCABULARY.format("sums"),
             f"{WORTSMAN}, §3.2",
             layered=False,
@@ -131,7 +131,7 @@ PROBES: dict[str, Probe] = {
             "logits/max",
             "logits",
             "1",
-            "largest output logit of sampled positions",
+            "largest output logit of sampled positions, behind a final cap",
             _VOCABULARY.format("the largest"),
             f"{WORTSMAN}, §3.2",
             layered=False,
@@ -247,7 +247,7 @@ PROBES: dict[str, Probe] = {
             "noise_scale",
             "noise",
             "sequences",
-            "simple gradient noise scale tr(Σ)/|G|², from Adam's moments: the batch "
+            "simple gradient noise scale tr(Σ)/|G|² of the weights that Adam trains, from its moments: the batch "
             "size at which noise and gradient are as large as each other",
             _SHARDS,
             NOISE,

@@ -11,6 +11,7 @@ from megatron_stable.records.flight import FLIGHT, flight_file
 from megatron_stable.records.metrics import Record
 from megatron_stable.stability.events import Divergence, Drop, Event, FlightRecorded, LossScaleFloor, Rise, Spike
 
+CLOSE = 50  # steps that are measured after the last sign of trouble, and after going back
 SUSPICIOUS = (Spike, Rise, Divergence, Drop, LossScaleFloor)
 
 
@@ -30,6 +31,7 @@ class Probing:
         )
         self.flights = logging.flight_every if self.size else 0
         self.until = 0  # up to this step, each one is measured
+        self.trouble = 0  # up to this step, what happens is part of trouble whose beginning was handed out
         self.recorded = False  # whether the last step's measurements go into its record
         self.histograms_every = logging.histograms_every if logging.probes_every else 0
 
@@ -53,10 +55,10 @@ class Probing:
 
     def review(self, step: int, data_step: int, events: Iterable[Event]) -> None:
         """After a step in which this happened: when trouble begins, hand out the steps before it, and look closely."""
-        if self.engine.probes is None or not self.size or not any(isinstance(event, SUSPICIOUS) for event in events):
+        if self.engine.probes is None or not any(isinstance(event, SUSPICIOUS) for event in events):
             return
-        begins, self.until = step > self.until, step + self.size
-        if not begins:
+        begins, self.trouble, self.until = step > self.trouble, step + CLOSE, step + CLOSE
+        if not begins or not self.size:
             return
         rows = self.engine.probes.flight()
         if rows:
@@ -68,4 +70,4 @@ class Probing:
         """The run has gone back to a checkpoint of this step: what comes now is looked at closely, too."""
         if self.engine.probes is not None:
             self.engine.probes.forget()
-        self.until = step + self.size if self.until else 0
+        self.trouble, self.until = 0, step + CLOSE

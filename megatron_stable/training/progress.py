@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from statistics import median
 from typing import NamedTuple
 
@@ -109,10 +110,11 @@ class ProgressLine(Callback):
 
     @staticmethod
     def _print(text: str) -> None:
-        try:
-            print(text, end="", flush=True)
-        except OSError:  # nobody reads it any more: a closed pipe, a terminal that is gone
-            return
+        with suppress(OSError, ValueError):  # nobody reads it any more: a closed pipe, a terminal that is gone
+            try:
+                print(text, end="", flush=True)
+            except UnicodeEncodeError as error:  # a terminal that knows no such letters
+                print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), end="", flush=True)
 
 
 def fitted(parts: list[Part], columns: int) -> str:

@@ -204,7 +204,9 @@ class Trainer:
         step, data_step, scale = self.step, self.source.course.data_step(self.step), self.config.precision.min_scale
         diagnosis = self.engine.diagnose(step, lambda: self.source.step(step))
         found = {"module": diagnosis.module, "norms": diagnosis.norms}
-        self.callbacks.event(LossScaleFloor(step=step, data_step=data_step, scale=scale, **found))
+        floor = LossScaleFloor(step=step, data_step=data_step, scale=scale, **found)
+        self.callbacks.event(floor)
+        self.probing.review(step, data_step, [floor])
         storm = max(self.guard.overflows, 1)
         return Trouble(FLOOR, step - storm + 1, step, explain_floor(diagnosis, scale, step, data_step))
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_a_run_in_progress_is_served_until_ctrl_c(browser: Browser, tmp_path: Pa
         assert watched.stdout is not None
         address = watched.stdout.readline().split()[0]
         with browser.visit(address) as visit:
-            assert "No step is recorded yet: run" in visit.page.inner_text("main")
+            assert "No step has been read yet: run" in visit.page.inner_text("main")
             with (run / "metrics.jsonl").open("a") as file:
                 file.writelines(json.dumps(each) + "\n" for each in RECORDS)
             visit.page.wait_for_selector("figure svg", timeout=60_000)
@@ -68,6 +68,8 @@ def test_a_run_in_progress_is_served_until_ctrl_c(browser: Browser, tmp_path: Pa
             assert visit.problems == []
         with pytest.raises(OSError, match="404"):
             urlopen(f"{address}elsewhere", timeout=10)
+        with pytest.raises(OSError, match="403"):
+            urlopen(Request(address, headers={"Host": "elsewhere.example"}), timeout=10)
         assert run_verb(["report", str(run), "--watch", "--port", address.rstrip("/").rpartition(":")[2]]) == 2
         watched.send_signal(signal.SIGINT)
         said, errors = watched.communicate(timeout=30)

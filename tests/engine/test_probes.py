@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_stable.config.schema import Config
+from megatron_stable.optim.spam import age
 from megatron_stable.stability.probes import PROBES, parse, places
 from tests.engine.layouts import (
     GLOBAL,
@@ -117,3 +118,37 @@ def test_in_half_precision_they_say_the_same_but_for_rounding(
             if tag not in noisy and not close(tag, found[tag], value, rel, share=0.1)
         }
         assert not wrong
+
+
+def test_moments_that_begin_anew_are_young_again() -> None:
+    assert [age(n, None) for n in (1, 2, 100)] == [1, 2, 100]
+    assert [age(n, 10) for n in (1, 9, 10, 11, 19, 20)] == [1, 9, 1, 2, 10, 1]
+    assert [age(n, 10, moments_from=8) for n in (9, 10, 11)] == [1, 1, 2]
+
+
+def skipped_on_rank(values: dict[str, Any]) -> dict[str, Any]:
+    """On a rank: what the probes say of steps whose updates are not made: refused, and overflown."""
+    from megatron_stable.engine.outcome import Refused
+
+    with engine_on_rank(values) as engine:
+        batch = micro_batches(global_batches(1)[0], engine.config, engine.topology)
+        engine.train_step(1, batch, 1e-3, measured=True)
+        engine.train_step(2, batch, 1e-3, lambda metrics: Refused(), measured=True)
+        refused = engine.probes.last()
+        weight = next(iter(engine.module.parameters()))
+        handle = weight.register_hook(lambda grad: grad * float("inf"))
+        engine.train_step(3, batch, 1e-3, measured=True)
+        handle.remove()
+        return {"refused": refused, "overflown": engine.probes.last()}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_steps_without_an_update_have_none_and_no_tag_that_does_not_apply(ranks: Ranks, dtype: str) -> None:
+    config = configured({"tied_embeddings": True}, {}, dtype)
+    found = ranks.run(1, skipped_on_rank, config.model_dump(mode="json"))[0]
+    refused, overflown = found["refused"], found["overflown"]
+    assert refused["update_rms/embedding"] == 0 and refused["grad_rms/embedding"] > 0
+    assert refused["moment_rms/embedding"] is None
+    assert overflown["output_norm/qkv/layer_00"] > 0
+    assert overflown["grad_rms/embedding"] is None
+    assert not [tag for tag in (*refused, *overflown) if tag.endswith("/head")], "it is the embedding"

@@ -221,7 +221,7 @@ def _draw_map(
     if cells is not None:
         width = run.curves.series.width
         used = -(-run.curves.series.last // width)
-        shown = _held(cells, max(1, run.config.logging.probes_every // width), used)
+        shown = _held(cells, max(1, -(-run.config.logging.probes_every // width)), used)
         picture = scale.to_rgba(np.ma.masked_invalid(cells.shown), bytes=True)[:, shown]
         missing = (~np.isfinite(cells.mean) & ~cells.lost)[:, shown]
         if _is_log(scale):

@@ -7,6 +7,7 @@ one: so nothing has to be taken back, and the last line, which is read first, sa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from operator import itemgetter
@@ -21,6 +22,7 @@ from megatron_stable.records.metrics import Record
 from megatron_stable.stability.probes import Where, parse
 
 BLOCK = 2**24  # bytes read at a time
+LARGEST = 2**53  # no run has so many steps
 BATCH = 2**18  # numbers taken in at a time
 WORDS = ((b"null", b"nan"), (b"true", b"1"), (b"false", b"0"))
 SUPERSEDED = ("loss", "grad_norm")  # what is kept of steps that a rollback or a resume went behind
@@ -60,13 +62,15 @@ class Curves:
             if not self.path.is_file():
                 return False
             with self.path.open("rb") as file:
-                end = _end_of_lines(file)
-                if end < self._end:
+                end, inode = _end_of_lines(file), os.fstat(file.fileno()).st_ino
+                if end < self._end or inode != self._inode:
                     self._begin()  # another file
+                self._inode = inode
                 if end == self._end:
                     return False
                 if not self._read(file, self._end, end):
                     self._begin()
+                    self._inode = inode
                     self._read(file, 0, end)
         return True
 
@@ -74,6 +78,7 @@ class Curves:
         """Take in the lines of a part of the file; False: they supersede what was read before."""
         shapes: dict[int, Shape] = {}
         holds, past, newest = _Batches(self.series), _Batches(self.superseded), dict[str, Any]()
+        told: set[Shape] = set()  # of which the last record that holds was seen
         last = first = None
         for line in backwards(file, begin, end):
             parts = line.split(b'"')
@@ -86,17 +91,22 @@ class Curves:
                     continue
                 if shape is None or shape.all != list(record):
                     shape = shapes[len(parts)] = Shape(record, parts)
-                    newest = {key: value for key, value in record.items() if where(key) is None} | newest
                 found = shape.numbers_of(record)
                 if found is None:
                     self.broken += 1
                     continue
             step, row = found
+            if not 0 <= step < LARGEST:
+                self.broken += 1
+                continue
             if first is not None and step >= first:
                 past.add(step, *shape.only(SUPERSEDED, row))
                 continue
             if step <= self.step and begin:
                 return False
+            if shape not in told and (record := _record(line)) is not None:
+                told.add(shape)
+                newest = {key: value for key, value in record.items() if where(key) is None} | newest
             last, first = step if last is None else last, step
             self.records += 1
             holds.add(step, shape.keys, row)
@@ -144,7 +154,7 @@ class Shape:
         """Step and numbers of a record of this shape; ``None``: one is something else."""
         try:
             return record["step"], np.array(self._of_record(record)[2:], float)  # None becomes NaN
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
 
     def only(self, keys: Sequence[str], row: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:

@@ -15,6 +15,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.errors import DataError
 from megatron_stable.files import explain_os_errors
 from megatron_stable.records.directory import RunDirectory, require_known_format, require_run
+from megatron_stable.stability.event import one_line
 from megatron_stable.stability.events import Event
 
 
@@ -41,7 +42,8 @@ class Run:
         """Read what has been written since; says whether there was anything. DataError: it cannot be read."""
         before = len(self.events), len(self.flights)
         with explain_os_errors("read", self.path):
-            self.events = RunDirectory(self.path).ledger.read()
+            directory = RunDirectory(self.path)
+            self.events, self.config = directory.ledger.read(), load_config(directory.config)
         self.flights = flights(self.path)
         return self.curves.refresh() or before != (len(self.events), len(self.flights))
 
@@ -57,7 +59,7 @@ def open_runs(paths: Sequence[Path], empty: bool = False) -> list[Run]:
     """Runs by their directories.
 
     Args:
-        empty: Whether a run may have recorded nothing yet.
+        empty: Whether a run may have recorded nothing yet; then none is read here.
 
     Raises:
         ConfigError: A path is no run's directory.
@@ -68,13 +70,14 @@ def open_runs(paths: Sequence[Path], empty: bool = False) -> list[Run]:
         require_run(path)
         require_known_format(path)
         directory = RunDirectory(path)
-        run = Run(path.resolve().name, path, load_config(directory.config), Curves(directory.metrics), [], [])
-        run.refresh()
-        if not run.curves.step and not empty:
-            raise DataError(f"{path} has recorded no step yet: there is nothing to report")
+        run = Run(one_line(path.resolve().name), path, load_config(directory.config), Curves(directory.metrics), [], [])
+        if not empty:
+            run.refresh()
+            if not run.curves.step:
+                raise DataError(f"{path} has recorded no step yet: there is nothing to report")
         runs.append(run)
     names = Counter(run.name for run in runs)
     for run in runs:
         if names[run.name] > 1:
-            run.name = str(run.path)
+            run.name = one_line(str(run.path))
     return runs

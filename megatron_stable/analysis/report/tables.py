@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_stable.analysis.flight import rows, standouts
+from megatron_stable.analysis.flight import Standout, rows, standouts
 from megatron_stable.analysis.report.run import Run
 from megatron_stable.data.skip import merged
 from megatron_stable.records.directory import SILENT
@@ -44,7 +46,7 @@ def summary(runs: Sequence[Run]) -> str:
 
 def _facts(run: Run) -> dict[str, str]:
     config, curves, newest = run.config, run.curves, run.curves.newest
-    counts = Counter(event.event for event in run.events)
+    counts = Counter(str(event.event) for event in run.events)
     acts = [event for event in run.events if isinstance(event, (Rollback, GaveUp))]
     skipped = merged(window for event in acts for window in event.windows)
     speed = curves.series.line("tokens_per_second").mean
@@ -128,7 +130,8 @@ def flight_recorder(run: Run) -> str:
     parts = []
     for flight in reversed(run.flights):
         name = f"flight/{flight.path.name}"
-        found = standouts(rows(flight.path))[:FOREMOST]
+        state = flight.path.stat()
+        found = _foremost(flight.path, state.st_mtime_ns, state.st_size)
         lines = "".join(f"<li>{escape(standout.words())}</li>" for standout in found)
         what = f"<p>What left its own level, the farthest first, with the layer that left it first:</p><ol>{lines}</ol>"
         parts.append(
@@ -137,6 +140,12 @@ def flight_recorder(run: Run) -> str:
             "</details>"
         )
     return "".join(parts)
+
+
+@lru_cache(maxsize=1024)
+def _foremost(path: Path, changed: int, size: int) -> tuple[Standout, ...]:
+    """What stood out in a file that is as it was when it changed last."""
+    return tuple(standouts(rows(path))[:FOREMOST])
 
 
 def configuration(runs: Sequence[Run]) -> str:

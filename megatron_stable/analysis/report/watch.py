@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -41,9 +43,9 @@ class Watch:
 
     def __init__(self, runs: Sequence[Run], port: int, every: float = EVERY) -> None:
         self.runs, self.every = runs, every
-        self.version, self.page = 0, b""
+        self.version, self.page = 0, _waiting([run.name for run in runs], self._head(0)).encode()
+        self._stale = True  # whether the page is not that of what was read
         self._ended = threading.Event()
-        self.look(first=True)
         try:
             self.server = ThreadingHTTPServer((HOST, port), self._handler())
         except OSError as error:
@@ -54,26 +56,33 @@ class Watch:
         """Where a browser finds it."""
         return f"http://{HOST}:{self.server.server_address[1]}/"
 
-    def look(self, first: bool = False) -> None:
+    def _head(self, version: int) -> str:
+        return SCRIPT.replace("VERSION", str(version)).replace("PERIOD", f"{1000 * self.every:.0f}")
+
+    def look(self) -> None:
         """Make the page anew if the runs have gone on."""
-        news = [run.refresh() for run in self.runs]
-        if not any(news) and not first:
+        for run in self.runs:
+            self._stale |= run.refresh()
+        if not self._stale:
             return
         version = self.version + 1
-        head = SCRIPT.replace("VERSION", str(version)).replace("PERIOD", f"{1000 * self.every:.0f}")
+        head = self._head(version)
         waiting = [run.name for run in self.runs if not run.curves.step]
         page = _waiting(waiting, head) if waiting else render(self.runs, head)
-        self.page, self.version = page.encode(), version
+        self.page, self.version, self._stale = page.encode(), version, False
 
     def serve(self, say: Callable[[str], None]) -> None:
-        """Serve until :meth:`end`, or an interrupt."""
+        """Serve until :meth:`end`, or an interrupt; a quarter of the time, at most, goes into making pages."""
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         try:
-            while not self._ended.wait(self.every):
+            while not self._ended.is_set():
+                began = time.monotonic()
                 try:
                     self.look()
-                except MegatronStableError as error:
-                    say(f"warning: the page stays as it was: {error}")
+                except Exception as error:  # of a file that is half written, say: the next look may do
+                    what = str(error) if isinstance(error, MegatronStableError) else f"{type(error).__name__}: {error}"
+                    say(f"warning: the page stays as it was: {what}")
+                self._ended.wait(max(self.every, 3 * (time.monotonic() - began)))
         finally:
             self.server.shutdown()
             self.server.server_close()
@@ -87,6 +96,14 @@ class Watch:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                host = self.headers.get("Host", HOST).partition(":")[0]
+                if host not in (HOST, "localhost"):  # a foreign page that has its name lead here
+                    self.send_error(403)
+                    return
+                with suppress(ConnectionError):  # of a browser that went on before it had all
+                    self._answer()
+
+            def _answer(self) -> None:
                 path = urlsplit(self.path).path
                 answers = {"/": (watch.page, "text/html"), "/version": (str(watch.version).encode(), "text/plain")}
                 body, kind = answers.get(path, (b"", ""))
@@ -104,8 +121,9 @@ class Watch:
 
 
 def _waiting(names: Sequence[str], head: str) -> str:
-    """The page while a run has recorded nothing yet."""
+    """The page while a run has recorded nothing yet, or nothing has been read."""
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>report</title>{ICON}{head}</head>'
-        f"<body><main><h1>Waiting</h1><p>No step is recorded yet: {escape(', '.join(names))}.</p></main></body></html>"
+        f"<body><main><h1>Waiting</h1><p>No step has been read yet: {escape(', '.join(names))}.</p></main>"
+        "</body></html>"
     )
