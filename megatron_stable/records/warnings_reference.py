@@ -61,8 +61,7 @@ are alike, and the noise about the line. What is named is the geometric mean of 
 measurement, and said when
 
 - it comes within the run, and no farther ahead than the fit looks back;
-- the interval ends, within four times that;
-- two fits in a row say so.
+- the interval ends, within four times that.
 
 It takes twelve measurements, 120 steps at `logging.probes_every: 10`, before anything can be foretold. What happens
 between two measurements is not seen.
