@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_stable.analysis.drawing import COLORS, DPI, GRID, canvas, png
 from megatron_stable.errors import DataError
 from megatron_stable.files import write_file
 from megatron_stable.records.metrics import Record
 
-COLORS = ["#1f5fa8", "#c8501e", "#2a8a4a", "#7a4aa0"]  # one per run
 VALIDATION, GREY = "#111111", "#666666"
 EVENT_COLORS = ["#d62728", "#8c564b", "#e0a800", "#17a2b8"]  # one per label
 SMOOTH = 50  # the smoothed training loss averages over this fraction of the run to each side
@@ -47,12 +46,9 @@ def draw(
     """
     if not any(runs.values()):
         raise DataError(f"nothing to draw in {output}: the run has recorded no step yet")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import; no window, no global state
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(8, 5.6, dpi=DPI, layout="constrained")
     loss, norm = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
     for (name, records), color in zip(runs.items(), COLORS * len(runs), strict=False):
         prefix = f"{name}: " if len(runs) > 1 else ""
@@ -89,13 +85,11 @@ def draw(
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left", color=GREY)
     for axes in (loss, norm):
-        axes.grid(color="#e4e4e4", linewidth=0.7)
+        axes.grid(color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_file(output, picture.getvalue())
+    write_file(output, png(figure))
 
 
 def _series(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_stable.analysis.flight import Before, before
 from megatron_stable.analysis.position import Position, as_it_was, configuration, find_step
 from megatron_stable.analysis.second_opinion import Heard, Posed, hear, pose
 from megatron_stable.analysis.trained import Trained, open_run
@@ -88,12 +89,14 @@ class Inspection:
         checkpoints: By their steps, in the order of the losses.
         samples: Of the batch, in order.
         opinion: Whether the data or the state are to blame for the loss of the step; a text: why nobody can say.
+        before: What stood out inside the model up to the step, if the flight recorder kept it.
     """
 
     position: Position
     checkpoints: tuple[int, ...]
     samples: tuple[Sample, ...]
     opinion: Heard | str | None
+    before: Before | None = None
 
     @property
     def by_loss(self) -> list[Sample]:
@@ -118,6 +121,7 @@ class Inspection:
             "samples": [_plain(sample) for sample in self.samples],
             "opinion": self.opinion.plain() if isinstance(self.opinion, Heard) else None,
             "no_opinion": self.opinion if isinstance(self.opinion, str) else None,
+            "before": asdict(self.before) if self.before is not None else None,
         }
 
 
@@ -171,7 +175,8 @@ def inspect(
         opinion = hear(posed.question, dict(zip(checkpoints, said, strict=True)))
     else:
         opinion = posed
-    return Inspection(position, checkpoints, tuple(samples), opinion)
+    kept = before(Path(run), position.step) if position.step is not None else None
+    return Inspection(position, checkpoints, tuple(samples), opinion, kept)
 
 
 def scores(losses: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
+from megatron_stable.analysis.flight import Before
 from megatron_stable.analysis.inspection import Document, Inspection, Sample
 from megatron_stable.analysis.inspection import inspect as look
 from megatron_stable.analysis.position import Position
@@ -51,7 +52,8 @@ def inspect(
     Documents are numbered from 0 within their dataset. With --checkpoint, samples are sorted by their loss under it:
     nats per token, in fp32, in one process. It is also asked what the guard asks in a run: what does it make of usual
     batches from before the step, and of this one? If the rise of the loss was in the data, a checkpoint from before it
-    sees it too; if it was in the state, one from after it finds the batches from before as bad.
+    sees it too; if it was in the state, one from after it finds the batches from before as bad. Where the run's flight
+    recorder kept the steps up to this one, what stood out in them is listed, layer by layer.
 
     Example:
       megatron-stable inspect runs/first --step 1250
@@ -76,6 +78,8 @@ def inspect(
     console = Console(highlight=False, markup=False, soft_wrap=True)
     names = _names(found)
     _print_position(found, names, console)
+    if found.before is not None:
+        _print_before(found.before, every, console)
     if not chosen:
         _print_documents([(s, d) for s in found.samples for d in s.documents], found, names, every, console)
         return
@@ -105,6 +109,17 @@ def _print_position(found: Inspection, names: dict[str, str], console: Console) 
         console.print(f"recorded then: loss {loss}, gradient norm {norm}")
     for note in notes:
         console.print(f"note: {note}")
+
+
+def _print_before(before: Before, every: bool, console: Console) -> None:
+    console.print(f"inside the model, steps {before.first} to {before.last} ({before.file}):", end=" ")
+    if not before.standouts:
+        console.print("nothing left its own level")
+        return
+    console.print("what left its own level, the farthest first")
+    for standout in before.standouts if every else before.standouts[:ROWS]:
+        console.print(f"- {standout.words()}")
+    _print_rest(len(before.standouts), every, console)
 
 
 def _print_samples(found: Inspection, names: dict[str, str], every: bool, console: Console) -> None:

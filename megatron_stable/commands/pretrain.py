@@ -7,6 +7,7 @@ import typer
 
 from megatron_stable.config.checks import check
 from megatron_stable.config.load import load_config
+from megatron_stable.config.schema import Verbosity
 from megatron_stable.launching.local import TRAINING, launch
 from megatron_stable.training.pretrain import run_to_exit_code
 
@@ -16,6 +17,10 @@ def pretrain(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Fields to override, by dotted key.")
     ] = None,
     config: Annotated[Path, typer.Option(help="The run's YAML; see `megatron-stable init`.")] = Path("config.yaml"),
+    verbosity: Annotated[
+        Verbosity | None,
+        typer.Option(help="What to print; sets logging.verbosity, which other launchers take as an override."),
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start on this machine with DeepSpeed's launcher.")
     ] = None,
@@ -30,7 +35,7 @@ def pretrain(
       megatron-stable pretrain --config config.yaml --ranks 2 parallel.tensor=2 run.steps=2000
       deepspeed --hostfile hosts --module megatron_stable.pretrain --config config.yaml
     """
-    given = overrides or []
+    given = [*(overrides or []), *([f"logging.verbosity={verbosity}"] if verbosity else [])]
     loaded = load_config(config, given)
     if ranks is None:
         code = run_to_exit_code(loaded)

@@ -24,6 +24,8 @@ VERBS = {
     "stop": "Stop a run: it finishes the step in progress, saves and ends with exit code 0 on all ranks.",
     "evaluate": "Measure loss and perplexity on a dataset.",
     "generate": "Sample text from a trained run.",
+    "report": "Make one HTML page of a run: loss with events, what was measured in each layer, speed, ledger, "
+    "configuration.",
     "spikes": "Find the spikes of a run: where each began, its peak, how long it lasted, and whether the gradient norm "
     "led it.",
     "checkpoints": "List a run's checkpoints: step, size, layout, and whether each is complete.",

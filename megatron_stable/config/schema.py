@@ -16,6 +16,7 @@ from megatron_stable.config.sizes import SIZES
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(gt=0, le=1)]
+Verbosity: TypeAlias = Literal["quiet", "normal", "debug"]
 ProbeGroup: TypeAlias = Literal["outputs", "attention", "logits", "weights", "gradients", "updates", "moments", "noise"]
 PROBE_GROUPS: tuple[ProbeGroup, ...] = get_args(ProbeGroup)
 Blend = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -371,6 +372,12 @@ class LoggingConfig(Section):
     """Steps between records in metrics.jsonl, TensorBoard and on the progress line."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    wandb: str | None = Field(None, min_length=1)
+    """Project on Weights & Biases to log to, too (`pip install 'megatron-stable[wandb]'`; WANDB_MODE=offline works
+    without an account); `null`: none."""
+    verbosity: Verbosity = "normal"
+    """What is on the terminal: `quiet`: events, warnings, errors and the end; `normal`: the progress line, too;
+    `debug`: what DeepSpeed and torch say, too."""
     probes_every: int = Field(10, ge=0)
     """Steps between measurements inside the model (docs/probes.md), recorded in metrics.jsonl and TensorBoard; 0: none.
     While the guard sees trouble, each step is measured."""

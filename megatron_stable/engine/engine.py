@@ -76,7 +76,7 @@ class Engine:
         pipelined = topology.pipeline_size > 1
         if pipelined:
             require_pipeline()
-        with quiet():
+        with quiet(config.logging.verbosity == "debug"):
             model = TransformerPipeline(layers, topology, self._loss) if pipelined else Transformer(layers)
             with even_groups(model, config, topology) if pipelined else nullcontext():
                 self.optimizer = Optimizer(model.parameters(), config)

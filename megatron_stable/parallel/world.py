@@ -22,13 +22,16 @@ from megatron_stable.parallel.joining import meet
 from megatron_stable.parallel.launcher import PORT, Seat, first_machine, seat, start
 
 
-def join_world(patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[str, Any] | None = None) -> str:
+def join_world(
+    patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[str, Any] | None = None, verbose: bool = False
+) -> str:
     """Initialise torch.distributed and DeepSpeed: NCCL with CUDA, else gloo; a world of one without a launcher.
 
     Args:
         patience: Seconds that ranks wait for each other in a collective.
         timeout: Seconds that ranks wait for each other to begin.
         terms: What must be the same on all ranks, beside versions; see :func:`~megatron_stable.parallel.joining.meet`.
+        verbose: Whether DeepSpeed may say what it does.
 
     Returns:
         Where the ranks have met: address and port.
@@ -58,7 +61,7 @@ def join_world(patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[
     if not dist.is_initialized():  # by who calls this as a library
         same = {"the start's name": start(), "the number of ranks": mine.size, **_versions(), **(terms or {})}
         place = _begin("nccl" if on_gpu else "gloo", mine, same, timeout, timedelta(seconds=patience))
-    with quiet():
+    with quiet(verbose):
         import deepspeed  # takes seconds, so only where ranks really start
 
         # an op that only inference calls, which would be compiled at the first start
@@ -110,8 +113,14 @@ def _allow_open_files() -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what DeepSpeed prints about itself from the user; errors are exceptions and come through."""
+def quiet(verbose: bool = False) -> Iterator[None]:
+    """Keep to itself what DeepSpeed prints, unless ``verbose``; errors are exceptions and come through."""
+    if verbose:
+        from deepspeed.utils.logging import set_log_level_from_string
+
+        set_log_level_from_string("info")
+        yield
+        return
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield

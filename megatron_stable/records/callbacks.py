@@ -28,7 +28,10 @@ class Callback:
         """After the run went back to a checkpoint of ``step``: records of later steps come anew."""
 
     def message(self, text: str) -> None:
-        """Something to tell the user: a checkpoint, a warning, the end."""
+        """Something to tell the user: a checkpoint, or a warning, which begins with that word."""
+
+    def ended(self, text: str) -> None:
+        """How the run ended, in words."""
 
     def close(self) -> None:
         """At the end of the run, however it ends."""
@@ -62,6 +65,10 @@ class Callbacks(Callback):
     def message(self, text: str) -> None:
         for callback in self.callbacks:
             callback.message(text)
+
+    def ended(self, text: str) -> None:
+        for callback in self.callbacks:
+            callback.ended(text)
 
     def close(self) -> None:
         for callback in self.callbacks:

@@ -57,7 +57,9 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
     if config.run.deterministic:
         make_deterministic()
     # the lifeline loses patience first
-    place = join_world(config.run.patience + 2 * SLOW, config.run.join_timeout, config.by_key())
+    place = join_world(
+        config.run.patience + 2 * SLOW, config.run.join_timeout, config.by_key(), config.logging.verbosity == "debug"
+    )
     last_words = LastWords()
     lifeline = Lifeline(config.run.patience, last_words)
     with StopSignal(lambda wish: lifeline.stop(wish.why, int(wish.forced)), starters) as stop:
@@ -86,17 +88,14 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
     from megatron_stable.parallel.agreement import agreed, everywhere, together
     from megatron_stable.parallel.topology import Topology
     from megatron_stable.records.callbacks import Callbacks
-    from megatron_stable.records.chronicle import Chronicle
     from megatron_stable.records.directory import RunDirectory
-    from megatron_stable.records.flight import FlightFiles
-    from megatron_stable.records.metrics_file import MetricsFile
     from megatron_stable.records.presence import Rank, forget_request, write_start
-    from megatron_stable.records.tensorboard import TensorBoard
+    from megatron_stable.records.wandb import require_wandb
     from megatron_stable.stability.events import Resume, Start, Stop
     from megatron_stable.training.kernels import choose_kernels
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
-    from megatron_stable.training.watch import EarlyWarnings
+    from megatron_stable.training.writers import writers
 
     rank, world = dist.get_rank(), dist.get_world_size()
     directory = RunDirectory(config.run.directory)
@@ -109,6 +108,8 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                 tokenizer = Tokenizer(config.data.tokenizer)
             config = with_vocabulary(config, tokenizer.vocab_size if tokenizer else None)
             if rank == 0:
+                if config.logging.wandb is not None:
+                    require_wandb()
                 stack.push(partial(_release, directory))
                 directory.claim(config)
                 store.clean(directory.checkpoints)
@@ -130,7 +131,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
             changed = trainer.resume()
         lifeline.stands_at(trainer.step)
         if trainer.step >= config.run.steps:
-            callbacks.message(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
+            callbacks.ended(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
             return
         with together():
             if rank == 0:
@@ -139,13 +140,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                 started: dict[str, Any] = {"step": trainer.step, "ranks": world, "layout": config.parallel}
                 with directory.explained():
                     directory.log(Resume(**started, changed=changed) if trainer.step else Start(**started))
-                    callbacks.callbacks += [
-                        Chronicle(directory), MetricsFile(directory.metrics), FlightFiles(directory.path)
-                    ]  # fmt: skip
-                    if config.logging.tensorboard:
-                        callbacks.callbacks.append(TensorBoard(directory.tensorboard, trainer.step + 1))
-                    if config.logging.warnings and config.logging.probes_every:
-                        callbacks.callbacks.append(EarlyWarnings(config, directory, callbacks, trainer.step))
+                    callbacks.callbacks += writers(config, directory, callbacks, trainer.step)
                     trainer.recovery.catch_up(trainer.step)
         last_words.begin(directory.path, tokens[0])
         stopped = trainer.run(stop, lifeline)
@@ -155,7 +150,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
                 directory.log(Stop(step=trainer.step, exit_code=int(stopped.forced), reason=stopped.reason))
         if stopped and stopped.forced:  # no launcher on another machine is to take it for done
             raise agreed(MegatronStableError, str(stopped))
-        callbacks.message(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
+        callbacks.ended(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
 
 
 def _asked(directory: RunDirectory) -> Wish | None:
@@ -199,6 +194,8 @@ def run_to_exit_code(config: Config) -> int:
         train(config, tell)
         return 0
 
+    if config.logging.verbosity == "debug":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "INFO")  # torch looks when it is imported
     try:
         return to_exit_code(work)
     except KeyboardInterrupt:  # later, StopSignal takes it

@@ -88,6 +88,23 @@ def test_tables_and_verdict(small: SmallDemo, verb: Verb) -> None:
     assert "No verdict: too few losses are recorded before step 6" in measured.stdout
 
 
+def test_what_stood_out_before_is_told_where_the_flight_recorder_has_the_step(small: SmallDemo, verb: Verb) -> None:
+    rows = [{"step": step, "attention/max_logit/layer_01": 3.0 if step < 10 else 300.0} for step in range(1, 13)]
+    path = small.run / "flight" / "step_00000012.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        words = "attention/max_logit at layer 1: from 3 to 300, × 100, since step 10"
+        assert words in verb(small.run, "--step", 12).stdout
+        (standout,) = json.loads(verb(small.run, "--step", 11, "--json").stdout)["before"]["standouts"]
+        assert (standout["layer"], standout["onset"], standout["level"]) == (1, 10, pytest.approx(3))
+        assert "nothing left its own level" in verb(small.run, "--step", 9).stdout
+    finally:
+        path.unlink()
+        path.parent.rmdir()
+    assert json.loads(verb(small.run, "--step", 11, "--json").stdout)["before"] is None
+
+
 def test_the_opinion_in_words() -> None:
     question = Question(21, tuple(Recorded(step, 3.0) for step in (17, 13, 9, 5)), (Recorded(21, 4.0),))
     endless = question._replace(recent=(Recorded(21, inf),))

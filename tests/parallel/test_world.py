@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from logging import INFO, WARNING
 from pathlib import Path
 
 import pytest
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel import launcher
-from megatron_stable.parallel.world import device_index
+from megatron_stable.parallel.world import device_index, quiet
 from tests.harness.ranks import ROOT
 
 
@@ -28,6 +29,19 @@ def test_device_of_a_rank(local_rank: int, devices: int, index: int) -> None:
 def test_too_few_devices_for_the_ranks_of_a_machine() -> None:
     with pytest.raises(ConfigError, match=r"has 4 GPUs for this process and at least 6 ranks.*--gpus-per-task=1"):
         device_index(5, 4)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_deepspeed_says_what_it_does_to_those_who_want_it(capsys: pytest.CaptureFixture[str], verbose: bool) -> None:
+    from deepspeed.utils import logger
+
+    capsys.readouterr()  # what it says when it is imported
+    with quiet(verbose):
+        print("said")
+        speaks = logger.isEnabledFor(INFO) and all(handler.level <= INFO for handler in logger.handlers)
+    with quiet():
+        assert not logger.isEnabledFor(WARNING)
+    assert (capsys.readouterr().out, speaks) == (("said\n", True) if verbose else ("", False))
 
 
 LAUNCHED: dict[str, tuple[dict[str, str], tuple[int, int, int] | None, str]] = {
