@@ -1,7 +1,7 @@
 """`megatron-stable pretrain`: train, alone or on several ranks of this machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -19,7 +19,10 @@ def pretrain(
     config: Annotated[Path, typer.Option(help="The run's YAML; see `megatron-stable init`.")] = Path("config.yaml"),
     verbosity: Annotated[
         Verbosity | None,
-        typer.Option(help="What to print; sets logging.verbosity, which other launchers take as an override."),
+        typer.Option(
+            metavar="|".join(get_args(Verbosity)),
+            help="What to print; sets logging.verbosity, which other launchers take as an override.",
+        ),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start on this machine with DeepSpeed's launcher.")

@@ -100,11 +100,17 @@ def test_a_run_that_went_back_and_was_resumed_is_one_run(tmp_path: Path) -> None
     assert any(ROLLBACK.sentence() in str(record) for record in begun if not record.HasField("alert"))
 
 
-def test_a_library_that_dies_is_told_once_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    callbacks = Callbacks(ProgressLine(Config()), WeightsAndBiases(CONFIG, tmp_path))
+@pytest.mark.parametrize("way", ["dies", "refuses"])
+def test_a_library_that_fails_is_told_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    writer = WeightsAndBiases(CONFIG, tmp_path)
+    callbacks = Callbacks(ProgressLine(Config()), writer)
     before = {"loss": 2.5, "grad_norm": 1.0, "tokens_per_second": None, "skipped": False}
+    if way == "refuses":
+        writer.run.finish()  # what is logged to it raises an error of the library's own
     for child in psutil.Process().children(recursive=True):
-        if "wandb-core" in " ".join(child.cmdline()):
+        if way == "dies" and "wandb-core" in " ".join(child.cmdline()):
             child.kill()
             child.wait(10)
     for step in range(1, 4):
