@@ -239,9 +239,9 @@ def report(seen: list[Seen]) -> dict[str, tuple[int, int]]:
         last = median(each.last for each in group)
         print(f"| `{kind[1]}` | {kind[2]} | {kind[3]} | {len(group)} | {rises} | {warned} | {last:.2f} |")
     rose = [each for each in seen if not each.run.healthy and each.onset is not None]
-    print(f"\nhigh rates: the loss rises in {len(rose)} of {sum(not each.run.healthy for each in seen)} runs; all")
-    print("distributions are least, quartiles, most")
-    print(f"onset at step {quantiles([each.onset or 0 for each in rose])}")
+    print(f"\nhigh rates: the loss rises in {len(rose)} of {sum(not each.run.healthy for each in seen)} runs")
+    print("least, quartiles, most: onset at step", end=" ")
+    print(f"{quantiles([each.onset or 0 for each in rose])}")
     print(f"lead in steps {quantiles([each.lead for each in rose])}")
     print(f"lead in % of the steps to the onset {quantiles([100 * each.share for each in rose])}")
     print(f"at least 20 %: in {sum(each.share >= 0.2 for each in rose)} of {len(rose)}")
@@ -259,7 +259,10 @@ def report(seen: list[Seen]) -> dict[str, tuple[int, int]]:
     foretold = [one for one in enough if one.foretold]
     print(f"\nseries that passed a threshold: {len(passings)}; at half of the way there")
     print(f"    measured often enough for a fit: {len(enough)}; with an interval that has an end: {len(foretold)};")
-    print(f"    which holds the step: {sum(one.held for one in foretold)}")
+    lengths = quantiles([100 * (one.high - one.low) / one.step for one in foretold])
+    print(f"    which holds the step: {sum(one.held for one in foretold)}; its length in % of the way {lengths}")
+    short = [one for one in foretold if one.high - one.low <= one.step]
+    print(f"    no longer than the way: {len(short)}, of which {sum(one.held for one in short)} hold the step")
     report_said(seen)
     return {name: counts for name, counts in track.items() if counts[1]}
 
