@@ -3,12 +3,15 @@
     python benchmarks/early_warnings.py                  # the held-out runs: half an hour on two cores
     python benchmarks/early_warnings.py --write          # besides, the numbers that warnings cite, into the package
     python benchmarks/early_warnings.py --part tune      # the runs that the rules' constants were set on
+    python benchmarks/early_warnings.py --part between   # rates that harm, at which the loss does not turn
+    python benchmarks/early_warnings.py --cost           # what a measured step of 48 layers costs
 
 Small models on the source of Python's standard library, one rank each, by the verb `pretrain`; kept below --output, so
 that the same command goes on where it was stopped. All that is counted is read from metrics.jsonl.
 
 diverging   `baseline`, `soft_temp` and `soft_clip` at rates at which the loss turns within the warm-up.
 healthy     `baseline` at a usual rate, `qk_norm_cap` and `olmo2` at usual rates and at high ones.
+between     `baseline` at 4 to 20 times its usual rate, `peri_ln` at 100 times: neither of the two.
 
 onset       The first step of the first rise or divergence that the detector finds in the loss, with the run's guard
             settings. For a slow rise it is the step of the lowest level.
@@ -31,7 +34,8 @@ from dataclasses import replace
 from itertools import pairwise
 from math import inf, log, nan
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from time import process_time
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +50,7 @@ from megatron_stable.stability import track_record
 from megatron_stable.stability.detector import LOSS, find_spikes
 from megatron_stable.stability.events import EarlyWarning
 from megatron_stable.stability.growth import LEAST, History, Window, forecast
+from megatron_stable.stability.probes import PROBES, places
 from megatron_stable.stability.warning_rules import RULES, Rule
 from megatron_stable.stability.warnings import Watch
 
@@ -89,6 +94,11 @@ def runs(part: str) -> Iterator[Run]:
         for seed, size in enumerate(SIZES, 1):
             yield from (Run(part, False, size, recipe, 0.5, seed) for recipe in ("baseline", "soft_temp", "soft_clip"))
             yield from (Run(part, True, size, *choice, seed) for choice in HEALTHY)
+        return
+    if part == "between":
+        for seed in (11, 12):
+            yield from (Run(part, False, "small", "baseline", rate, seed) for rate in (0.02, 0.05, 0.1))
+            yield Run(part, False, "small", "peri_ln", 0.5, seed)
         return
     for seed in range(11, 21):
         for number, size in enumerate(SIZES):
@@ -155,10 +165,15 @@ class Passing(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a run's records come to: where the loss began to rise, if it does, what was said, and what was passed."""
+    """What a run's records come to: where the loss began to rise, if it does, what was said, and what was passed.
+
+    Attributes:
+        last: Mean loss of the last ten steps.
+    """
 
     run: Run
     onset: int | None
+    last: float
     warnings: list[EarlyWarning]
     passings: list[Passing]
 
@@ -190,7 +205,7 @@ def look(run: Run, root: Path) -> Seen:
     warnings = [warning for record in records for warning in watch.update(record["step"], record)]
     columns = [column for column in watch.columns if column.rule.kind == "reaches"]
     passings = [passing(column.rule, column.tag, config, records) for column in columns]
-    return Seen(run, onset, warnings, [each for each in passings if each is not None])
+    return Seen(run, onset, fmean(losses[-10:]), warnings, [each for each in passings if each is not None])
 
 
 def passing(rule: Rule, tag: str, config: Config, records: list[Record]) -> Passing | None:
@@ -217,15 +232,16 @@ def passing(rule: Rule, tag: str, config: Config, records: list[Record]) -> Pass
 
 def report(seen: list[Seen]) -> dict[str, tuple[int, int]]:
     """Print what the runs came to; by rule: runs in which it was right, and those in which it spoke, but for late."""
-    print("\n| recipe | rate | size | runs | loss rises | runs with warnings |\n|" + 6 * "---|")
+    print("\n| recipe | rate | size | runs | loss rises | runs with warnings | last loss |\n|" + 7 * "---|")
     for kind in sorted({(each.run.healthy, each.run.recipe, each.run.rate, each.run.size) for each in seen}):
         group = [each for each in seen if (each.run.healthy, *each.run[3:5], each.run.size) == kind]
         rises, warned = sum(each.onset is not None for each in group), sum(bool(each.warnings) for each in group)
-        print(f"| `{kind[1]}` | {kind[2]} | {kind[3]} | {len(group)} | {rises} | {warned} |")
+        last = median(each.last for each in group)
+        print(f"| `{kind[1]}` | {kind[2]} | {kind[3]} | {len(group)} | {rises} | {warned} | {last:.2f} |")
     rose = [each for each in seen if not each.run.healthy and each.onset is not None]
-    print(f"\nhigh rates: the loss rises in {len(rose)} of {sum(not each.run.healthy for each in seen)} runs; all")
-    print("distributions are least, quartiles, most")
-    print(f"onset at step {quantiles([each.onset or 0 for each in rose])}")
+    print(f"\nhigh rates: the loss rises in {len(rose)} of {sum(not each.run.healthy for each in seen)} runs")
+    print("least, quartiles, most: onset at step", end=" ")
+    print(f"{quantiles([each.onset or 0 for each in rose])}")
     print(f"lead in steps {quantiles([each.lead for each in rose])}")
     print(f"lead in % of the steps to the onset {quantiles([100 * each.share for each in rose])}")
     print(f"at least 20 %: in {sum(each.share >= 0.2 for each in rose)} of {len(rose)}")
@@ -243,7 +259,10 @@ def report(seen: list[Seen]) -> dict[str, tuple[int, int]]:
     foretold = [one for one in enough if one.foretold]
     print(f"\nseries that passed a threshold: {len(passings)}; at half of the way there")
     print(f"    measured often enough for a fit: {len(enough)}; with an interval that has an end: {len(foretold)};")
-    print(f"    which holds the step: {sum(one.held for one in foretold)}")
+    lengths = quantiles([100 * (one.high - one.low) / one.step for one in foretold])
+    print(f"    which holds the step: {sum(one.held for one in foretold)}; its length in % of the way {lengths}")
+    short = [one for one in foretold if one.high - one.low <= one.step]
+    print(f"    no longer than the way: {len(short)}, of which {sum(one.held for one in short)} hold the step")
     report_said(seen)
     return {name: counts for name, counts in track.items() if counts[1]}
 
@@ -288,14 +307,37 @@ def write(track: dict[str, tuple[int, int]]) -> None:
     path.write_text(f"{head}TRACK_RECORD: dict[str, tuple[int, int]] = {{\n{lines}}}\n", encoding="utf-8")
 
 
+def cost(layers: int = 48, measured: int = 500) -> None:
+    """Print what a measured step costs the watch of a large model, with whatever else the machine does."""
+    config = load_config(
+        None, ["model.size=10b", f"model.layers={layers}", "model.vocab_size=512", "run.steps=1000000"]
+    )
+    tags = [where.tag for probe in PROBES.values() for where in places(probe, layers)]
+    watch, draw, seconds = Watch(config), np.random.default_rng(0), []
+    for step in range(10, 10 * measured, 10):
+        values = np.exp(0.05 * draw.standard_normal(len(tags)))
+        record = {"learning_rate": 1e-3} | dict(zip(tags, values.tolist(), strict=True))
+        began = process_time()
+        watch.update(step, record)
+        seconds.append(process_time() - began)
+    print(
+        f"{layers} layers, {len(watch.columns)} series: ms of processor time of a measured step; least, quartiles, most"
+    )
+    print(", ".join(f"{1000 * x:.1f}" for x in np.quantile(seconds, (0, 0.25, 0.5, 0.75, 1))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("tune", "held-out"), default="held-out")
+    parser.add_argument("--part", choices=("tune", "held-out", "between"), default="held-out")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/early_warnings"))
     parser.add_argument("--write", action="store_true", help="put the numbers that warnings cite into the package")
+    parser.add_argument("--cost", action="store_true", help="train nothing")
     args = parser.parse_args()
-    if args.write and args.part == "tune":
+    if args.cost:
+        cost()
+        return
+    if args.write and args.part != "held-out":
         parser.error("warnings cite the held-out runs: leave --part out")
     prepare(args.output)
     with ThreadPoolExecutor(args.jobs) as pool:

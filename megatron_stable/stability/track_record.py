@@ -5,4 +5,9 @@
 Of the held-out runs in which a rule spoke: (those in which the loss rose within the run, all), by rule.
 """
 
-TRACK_RECORD: dict[str, tuple[int, int]] = {}
+TRACK_RECORD: dict[str, tuple[int, int]] = {
+    "attention_logits": (30, 30),
+    "attention_logits_lost": (20, 20),
+    "attention_entropy": (30, 30),
+    "output_norm": (27, 27),
+}

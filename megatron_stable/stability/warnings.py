@@ -18,7 +18,7 @@ from megatron_stable.stability.probes import PROBES, Where, places
 from megatron_stable.stability.track_record import TRACK_RECORD
 from megatron_stable.stability.warning_rules import RULES, Rule
 
-AGREE = 2  # measurements, or refits at one pace, in a row that must say the same
+AGREE = 2  # measurements in a row that must be beyond a threshold which growth leads to
 FARTHEST = 4.0  # times the length of what is fitted: where an interval must end, from now
 QUIET = 100  # measurements in which nothing called for a warning; then it may be said again
 FITTED = ("reaches", "grows")  # kinds of rules that look at growth
@@ -70,7 +70,6 @@ class Watch:
         self._targets = np.where(self._linear, limits, self._sign * np.log(limits))
         self._history = History(len(rules))
         self._beyond = np.zeros(len(rules), int)  # measurements in a row beyond the threshold
-        self._sure: dict[tuple[int, WarningKind], NDArray[np.int_]] = {}  # refits in a row, by pace and kind
         self._said: dict[tuple[str, WarningKind], EarlyWarning] = {}
         self._quiet: dict[tuple[str, WarningKind], int] = {}
         for warning in said:
@@ -126,11 +125,9 @@ class Watch:
         seen = forecast(window._replace(values=window.values[:, self._fitted]), targets)
         back = (now - window.start) / 2
         near = (seen.at <= min(now + back, self.config.run.steps)) & (seen.high <= now + FARTHEST * back)
-        ahead = self._sure_of(window, "ahead", (kind == "reaches") & near & ~past[self._fitted])
-        note("ahead", ahead, -seen.at, lambda i: _when(seen, i))
+        note("ahead", (kind == "reaches") & near & ~past[self._fitted], -seen.at, lambda i: _when(seen, i))
         gain, since = seen.rate * back, round(now - back)
-        grown = self._sure_of(window, "growth", (kind == "grows") & (gain >= targets))
-        note("growth", grown, gain, lambda i: {"since": since})
+        note("growth", (kind == "grows") & (gain >= targets), gain, lambda i: {"since": since})
 
     def _scaled(self, values: Array, rate: float) -> Array:
         """What grows or shrinks exponentially made a straight line that rises towards its threshold."""
@@ -138,12 +135,6 @@ class Watch:
             relative = np.where(self._per_rate, values / rate if rate > 0 else np.nan, values)
             y = np.where(self._linear, np.abs(values), self._sign * np.log(relative))
         return np.where(np.isfinite(y), y, np.nan)
-
-    def _sure_of(self, window: Window, kind: WarningKind, mask: Mask) -> Mask:
-        """What a pace finds again and again."""
-        before = self._sure.get((window.pace, kind), np.zeros(len(mask), int))
-        self._sure[window.pace, kind] = streak = np.where(mask, before + 1, 0)
-        return streak >= AGREE
 
     def _is_news(self, warning: EarlyWarning) -> bool:
         """Whether it was not said, was long ago, or is now to come sooner than was said."""

@@ -89,6 +89,22 @@ def test_a_run_that_went_back_forgets_what_it_undid_and_repeats_nothing(tmp_path
     assert heard.events == before
 
 
+def test_steps_that_come_again_count_once(tmp_path: Path) -> None:
+    straight, heard = start(tmp_path, 0)
+    for step in range(10, 1200, 10):
+        straight.record(record(step))
+    for path in tmp_path.iterdir():
+        path.unlink()
+    again, twice = start(tmp_path, 0)
+    for step in range(10, 430, 10):
+        again.record(record(step))
+    assert not twice.events
+    again.rewind(300)
+    for step in range(310, 1200, 10):
+        again.record(record(step))
+    assert twice.events == heard.events
+
+
 def test_the_tail_of_a_file_is_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     assert list(jsonl.tail(path, 100)) == []
