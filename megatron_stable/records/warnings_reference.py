@@ -35,7 +35,7 @@ as in the tags. There are four kinds:
 | `kind` | says |
 |---|---|
 | `ahead` | at this rate, a threshold will be passed in this run, at about this step, or within this interval |
-| `past` | it has been passed, in two measurements in a row |
+| `past` | it has been passed, in two measurements in a row (of `moment_surprise`, in one) |
 | `growth` | a series has multiplied since half of the time that is looked back on, and grows on |
 | `jump` | it stands far above its median of the last 32 measurements |
 

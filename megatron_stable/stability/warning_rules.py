@@ -30,6 +30,7 @@ class Rule:
         linear: Whether it grows by addition; else its logarithm does.
         per_rate: Whether it is taken relative to the learning rate.
         of_eps: Whether the threshold is in units of `optimizer.eps`.
+        treated: Whether a run with this configuration does what ``remedy`` says.
         applies: Whether a run with this configuration needs it.
         when: ``applies``, in words.
     """
@@ -48,12 +49,17 @@ class Rule:
     linear: bool = False
     per_rate: bool = False
     of_eps: bool = False
+    treated: Callable[[Config], bool] = lambda config: False
     applies: Callable[[Config], bool] = lambda config: True
     when: str = "always"
 
     def limit(self, config: Config) -> float:
         """The threshold in a run."""
         return self.threshold * (config.optimizer.eps if self.of_eps else 1.0)
+
+    def advice(self, config: Config) -> str:
+        """What to do in a run; where that is done already, what is left."""
+        return "a lower optimizer.learning_rate" if self.treated(config) else self.remedy
 
 
 _LOGITS: dict[str, Any] = {
@@ -62,11 +68,17 @@ _LOGITS: dict[str, Any] = {
     "what": "the largest attention logit",
     "remedy": "model.recipe=qk_norm_cap in a new run, optimizer.qk_clip=100 in this one",
     "page": "qk_norm_cap",
+    "treated": lambda config: config.optimizer.qk_clip is not None,
     "applies": lambda config: config.model.attention_cap is None,
     "when": "unless `model.attention_cap` bounds what the softmax sees",
 }
 _MATRICES = (*LINEARS, "embedding", "head")
-_UPDATES: dict[str, Any] = {"points": _MATRICES, "remedy": "optimizer.name=stable_adamw", "page": "stable_adamw"}
+_UPDATES: dict[str, Any] = {
+    "points": _MATRICES,
+    "remedy": "optimizer.name=stable_adamw",
+    "page": "stable_adamw",
+    "treated": lambda config: config.optimizer.name == "stable_adamw",
+}
 RULES: tuple[Rule, ...] = (
     Rule(
         name="attention_logits",
@@ -90,7 +102,8 @@ RULES: tuple[Rule, ...] = (
         falls=True,
         what="the attention entropy",
         meaning="queries attend to hardly more than a single key",
-        remedy="model.recipe=sigma_reparam or qk_norm_cap",
+        remedy="model.recipe=sigma_reparam or qk_norm_cap in a new run",
+        treated=lambda config: config.model.sigma_reparam or config.model.attention_cap is not None,
         page="sigma_reparam",
         source="Zhai et al., arXiv 2303.06296, §3: entropy collapse; the threshold is ours",
     ),
@@ -103,6 +116,7 @@ RULES: tuple[Rule, ...] = (
         what="the magnitude of log Z, the output logsumexp,",
         meaning="output logits drift, and bf16 rounds numbers of this size to quarters",
         remedy="loss.z_loss=1e-4",
+        treated=lambda config: config.loss.z_loss >= 1e-4,
         page="z_loss",
         source=f"{WORTSMAN}, §3.2: output logits drift; the threshold is ours",
     ),
@@ -117,6 +131,7 @@ RULES: tuple[Rule, ...] = (
         what="the gradient RMS",
         meaning="it nears Adam's ε, and updates vanish",
         remedy="optimizer.eps=1e-15",
+        treated=lambda config: config.optimizer.eps <= 1e-15,
         page="adam_eps",
         source=f"{WORTSMAN}, §3.4; ten times ε is ours: there the update has lost a tenth",
     ),
@@ -149,7 +164,7 @@ RULES: tuple[Rule, ...] = (
         threshold=4.0,
         what="the output norm",
         meaning="outputs of QKV, Proj and FC2 outgrow those of a run that converges",
-        remedy="model.recipe=qkv_norm or qk_norm_cap",
+        remedy="model.recipe=qkv_norm or qk_norm_cap in a new run",
         page="qkv_norm",
         source=f"{RYBAKOV}: more than twice as large as in a run that converges; a factor within a run is ours",
         applies=lambda config: not config.model.qk_norm,

@@ -115,7 +115,7 @@ class Watch:
         note("past", threshold & past & (self._beyond >= enough), y - self._targets)
         above = y - _median(self._history.recent())
         note("jump", (self._kind == "jumps") & (above >= self._targets), above)
-        for window in self._history.add(step, y):
+        for window in self._history.add(step, np.where(np.isfinite(y), y, np.nan)):
             self._look_ahead(window, past, note)
         return found
 
@@ -134,13 +134,16 @@ class Watch:
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = np.where(self._per_rate, values / rate if rate > 0 else np.nan, values)
             y = np.where(self._linear, np.abs(values), self._sign * np.log(relative))
-        return np.where(np.isfinite(y), y, np.nan)
+        fallen = (self._sign < 0) & (y == np.inf)  # to 0, which is past every threshold
+        return np.where(np.isfinite(y) | fallen, y, np.nan)
 
     def _is_news(self, warning: EarlyWarning) -> bool:
         """Whether it was not said, was long ago, or is now to come sooner than was said."""
         key = warning.rule, warning.kind
+        if warning.kind == "ahead" and self._quiet.get((warning.rule, "past"), QUIET + 1) <= QUIET:
+            return False  # it is there, or was just now
         if (last := self._said.get(key)) is None:
-            return warning.kind != "ahead" or (warning.rule, "past") not in self._said
+            return True
         sooner = last.interval is not None and warning.interval is not None and warning.interval[1] < last.interval[0]
         return sooner or self._quiet[key] > QUIET
 
@@ -163,7 +166,7 @@ def _warning(step: int, kind: WarningKind, evidence: list[_Found], config: Confi
         threshold=rule.limit(config),
         falls=rule.falls,
         meaning=rule.meaning,
-        remedy=rule.remedy,
+        remedy=rule.advice(config),
         page=f"docs/methods/{rule.page}.md",
         track_record=TRACK_RECORD.get(rule.name),
         **evidence[0].facts,

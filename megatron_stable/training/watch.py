@@ -6,7 +6,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.records import jsonl
 from megatron_stable.records.callbacks import Callback
 from megatron_stable.records.directory import RunDirectory
-from megatron_stable.records.metrics import Record, latest
+from megatron_stable.records.metrics import Record
 from megatron_stable.stability.events import EarlyWarning
 from megatron_stable.stability.warnings import Watch
 
@@ -38,6 +38,11 @@ class EarlyWarnings(Callback):
         said = (event for event in self.directory.ledger.read() if isinstance(event, EarlyWarning))
         self.watch = Watch(self.config, said)
         records = (record for record in jsonl.tail(self.directory.metrics, TAIL) if type(record.get("step")) is int)
-        for record in latest(records):
+        held: list[Record] = []
+        for record in records:
+            while held and held[-1]["step"] >= record["step"]:  # of steps that the run went back behind
+                held.pop()
+            held.append(record)
+        for record in held:
             if record["step"] <= step:
                 self.watch.learn(record["step"], record)
