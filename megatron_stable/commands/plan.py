@@ -157,7 +157,7 @@ def _memory_table(found: Plan) -> Table:
         "activations": "activations in flight",
         "logits": "logits",
         "working": "working memory of backward",
-        "measured": "to measure updates, after backward",
+        "measured": "copy to measure updates",
         "reserve": "CUDA, NCCL (allowance)",
         "total": "total",
     }
