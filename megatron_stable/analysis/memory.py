@@ -59,7 +59,12 @@ class StageMemory:
     def total(self) -> float:
         """Bytes at the fullest moment."""
         states = self.weights + self.gradients + self.optimizer + self.buckets
-        return states + max(self.activations + self.logits + self.working, self.measured) + self.reserve
+        return states + max(self.backward, self.measured) + self.reserve
+
+    @property
+    def backward(self) -> float:
+        """Bytes that are there in the backward pass alone."""
+        return self.activations + self.logits + self.working
 
 
 def memory(config: Config, world: int, device: str = "cuda", reserve: float = 0.0) -> list[StageMemory]:

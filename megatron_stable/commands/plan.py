@@ -157,10 +157,11 @@ def _memory_table(found: Plan) -> Table:
         "activations": "activations in flight",
         "logits": "logits",
         "working": "working memory of backward",
-        "measured": "copy to measure updates",
         "reserve": "CUDA, NCCL (allowance)",
         "total": "total",
     }
+    if any(stage.measured > stage.backward for stage in found.stages):
+        kinds["measured"] = "instead of backward: a copy, to measure updates"
     for kind, name in kinds.items():
         values = [getattr(stage, kind) for stage in found.stages]
         if any(values):
