@@ -75,13 +75,16 @@ class Steps:
 
 
 def main() -> None:
-    args = options(__doc__, steps=40).parse_args()
+    parser = options(__doc__, steps=40)
+    parser.add_argument("--together", action="store_true", help="all groups together alone")
+    args = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, 1 thread"
     print(f"{device}; torch {torch.__version__}, Python {platform.python_version()}; {vars(args)}")
     join_world()
     steps = Steps(args)
     print(f"{'':12}{'10%..90% of pairs':>20}" + "".join(f"{f'every {n}':>12}" for n in INTERVALS))
-    for groups in ((), *((group,) for group in PROBE_GROUPS), PROBE_GROUPS):
+    each = () if args.together else ((), *((group,) for group in PROBE_GROUPS))
+    for groups in (*each, PROBE_GROUPS):
         steps.choose(groups)
         steps.pairs(args.warmup)
         pairs = steps.pairs(args.steps)
