@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from step import batches, make_config, options
+from step import batches, in_turn, make_config, options
 
 from megatron_stable.config.schema import GuardConfig
 from megatron_stable.engine.engine import Engine
@@ -77,11 +77,7 @@ def main() -> None:
     for _ in range(args.warmup):
         steps.timed(True)
         steps.timed(False)
-    pairs = []
-    for turn in range(args.steps):
-        first = steps.timed(turn % 2 == 0)  # who is first changes: the second may find warm caches
-        second = steps.timed(turn % 2 != 0)
-        pairs.append((first, second) if turn % 2 == 0 else (second, first))
+    pairs = in_turn(steps.timed, args.steps)
     ratios = sorted(on / off for on, off in pairs)
     low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
     print(f"step without the guard  {statistics.median(off for _, off in pairs) * 1e3:9.2f} ms")

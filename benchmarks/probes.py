@@ -21,7 +21,7 @@ from collections.abc import Collection
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from step import batches, make_config, options
+from step import batches, in_turn, make_config, options
 
 from megatron_stable.config.schema import PROBE_GROUPS
 from megatron_stable.engine.engine import Engine
@@ -64,15 +64,6 @@ class Steps:
             torch.cuda.synchronize()
         return CLOCK() - began
 
-    def pairs(self, count: int) -> list[tuple[float, float]]:
-        """(measured, not measured), in turn."""
-        found = []
-        for turn in range(count):
-            first = self.timed(turn % 2 == 0)  # who is first changes: the second may find warm caches
-            second = self.timed(turn % 2 != 0)
-            found.append((first, second) if turn % 2 == 0 else (second, first))
-        return found
-
 
 def main() -> None:
     parser = options(__doc__, steps=40)
@@ -86,8 +77,8 @@ def main() -> None:
     each = () if args.together else ((), *((group,) for group in PROBE_GROUPS))
     for groups in (*each, PROBE_GROUPS):
         steps.choose(groups)
-        steps.pairs(args.warmup)
-        pairs = steps.pairs(args.steps)
+        in_turn(steps.timed, args.warmup)
+        pairs = in_turn(steps.timed, args.steps)
         ratios = sorted(on / off for on, off in pairs)
         spread = f"{ratios[len(ratios) // 10]:.3f}..{ratios[-1 - len(ratios) // 10]:.3f}"
         cost = statistics.median(ratios) - 1

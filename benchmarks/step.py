@@ -106,6 +106,16 @@ def timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def in_turn(timed: Callable[[bool], float], count: int) -> list[tuple[float, float]]:
+    """Times of steps (with something, without it), pair by pair."""
+    pairs = []
+    for turn in range(count):
+        first = timed(turn % 2 == 0)  # who is first changes: the second may find warm caches
+        second = timed(turn % 2 != 0)
+        pairs.append((first, second) if turn % 2 == 0 else (second, first))
+    return pairs
+
+
 def batches(config: Config, rank: int = 0, ranks: int = 1) -> list[Tensor]:
     """This replica's random micro batches."""
     assert config.model.vocab_size is not None

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from megatron_stable.files import explain_os_errors, replace_file
-from megatron_stable.records import jsonl
+from megatron_stable.files import replace_file
 from megatron_stable.records.callbacks import Callback
 from megatron_stable.records.metrics import Record
 
@@ -37,15 +36,3 @@ class FlightFiles(Callback):
             older = next(n for n in count(1) if not path.with_suffix(f".{n}.jsonl").exists())
             path.rename(path.with_suffix(f".{older}.jsonl"))
         replace_file(path, lines.encode())
-
-
-def flights(run: Path) -> list[tuple[int, Path]]:
-    """(step in which trouble began, file) of all files of a run, oldest first."""
-    found = (run / FLIGHT).glob("step_*.jsonl")
-    return sorted((int(path.stem[5:]), path) for path in found if path.stem[5:].isdecimal())
-
-
-def read_flight(path: Path) -> list[Record]:
-    """The records of a file, in order of steps. DataError: it cannot be read."""
-    with explain_os_errors("read", path):
-        return [row for row in jsonl.read(path) if row is not None and type(row.get("step")) is int]

@@ -11,7 +11,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from megatron_stable.stability.probes import PROBES, Probe
+from megatron_stable.stability.probes import PROBES, Probe, places
 
 _INTRODUCTION = """\
 # Probes: what is measured inside the model
@@ -32,8 +32,8 @@ output logits, weights, gradients, updates and moments. While the guard sees tro
   sequence (default 64, evenly spaced; all, if the sequence is no longer), so that the cost grows with the sequence's
   length and not with its square. `logging.probes` chooses groups; `logging.probes_every: 0` switches all off.
   docs/benchmarks.md has what each group costs.
-- **Room.** A record has 70 numbers per layer and 25 besides, some 36 bytes each: 77 kB with 30 layers, and as much in
-  TensorBoard. `logging.probe_heads` adds two for each head. To measure an update, the optimizer keeps a copy of this
+- **Room.** A record has PER_LAYER numbers per layer and BESIDES besides, each with its tag; docs/benchmarks.md has what
+  that is in TensorBoard. `logging.probe_heads` adds two for each head. To measure an update, the optimizer keeps a copy of this
   rank's fp32 masters until the update is made, when the activations are gone; `megatron-stable plan` counts it.
 - **Flight recorder.** What was measured in the last `logging.flight_recorder` measured steps (default 50) stays on the
   device. When trouble begins (a spike, a rise, a divergence, a dropped update), it is written to
@@ -63,7 +63,8 @@ HEADINGS = {
 
 def probes_page() -> str:
     """The page, as Markdown: a table for each group."""
-    parts = [_INTRODUCTION]
+    none, one = (sum(len([*places(probe, layers)]) for probe in PROBES.values()) for layers in (0, 1))
+    parts = [_INTRODUCTION.replace("PER_LAYER", f"{one - none}").replace("BESIDES", f"{none}")]
     for group, probes in groupby(PROBES.values(), key=lambda probe: probe.group):
         rows = [_row(", ".join(_tags(p)), p.unit, p.meaning, p.across, p.source) for p in probes]
         header = ["| tag | unit | what it is | over ranks | source |", "|---|---|---|---|---|"]

@@ -23,12 +23,8 @@ class Probing:
     """
 
     def __init__(self, logging: LoggingConfig, engine: Engine, callbacks: Callbacks) -> None:
-        self.every, self.size, self.engine, self.callbacks = (
-            logging.probes_every,
-            logging.flight_recorder,
-            engine,
-            callbacks,
-        )
+        self.engine, self.callbacks = engine, callbacks
+        self.every, self.size = logging.probes_every, logging.flight_recorder
         self.flights = logging.flight_every if self.size else 0
         self.until = 0  # up to this step, each one is measured
         self.trouble = 0  # up to this step, what happens is part of trouble whose beginning was handed out

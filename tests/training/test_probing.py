@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_stable.analysis.flight import flights, rows
 from megatron_stable.config.schema import Config
-from megatron_stable.records.flight import flights, read_flight
 from megatron_stable.stability.probes import PROBES, places
 from tests.harness.ranks import Ranks
 from tests.training.runs import Values, metrics, settings, train, write_data
@@ -51,11 +51,11 @@ def test_records_have_all_tags_at_their_steps_and_a_flight_the_steps_before_a_sp
     assert {step for step in records if step % 3 == 0} >= {step for step in range(1, 45) if step % 3 == 0}
     for step in measured(run):
         assert expected - set(records[step]) <= {"noise_scale"}, step
-    ((step, file),) = flights(Path(run))
-    rows = read_flight(file)
+    (flight,) = flights(Path(run))
+    step, file, kept_rows = flight.last, flight.path, rows(flight.path)
     kept = [4, 8, 12, 16, 20, 24, 28] if parallel else [16, 18, 20, 22, 24, 26, 28, 30]
-    assert step == FAULT and [row["step"] for row in rows] == kept
-    for row in rows:
+    assert step == FAULT and [row["step"] for row in kept_rows] == kept
+    for row in kept_rows:
         if row["step"] % 4:
             continue
         assert {key: row[key] for key in expected & set(row)} == {
