@@ -33,8 +33,8 @@ output logits, weights, gradients, updates and moments. While the guard sees tro
   length and not with its square. `logging.probes` chooses groups; `logging.probes_every: 0` switches all off.
   docs/benchmarks.md has what each group costs.
 - **Room.** A record has PER_LAYER numbers per layer and BESIDES besides, each with its tag; docs/benchmarks.md has what
-  that is in TensorBoard. `logging.probe_heads` adds two for each head. To measure an update, the optimizer keeps a copy of this
-  rank's fp32 masters until the update is made, when the activations are gone; `megatron-stable plan` counts it.
+  that is in TensorBoard. `logging.probe_heads` adds two for each head. To measure an update, the optimizer keeps a copy
+  of this rank's fp32 masters until the update is made, when the activations are gone; `megatron-stable plan` counts it.
 - **Flight recorder.** What was measured in the last `logging.flight_recorder` measured steps (default 50) stays on the
   device. When trouble begins (a spike, a rise, a divergence, a dropped update), it is written to
   `RUN/flight/step_NNNNNNNN.jsonl`, a line for each step with its number and all tags, and the ledger says so; then each
