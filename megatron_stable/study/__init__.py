@@ -1,0 +1,1 @@
+"""Small models that tell what the big one will do: sweeps, LR sensitivity, forecasts, and figures of these."""
