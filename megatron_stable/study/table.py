@@ -125,6 +125,6 @@ def _follows(rows: Sequence[Row], field: str, label: str) -> bool:
 def _plain(values: list[Any]) -> list[Any]:
     """The values of a column as both formats hold them: all numbers, all flags or all text."""
     kinds = {type(value) for value in values} - {type(None)}
-    if kinds <= {int, float} or len(kinds) == 1 and kinds <= {bool, str}:
+    if kinds <= {int, float} or (len(kinds) == 1 and kinds <= {bool, str}):
         return values
     return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
