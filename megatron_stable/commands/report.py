@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_stable.analysis.report.figures import figures as draw
 from megatron_stable.analysis.report.figures import write_figures
 from megatron_stable.analysis.report.page import render
 from megatron_stable.analysis.report.run import open_runs
@@ -46,7 +47,7 @@ def report(
         raise ConfigError("name the page of several runs with --output FILE.html")
     found = open_runs(runs, empty=watch)
     if figures is not None:
-        written = write_figures(found, figures)
+        written = write_figures(draw(found), figures)
         print(f"{figures}: {len(written)} files")
     if watch:
         _serve(Watch(found, port))

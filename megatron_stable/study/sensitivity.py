@@ -182,9 +182,7 @@ def largest_stable(group: Group, criterion: Criterion = HOLDS) -> Largest:
 def verdicts_of(group: Group, criterion: Criterion = HOLDS) -> list[list[bool | None]]:
     """Of each seed, whether its run diverged at each learning rate; ``None``: that is not known."""
     least = min((known for row in group.rows if (known := score(row)) is not None), default=float("nan"))
-    return [
-        [None if row is None else criterion.judge(row, least) for row in curve] for curve in group.curves.values()
-    ]
+    return [[None if row is None else criterion.judge(row, least) for row in curve] for curve in group.curves.values()]
 
 
 def _span(curve: Sequence[bool | None]) -> tuple[int, int]:

@@ -20,13 +20,14 @@ CONFIG = Config().by_key()
 
 def run(name: str, rate: float, score: float | None, seed: int = 1, **more: Any) -> Row:
     """A row; a score of ``INITIAL`` or more: it diverged."""
-    diverged = score is not None and score >= INITIAL
     results = {
-        "name": name, "status": "failed" if score is None else "diverged" if diverged else "finished",
-        "reason": "killed" if score is None else "the loss rose" if diverged else None, "parameters": 1000, "steps": 200,
-        "initial_loss": None if score is None else INITIAL, "loss": score, "score": None if score is None else min(score, INITIAL),
-        "rise": None if score is None else 0.9 if diverged else 0.01, "run.steps": 200,
+        "name": name, "status": "finished", "reason": None, "parameters": 1000, "steps": 200, "initial_loss": INITIAL,
+        "loss": score, "score": score, "rise": 0.01, "run.steps": 200,
     }  # fmt: skip
+    if score is None:
+        results |= {"status": "failed", "reason": "killed", "initial_loss": None, "rise": None}
+    elif score >= INITIAL:
+        results |= {"status": "diverged", "reason": "the loss rose", "score": INITIAL, "rise": 0.9}
     return results | {RATE: rate, SEED: seed} | more
 
 
@@ -48,8 +49,9 @@ def sweep(
             "attention/max_logit": (0.001 if recipe == "qk_norm" else 1) * SIZES[size] ** 0.5 * rate * 100 + 5,
             "grad_rms/fc1": 1e-3 / SIZES[size] ** 0.7 / rate**0.3,
         }
-        row = run(f"{size}-{recipe}-{rate:g}-{seed}", rate, score(size, recipe, rate, seed), seed, size=size, recipe=recipe)
-        rows.append(CONFIG | row | measured | {"parameters": SIZES[size]})
+        axes = {"size": size, "recipe": recipe, "parameters": SIZES[size]}
+        row = run(f"{size}-{recipe}-{rate:g}-{seed}", rate, score(size, recipe, rate, seed), seed, **axes)
+        rows.append(CONFIG | row | measured)
     return rows
 
 
