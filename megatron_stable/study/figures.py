@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from math import isfinite
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,8 @@ from megatron_stable.numbers import finite
 from megatron_stable.study.criteria import diverged
 from megatron_stable.study.outputs import ALIKE, outputs
 from megatron_stable.study.panels import BARE, FULL, HOLLOW, Line, Panel, Point, draw, short
-from megatron_stable.study.sensitivity import Group, rates_of, sensitivity, word
-from megatron_stable.study.table import Row
+from megatron_stable.study.reading import Sweep
+from megatron_stable.study.sensitivity import Group, sensitivity, word
 
 LINES, PANELS = 10, 12  # in a panel, and in a figure, at most
 
@@ -37,18 +36,13 @@ PROBES = {
 }
 
 
-def figures(rows: Sequence[Row], groups: Sequence[Group], probes: Path) -> Iterator[Drawn]:
-    """Draw those for which there is something to draw, one after another.
-
-    Args:
-        groups: Of the rows.
-        probes: What was measured over time; there need not be such a file.
-    """
-    yield from _loss(rows, groups)
-    yield from _sensitivity(groups)
+def figures(sweep: Sweep) -> Iterator[Drawn]:
+    """Draw those for which there is something to draw, one after another."""
+    yield from _loss(sweep)
+    yield from _sensitivity(sweep.groups)
     for column, (name, title, caption) in PROBES.items():
-        yield from _probe(rows, groups, column, name, title, caption)
-    yield from outputs(groups, probes)
+        yield from _probe(sweep, column, name, title, caption)
+    yield from outputs(sweep.groups, sweep.probes)
 
 
 class Split(NamedTuple):
@@ -86,11 +80,11 @@ def _short(axis: str) -> str:
     return axis.rpartition(".")[2].replace("_", " ")
 
 
-def _loss(rows: Sequence[Row], groups: Sequence[Group]) -> Iterator[Drawn]:
-    rates, parts, panels = dict(enumerate(rates_of(rows))), split(groups), []
+def _loss(sweep: Sweep) -> Iterator[Drawn]:
+    rates, parts, panels = dict(enumerate(sweep.rates)), split(sweep.groups), []
     for title, lines in parts.panels.items():
         drawn = [_over_seeds(line, group, rates, "score") for line, group in lines.items()]
-        start = [known for group in lines.values() for row in group.rows if (known := finite(row["initial_loss"]))]
+        start = [known for group in lines.values() for row in group.rows if (known := finite(row.get("initial_loss")))]
         lost = start and any(line.crosses for line in drawn)  # else it would be far above all there is to see
         panels.append(Panel(title, drawn, (float(np.mean(start)), "at initialisation") if lost else None))
     if any(isfinite(point.y) for panel in panels for line in panel.lines for point in line.points):
@@ -164,14 +158,12 @@ def _sensitivity(groups: Sequence[Group]) -> Iterator[Drawn]:
         )  # fmt: skip
 
 
-def _probe(
-    rows: Sequence[Row], groups: Sequence[Group], column: str, name: str, title: str, caption: str
-) -> Iterator[Drawn]:
+def _probe(sweep: Sweep, column: str, name: str, title: str, caption: str) -> Iterator[Drawn]:
     """A probe's last values: against parameters by learning rate, or against learning rate where there is one size."""
-    if not any(finite(row.get(column)) for row in rows):
+    if not any(finite(row.get(column)) for row in sweep.rows):
         return
-    rates, (found, _) = rates_of(rows), families(groups)
-    epsilons = {finite(row.get("optimizer.eps")) for row in rows} if column.startswith("grad") else set()
+    rates, (found, _) = sweep.rates, families(sweep.groups)
+    epsilons = {finite(row.get("optimizer.eps")) for row in sweep.rows} if column.startswith("grad") else set()
     epsilon = epsilons.pop() if len(epsilons) == 1 else None
     level = None if epsilon is None else (epsilon, "Adam's ε")
     if any(len(members) > 1 for members in found.values()):
@@ -183,7 +175,7 @@ def _probe(
         x, legend = "parameters", "learning rate"
         omitted = left_out([*[*found][PANELS:], *(short(rate) for rate in rates if rate not in shown)])
     else:
-        parts, places, panels = split(groups), dict(enumerate(rates)), []
+        parts, places, panels = split(sweep.groups), dict(enumerate(rates)), []
         for part, lines in parts.panels.items():
             drawn = [_over_seeds(line, group, places, column, log=True) for line, group in lines.items()]
             panels.append(Panel(part, drawn, level))

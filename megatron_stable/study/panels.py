@@ -82,8 +82,8 @@ def draw(panels: Sequence[Panel], x: str, y: str, legend: str = "", log: tuple[b
         if panel.level is not None:
             axes.axhline(panel.level[0], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
             axes.annotate(
-                plain(panel.level[1]), (1, panel.level[0]), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", ha="right", fontsize=SMALL - 1, color=INK,
+                plain(panel.level[1]), (0, panel.level[0]), xycoords=("axes fraction", "data"), xytext=(3, 3),
+                textcoords="offset points", fontsize=SMALL - 1, color=INK,
             )  # fmt: skip
         axes.set_title(plain(panel.title), fontsize=SMALL + 0.5, loc="left", color=INK)
         axes.tick_params(labelleft=column == 0, labelbottom=i + columns >= len(panels))
@@ -124,6 +124,7 @@ def _scale(axes: Any, log: tuple[bool, bool]) -> None:
     from matplotlib.ticker import NullLocator
 
     tidy(axes)
+    axes.margins(x=0.06)
     for axis, which in zip((axes.xaxis, axes.yaxis), log, strict=True):
         if which:
             axis._set_axes_scale("log")

@@ -25,7 +25,7 @@ from megatron_stable.study.table import RATE, SEED, Row, axes
 DRAWS, CONFIDENCE, FEWEST = 10_000, 0.95, 3  # of the bootstrap; seeds that an interval needs
 EVEN = 1.5  # the widest step of an even grid over its narrowest, in log η: 1, 3, 10 has 1.1, and 1, 2, 5, 10 has 1.3
 
-Values = NDArray[np.floating[Any]]
+Values = NDArray[np.number[Any]]
 
 
 class Group(NamedTuple):
@@ -168,8 +168,7 @@ def best(group: Group) -> Best | None:
 def largest_stable(group: Group, criterion: Criterion = HOLDS) -> Largest:
     """The largest stable learning rate of a group."""
     verdicts = verdicts_of(group, criterion)
-    spans = [_span(curve) for curve in verdicts]
-    at_least, at_most = (np.array(places) for places in zip(*spans, strict=True))
+    at_least, at_most = _places(verdicts)
     low, high = bootstrap(at_least, _middle), bootstrap(at_most, _middle)
     return Largest(
         (int(_middle(at_least)), int(_middle(at_most))),
@@ -185,10 +184,11 @@ def verdicts_of(group: Group, criterion: Criterion = HOLDS) -> list[list[bool | 
     return [[None if row is None else criterion.judge(row, least) for row in curve] for curve in group.curves.values()]
 
 
-def _span(curve: Sequence[bool | None]) -> tuple[int, int]:
-    """Least and greatest place of the last rate before the first that diverged: stable is what is so all the way up."""
-    stable_to = next((i for i, verdict in enumerate(curve) if verdict is not False), len(curve)) - 1
-    return stable_to, curve.index(True) - 1 if True in curve else len(curve)
+def _places(verdicts: Sequence[Sequence[bool | None]]) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """Least and greatest place of each seed's last rate before the first that diverged: what is stable all the way."""
+    known = [next((i for i, verdict in enumerate(curve) if verdict is not False), len(curve)) - 1 for curve in verdicts]
+    possible = [curve.index(True) - 1 if True in curve else len(curve) for curve in verdicts]
+    return np.array(known), np.array(possible)
 
 
 def bootstrap(values: Sequence[float] | Values, statistic: Callable[[Values], Values]) -> tuple[float, float] | None:
@@ -227,7 +227,7 @@ class Robustness(NamedTuple):
     """
 
     criterion: Criterion
-    places: list[tuple[int, int]]
+    places: list[tuple[int, ...]]
     apart: int
     reversed: int
     alike: int
@@ -235,8 +235,10 @@ class Robustness(NamedTuple):
 
 def robustness(groups: Sequence[Group], criterion: Criterion) -> Robustness:
     """Judge the groups by another criterion, and compare."""
-    here = [largest_stable(group).place for group in groups]
-    there = [largest_stable(group, criterion).place for group in groups]
+    here, there = (
+        [tuple(int(_middle(each)) for each in _places(verdicts_of(group, rule))) for group in groups]
+        for rule in (HOLDS, criterion)
+    )
     pairs = [(i, j) for i in range(len(groups)) for j in range(len(groups)) if here[i][1] < here[j][0]]
     turned = sum(there[j][1] < there[i][0] for i, j in pairs)
     kept = sum(there[i][1] < there[j][0] for i, j in pairs)
