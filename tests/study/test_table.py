@@ -9,7 +9,7 @@ import pytest
 
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError
-from megatron_stable.study.table import Row, axes, labels, read_table, write_table
+from megatron_stable.study.table import RESULTS, Row, axes, labels, read_table, write_table
 
 
 def row(name: str, score: float | None, size: str | None = None, **sections: Any) -> Row:
@@ -54,3 +54,9 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "table.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ConfigError, match="no table"):
         read_table(tmp_path)
+
+
+def test_the_documentation_has_every_column() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text(encoding="utf-8")
+    shown = [line for line in text.splitlines() if line.startswith("| `")]
+    assert shown == [f"| `{column}` | {meaning} |" for column, meaning in RESULTS.items()]
