@@ -24,14 +24,14 @@ PROBES = {
     "attention/max_logit": (
         "max_logit",
         "Largest attention logit",
-        "At the end of the run, of all layers. Without a norm on queries and keys it grows with learning rate and "
-        "parameters; arXiv 2309.14322 (§3.1) saw every run above 10,000 diverge.",
+        "Mean over the last tenth of the run, of the layer with the largest. Without a norm on queries and keys it "
+        "grows with learning rate and parameters; arXiv 2309.14322 (§3.1) saw every run above 10,000 diverge.",
     ),
     "grad_rms/fc1": (
         "grad_rms",
         "Gradient RMS of FC1",
-        "At the end of the run, of all layers. It falls as model and learning rate grow; near Adam's ε, the dotted "
-        "line, updates vanish (arXiv 2309.14322, §3.4).",
+        "Mean over the last tenth of the run, of the layer with the smallest. It falls as model and learning rate "
+        "grow; near Adam's ε, the dotted line, updates vanish (arXiv 2309.14322, §3.4).",
     ),
 }
 
@@ -105,6 +105,8 @@ def _over_seeds(label: str, group: Group, places: dict[int, float], column: str,
     points, crosses = [], []
     for place, x in places.items():
         runs = [curve[place] for curve in group.curves.values()]
+        if not any(runs):  # this group was not to have this rate; where a run is lost, the line breaks
+            continue
         there = [(row, value) for row in runs if row is not None and (value := finite(row.get(column))) is not None]
         there = [(row, value) for row, value in there if value > 0]
         values = [value for _, value in there] or [float("nan")]

@@ -22,6 +22,10 @@ OUTPUT = "output_norm"
 MEASURED = f"{OUTPUT}/{LINEARS[0]}"  # a column that runs have if their outputs were measured
 NAMES = dict(zip(LINEARS, ("QKV", "Proj", "FC1", "FC2"), strict=True))
 ALIKE = 1.1  # models of one size differ by less than so many times in their parameters: a norm has some, too
+PAIR = (
+    "Two runs as alike as the sweep has them, one of which diverged: in arXiv 2410.16682 (§3) the outputs of QKV, Proj "
+    "and FC2 then grow to more than twice those of the stable run."
+)
 POINTS = 400  # of a line, at most
 
 
@@ -41,10 +45,10 @@ def outputs(groups: Sequence[Group], probes: Path) -> Iterator[Drawn]:
     ]
     if panels:
         names = ", ".join(row["name"] for _, row in runs)
+        text = PAIR if len(runs) > 1 else "No run that diverged can be laid beside it."
         yield Drawn(
-            "output_norms", "Output norms over time", "Largest over layers of the L2 norm of a token's output; of two "
-            "runs as alike as the sweep has them, one of which diverged. In arXiv 2410.16682 (§3) the outputs of QKV, "
-            f"Proj and FC2 grow to more than twice those of the stable run. Runs: {names}.",
+            "output_norms", "Output norms over time",
+            f"Largest over layers of the L2 norm of a token's output. {text} Runs: {names}.",
             draw(panels, "step", "output norm", "run", log=(False, True)),
         )  # fmt: skip
 
@@ -74,7 +78,7 @@ def _remoteness(pair: tuple[tuple[Group, Row], tuple[Group, Row]]) -> tuple[floa
     return abs(log(row[RATE] / partner[RATE])), max(sizes) > ALIKE * min(sizes), -min(sizes), row[RATE]
 
 
-def over_time(probes: Path, run: str) -> dict[str, list[Point]]:
+def over_time(probes: Path, name: str) -> dict[str, list[Point]]:
     """Output norms of a run, by where they were measured: largest over layers, and of each stretch of steps.
 
     Raises:
@@ -84,13 +88,14 @@ def over_time(probes: Path, run: str) -> dict[str, list[Point]]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    chosen = (pc.field("run") == run) & pc.starts_with(pc.field("tag"), f"{OUTPUT}/")
+    run, tag = (pc.field(column).cast(pa.string()) for column in ("run", "tag"))
+    chosen = (run == name) & pc.starts_with(tag, f"{OUTPUT}/")
     with explain_os_errors("read", probes):
         try:
             table = pq.read_table(probes, columns=["step", "tag", "value"], filters=chosen)
         except pa.ArrowException as error:
             raise DataError(f"cannot read {probes}: {error}") from error
-    points = np.array([tag.split("/")[1] for tag in table["tag"].to_pylist()], str)
+    points = np.array([text.split("/")[1] for text in table["tag"].to_pylist()], str)
     steps, values = (table[column].to_numpy().astype(float) for column in ("step", "value"))
     return {point: _largest(steps[points == point], values[points == point]) for point in LINEARS}
 

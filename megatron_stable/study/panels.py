@@ -17,6 +17,7 @@ MARKERS = "os^Dv<>ph*"
 FULL, HOLLOW, BARE = "full", "hollow", "bare"
 FEW = 32  # points that are drawn as such
 CROSS, APART = 5.5, 6.5  # points of a cross, and between two that would be in one place
+NARROW = 1.5  # where the greatest is so many times the least, an axis need not be logarithmic
 LETTERS = 25  # of a line of the legend
 
 
@@ -56,7 +57,7 @@ def draw(panels: Sequence[Panel], x: str, y: str, legend: str = "", log: tuple[b
     Args:
         x, y: What the axes are of.
         legend: What the lines are.
-        log: Whether each axis is logarithmic.
+        log: Whether each axis is logarithmic, if its range is not narrow.
     """
     columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
     rows, height = -(-len(panels) // columns), HEIGHTS[columns]
@@ -126,7 +127,8 @@ def _scale(axes: Any, log: tuple[bool, bool]) -> None:
     tidy(axes)
     axes.margins(x=0.06)
     for axis, which in zip((axes.xaxis, axes.yaxis), log, strict=True):
-        if which:
+        low, high = axis.get_data_interval()
+        if which and high > NARROW * low > 0:
             axis._set_axes_scale("log")
             ticks, _ = log_ticks(*axis.get_view_interval())
             axis.set_ticks(ticks, [short(tick) for tick in ticks])

@@ -25,6 +25,7 @@ from megatron_stable.stability.probes import PROBES
 Row = dict[str, Any]
 
 RATE, SEED = "optimizer.learning_rate", "run.seed"
+PRESETS = ("model.size", "model.recipe")  # fields from which others follow
 TABLE, MEASURED = "table", "probes.parquet"
 
 RESULTS = {
@@ -62,11 +63,16 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def axes(rows: Sequence[Row]) -> list[str]:
-    """What tells the runs apart: labelled axes, and fields that vary and do not follow from one of these."""
-    named = labels(rows)
+    """What tells the runs apart: labelled axes, presets, and fields that vary and do not follow from one of these."""
     fields = [column for column in _columns(rows) if column in _KEYS and len(_values(rows, column)) > 1]
-    return named + [
-        field for field in fields if field in (RATE, SEED) or not any(_follows(rows, field, label) for label in named)
+    found = labels(rows)
+    for preset in PRESETS:
+        if preset in fields and not any(_follows(rows, preset, known) for known in found):
+            found.append(preset)
+    return found + [
+        field
+        for field in fields
+        if field in (RATE, SEED) or (field not in PRESETS and not any(_follows(rows, field, known) for known in found))
     ]
 
 
@@ -120,7 +126,7 @@ def _values(rows: Sequence[Row], column: str) -> set[str]:
 
 
 def _follows(rows: Sequence[Row], field: str, label: str) -> bool:
-    """Whether a field is a function of a labelled axis."""
+    """Whether a field is a function of another column."""
     pairs = {(json.dumps(row.get(label)), json.dumps(row.get(field))) for row in rows}
     return len(pairs) == len(_values(rows, label))
 

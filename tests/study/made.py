@@ -63,7 +63,8 @@ def write_sweep(directory: Path, rows: list[Row], measured: Mapping[str, Any] | 
         import pyarrow as pa
         import pyarrow.parquet
 
-        pa.parquet.write_table(pa.table(dict(measured)), directory / MEASURED)
+        texts = {name: pa.array(measured[name]).dictionary_encode() for name in ("run", "tag")}
+        pa.parquet.write_table(pa.table({**measured, **texts}), directory / MEASURED)
     return directory
 
 

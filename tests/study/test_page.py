@@ -57,7 +57,7 @@ def test_what_its_tables_say(tmp_path: Path) -> None:
     assert stable["d256 · baseline"] == ["3 of 3"] * 4 + ["1 of 3"] + ["0 of 3"] * 2
     assert stable["d64 · baseline"][1] == "2 of 2"
     assert rows_of(text, "What hangs on the criterion, table")[-2] == ["pairs in the other order"] + ["0 of 5"] * 7
-    assert dict(rows_of(text, "Summary, table"))["runs"] == "84, 70 finished, 12 diverged, 1 failed, 1 unfinished"
+    assert dict(rows_of(text, "Summary, table"))["runs"] == "84, 72 finished, 10 diverged, 1 failed, 1 unfinished"
     assert "1 of 84 runs have not ended" in text and len(rows_of(text, "Runs, table")) == 84
     shared = dict(rows_of(text, "What all runs share, table"))
     assert shared["optimizer.eps"] == "1e-08" and "optimizer.learning_rate" not in shared
