@@ -70,9 +70,7 @@ def axes(rows: Sequence[Row]) -> list[str]:
         if preset in fields and not any(_follows(rows, preset, known) for known in found):
             found.append(preset)
     return found + [
-        field
-        for field in fields
-        if field in (RATE, SEED) or (field not in PRESETS and not any(_follows(rows, field, known) for known in found))
+        field for field in fields if field in (RATE, SEED) or not any(_follows(rows, field, known) for known in found)
     ]
 
 

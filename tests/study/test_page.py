@@ -11,6 +11,7 @@ from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.study.page import in_words, largest_in_words, render
 from megatron_stable.study.reading import is_sweep, open_sweep
 from megatron_stable.study.sensitivity import Estimate, Largest
+from tests.analysis.report.made import make_run
 from tests.harness.browser import Browser
 from tests.study.made import RATES, run, sweep, write_sweep
 
@@ -94,6 +95,9 @@ def test_a_thousand_runs_make_a_small_page(tmp_path: Path) -> None:
 def test_what_is_no_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").touch()
     assert is_sweep(tmp_path) and is_sweep(Path("table.csv")) and not is_sweep(tmp_path / "elsewhere")
+    trained = make_run(tmp_path / "run", [])
+    (trained / "sweep.yaml").touch()  # as a run on several ranks has one
+    assert not is_sweep(trained)
     with pytest.raises(DataError, match="no table yet"):
         open_sweep(tmp_path)
     with pytest.raises(ConfigError, match="must be a positive number"):
