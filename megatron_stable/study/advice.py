@@ -105,7 +105,7 @@ ADVICE: tuple[Advice, ...] = (
         "a longer schedule.warmup_steps",
         "large models at high learning rates need a longer warm-up",
         (),
-        f"{WORTSMAN}, §3.4",
+        WORTSMAN,
         lambda signs: signs.risky,
     ),
     Advice(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.study.forecast import Cell, Forecast, forecast
@@ -50,8 +51,7 @@ class BackTest:
     outcomes: tuple[Outcome, ...]
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """Over the cells of all groups: how many there are, and how many came as foretold."""
 
     cells: int

@@ -9,7 +9,7 @@ frontier    The learning rate from which runs of a size diverge is extrapolated 
 
 Their verdict: stable, if the frontier's is below 0.1 and the logits' below one half; for low logits do not make a run
 stable that diverges for another reason. Unstable, if both are above one half, and one above 0.9. At risk in between,
-and where they contradict each other. Unknown, where neither can be extrapolated.
+and where they contradict each other. Unknown, where the frontier cannot be extrapolated; logits alone do not decide.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class Cell:
 
     @property
     def risk(self) -> float | None:
-        """That it diverges: the mean of what there is evidence of."""
-        risks = [risk for risk in (self.logit_risk, self.frontier_risk) if risk is not None]
-        return sum(risks) / len(risks) if risks else None
+        """That it diverges: the mean of both; ``None``: the verdict is unknown."""
+        if self.frontier_risk is None or self.logit_risk is None:
+            return self.frontier_risk
+        return (self.frontier_risk + self.logit_risk) / 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Forecast:
         critical: The attention logit beyond which runs diverge; ``None``: the recipe bounds it, or none was measured.
         optimal: The learning rate of the lowest loss; ``None`` with ``optimal_refused``.
         laws: By quantity and learning rate.
+        threshold: The frontier at all sizes.
         best: The learning rate of the lowest loss at each size, as measured.
     """
 
@@ -80,8 +82,9 @@ class Forecast:
     critical: Prediction | None
     optimal: Prediction | None
     optimal_refused: str | None
-    notes: tuple[str, ...]
+    notes: list[str]
     laws: dict[str, dict[float, Law]]
+    threshold: Threshold
     best: tuple[Point, ...]
 
 
@@ -124,8 +127,9 @@ def forecast(group: Group, size: float, rates: Sequence[float] | None = None, ep
         critical=None if critical is None else Prediction.of(critical.draws(size)),
         optimal=optimal,
         optimal_refused=optimal_refused,
-        notes=tuple(notes),
+        notes=notes,
         laws=laws,
+        threshold=frontier,
         best=tuple(best),
     )
 
@@ -160,9 +164,7 @@ class _Target:
             text = f"gradient RMS: {shown(gradient)}, {times:.2g} times ε = {self.eps:g}"
             evidence.append(text + (": ε is too large" if times < ABOVE_EPS else ": ε may be too large" if few else ""))
         signs = Signs(verdict, values, logit_risk, self.eps, self.group.runs[0].row)
-        return Cell(
-            rate, values, refused, logit_risk, frontier_risk, verdict, tuple(evidence), advise(signs)
-        )
+        return Cell(rate, values, refused, logit_risk, frontier_risk, verdict, tuple(evidence), advise(signs))
 
     def draws(self, name: str, rate: float) -> Array | str:
         """log10 of a quantity, or why it is not foretold; between learning rates of the grid, interpolated."""
@@ -203,10 +205,10 @@ class _Target:
 
 def judge(logit_risk: float | None, frontier_risk: float | None) -> Verdict:
     """The verdict of two probabilities to diverge, as said at the top."""
-    risks = [risk for risk in (logit_risk, frontier_risk) if risk is not None]
-    if not risks:
+    if frontier_risk is None:
         return "unknown"
-    if max(risks) < 0.5 and (frontier_risk if frontier_risk is not None else risks[0]) < 1 - SURE:
+    risks = [frontier_risk, frontier_risk if logit_risk is None else logit_risk]
+    if max(risks) < 0.5 and frontier_risk < 1 - SURE:
         return "stable"
     return "unstable" if min(risks) > 0.5 and max(risks) > SURE else "at risk"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ Layers = Literal["first", "largest"]
 # what makes a size; an axis of a sweep that follows from these belongs to the size
 SIZE = ("size", "model.size", "model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.ffn_hidden")
 BOUNDED = ("model.qk_norm", "model.attention_cap", "optimizer.qk_clip")  # any of them bounds the logits softmax sees
+LIKE = ("model.", "optimizer.", "loss.", "batch.global_size", "schedule.")  # what a target shares with the sweep
+INDIFFERENT = ("model.recipe", "model.attention", "model.compile", "model.activation_checkpointing")
 EARLY = 0.02  # of the steps: where Wortsman et al. look, at step 2000 of 100,000; where there is no warm-up
 NEAR = 0.25  # of the step that is wanted: as far may the step be that was measured
 END = 0.1  # of the steps, over which a mean is taken
@@ -149,6 +152,23 @@ def groups(rows: Sequence[Row], measured: Measured, at: int | None = None, layer
         found.setdefault(repr([row.get(axis) for axis in within]), []).append(_run(row, measured, at, layers))
     ordered = [sorted(runs, key=lambda run: (run.rate, run.size, run.seed)) for _, runs in sorted(found.items())]
     return [Group({axis: runs[0].row.get(axis) for axis in within}, tuple(runs)) for runs in ordered]
+
+
+def nearest(groups: Sequence[Group], keys: Mapping[str, Any]) -> tuple[Group, list[str]]:
+    """The group whose configuration is nearest to one, by dotted key, and the keys in which they still differ."""
+    found = [(len(differ := _differences(group, keys)), i, differ) for i, group in enumerate(groups)]
+    _, i, differ = min(found)
+    return groups[i], differ
+
+
+def _differences(group: Group, keys: Mapping[str, Any]) -> list[str]:
+    differ = []
+    for key, value in keys.items():
+        if key.startswith(LIKE) and key not in (RATE, *SIZE, *INDIFFERENT) and key in group.runs[0].row:
+            held = {json.dumps(run.row[key]) for run in group.runs}
+            if len(held) == 1 and not held & {json.dumps(value), json.dumps(json.dumps(value))}:
+                differ.append(key)
+    return differ
 
 
 def _series(table: Any) -> Iterable[tuple[tuple[str, str], Array, Array]]:

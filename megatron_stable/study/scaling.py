@@ -27,6 +27,7 @@ Array = npt.NDArray[np.float64]
 DRAWS = 4000
 INTERVAL = (0.05, 0.5, 0.95)  # low, median and high of what is said: nine in ten are between the ends
 LEAST_SIZES = 3
+FARTHEST = 32.0  # times the largest size: no law is followed farther, whatever the sizes span
 WORST = 0.5  # decades: a law that misses the sizes it knows by more, when fitted without them, is refused
 OTHERS = 2.0  # learning rates: as many of one's own kind all others of a sweep weigh, in what they say of σ and τ
 
@@ -140,11 +141,11 @@ def refusal(sizes: Sequence[float] | Array, size: float) -> str | None:
         have = "no size has" if not len(sizes) else "one size has" if len(sizes) == 1 else f"{len(sizes)} sizes have"
         return f"{have} it, and a law needs {LEAST_SIZES}"
     smallest, largest = min(sizes), max(sizes)
-    span, beyond = largest / smallest, max(size / largest, smallest / size)
-    if beyond > span * (1 + 1e-9):
+    beyond, most = max(size / largest, smallest / size), min(largest / smallest, FARTHEST)
+    if beyond > most * (1 + 1e-9):
         return (
             f"{size:.3g} parameters are a factor of {beyond:.3g} beyond the sizes that have it, {smallest:.3g} to "
-            f"{largest:.3g}; a law is followed no farther than these are apart, a factor of {span:.3g}"
+            f"{largest:.3g}; a law is followed no farther than these are apart, and than {FARTHEST:g}: here, {most:.3g}"
         )
     return None
 
