@@ -64,9 +64,9 @@ class Score(NamedTuple):
 
 def back_test(group: Group) -> BackTest:
     """Foretell the largest size of a group from the others. ConfigError: these are too few."""
-    if len(group.sizes) <= LEAST_SIZES:
+    if (sizes := len(group.sizes)) <= LEAST_SIZES:
         raise ConfigError(
-            f"{group.name} has {len(group.sizes)} sizes: without the largest, a forecast needs {LEAST_SIZES}; "
+            f"{group.name} has {sizes} size{'s' * (sizes > 1)}: without the largest, a forecast needs {LEAST_SIZES}; "
             "add sizes to the sweep, or leave out --leave-out-largest"
         )
     size = group.sizes[-1]

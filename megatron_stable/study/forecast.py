@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 
@@ -247,8 +248,8 @@ def _missing(group: Group, name: str, rate: float) -> str:
 def _trials(runs: Iterable[Run], value: str | None = None) -> list[Trial]:
     """Seeds of a size and learning rate as one trial, at the learning rate or at the mean of a value's logarithm."""
     found = []
-    key = lambda run: (run.rate, run.size)  # noqa: E731
-    for (rate, size), group in groupby(sorted(runs, key=key), key):
+    cells = attrgetter("rate", "size")
+    for (rate, size), group in groupby(sorted(runs, key=cells), cells):
         cell = list(group)
         level = rate if value is None else 10 ** float(np.mean([math.log10(run.values[value]) for run in cell]))
         found.append(Trial(size, level, sum(run.diverged for run in cell) / len(cell)))
@@ -273,8 +274,8 @@ def largest_stable(group: Group) -> dict[float, float | None]:
 def _best_rates(group: Group) -> tuple[list[Point], list[str]]:
     """The learning rate of the lowest loss, of each size and seed; where it lies at the grid's edge, that in words."""
     found, edges = [], []
-    key = lambda run: (run.size, run.seed)  # noqa: E731
-    for (size, seed), of_seed in groupby(sorted(group.runs, key=key), key):
+    models = attrgetter("size", "seed")
+    for (size, seed), of_seed in groupby(sorted(group.runs, key=models), models):
         losses = {run.rate: run.values.get("loss", math.inf) for run in of_seed}
         rates, y = sorted(losses), [losses[rate] for rate in sorted(losses)]
         i = int(np.argmin(y))

@@ -16,14 +16,21 @@ from megatron_stable.files import explain_os_errors
 from megatron_stable.study.scaling import Array
 from megatron_stable.study.table import MEASURED, RATE, SEED, Row, axes
 
-Measured = Mapping[tuple[str, str], tuple[Array, Array]]  # (run, tag): steps, ascending, and values
+Series = tuple[Array, Array]  # steps, ascending, and values
+Measured = Mapping[str, Mapping[str, Series]]  # by run and tag
 Layers = Literal["first", "largest"]
 
 # what makes a size; an axis of a sweep that follows from these belongs to the size
 SIZE = ("size", "model.size", "model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.ffn_hidden")
 BOUNDED = ("model.qk_norm", "model.attention_cap", "optimizer.qk_clip")  # any of them bounds the logits softmax sees
 LIKE = ("model.", "optimizer.", "loss.", "batch.global_size", "schedule.")  # what a target shares with the sweep
-INDIFFERENT = ("model.recipe", "model.attention", "model.compile", "model.activation_checkpointing")
+INDIFFERENT = (
+    "model.recipe",  # its fields speak for it
+    "model.attention",
+    "model.compile",
+    "model.activation_checkpointing",
+    "optimizer.eps",  # the forecast has the target's
+)
 EARLY = 0.02  # of the steps: where Wortsman et al. look, at step 2000 of 100,000; where there is no warm-up
 NEAR = 0.25  # of the step that is wanted: as far may the step be that was measured
 END = 0.1  # of the steps, over which a mean is taken
@@ -34,8 +41,9 @@ class Quantity:
     """A number of a run that goes with its size.
 
     Attributes:
-        tag: Of the probe; one with ``/layer_NN`` in each layer unless ``end`` is 00.
+        tag: Of the probe, without the layer.
         when: early: at one step, about the end of warm-up. late: the mean over the last tenth of the steps.
+        layers: Of the first one, the largest over all, or a number that is one in the whole model.
         what: In words.
     """
 
@@ -128,10 +136,10 @@ def read_measured(sweep: Path) -> Measured:
             raise ConfigError(f"{file} holds no measurements of a sweep: {error}") from error
     wanted = "|".join(quantity.tag for quantity in QUANTITIES.values())
     table = table.filter(pc.match_substring_regex(table["tag"], rf"^({wanted})(/layer_\d+)?$"))
-    found: dict[tuple[str, str], tuple[Array, Array]] = {}
+    found: dict[str, dict[str, Series]] = {}
     for (run, tag), steps, values in _series(table.sort_by([("run", "ascending"), ("tag", "ascending")])):
         order = np.argsort(steps, kind="stable")
-        found[run, tag] = steps[order], values[order]
+        found.setdefault(run, {})[tag] = steps[order], values[order]
     return found
 
 
@@ -187,7 +195,7 @@ def _follows(rows: Sequence[Row], axis: str, others: Sequence[str]) -> bool:
 
 
 def _run(row: Row, measured: Measured, at: int | None, layers: Layers) -> Run:
-    diverged, wanted = row["status"] == "diverged", at or _warm(row)
+    diverged, wanted, own = row["status"] == "diverged", at or _warm(row), measured.get(row["name"], {})
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
 
@@ -201,10 +209,8 @@ def _run(row: Row, measured: Measured, at: int | None, layers: Layers) -> Run:
 
     for name, quantity in QUANTITIES.items():
         which = layers if name == "max_logit" else quantity.layers
-        tags = [quantity.tag + ("/layer_00" if which == "first" else "")]
-        if which == "largest":
-            tags = [tag for run, tag in measured if run == row["name"] and tag.startswith(quantity.tag)]
-        series = [measured[row["name"], tag] for tag in tags if (row["name"], tag) in measured]
+        tag = quantity.tag + {"first": "/layer_00", "largest": "/layer_", "one": ""}[which]
+        series = [each for key, each in own.items() if key.startswith(tag) and (which == "largest" or key == tag)]
         if quantity.when == "early":
             found = _early(row, series, wanted)
         else:
@@ -223,7 +229,7 @@ def _warm(row: Row) -> int:
     return steps or max(1, round(EARLY * (row.get("run.steps") or row.get("steps") or 1)))
 
 
-def _early(row: Row, series: Sequence[tuple[Array, Array]], wanted: int) -> float | str:
+def _early(row: Row, series: Sequence[Series], wanted: int) -> float | str:
     """The largest of the series at the measured step that is nearest to the one that is wanted."""
     found = []
     for steps, values in series:
@@ -237,7 +243,7 @@ def _early(row: Row, series: Sequence[tuple[Array, Array]], wanted: int) -> floa
     return float(np.max(found)) if found else "not measured"
 
 
-def _late(row: Row, series: Sequence[tuple[Array, Array]]) -> float | str:
+def _late(row: Row, series: Sequence[Series]) -> float | str:
     """The largest of the series' magnitudes, each its mean over the last tenth of the steps."""
     means = []
     for steps, values in series:

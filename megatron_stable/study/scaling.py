@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +92,7 @@ class Law:
             )
         return None
 
-    @property
+    @cached_property
     def error(self) -> float:
         """Root mean square, in decades, of what the law says of each size if fitted without it, to what was there."""
         keep = ~np.eye(len(self.x), dtype=bool)

@@ -49,7 +49,7 @@ def test_intervals_hold_nine_in_ten_of_what_comes() -> None:
 
 def test_a_line_has_students_interval() -> None:
     x, y = np.array([6.0, 7.0, 8.0, 9.0]), np.array([1.0, 1.52, 1.97, 2.51])
-    law = only(fit_laws({1.0: points(x, y)})[1.0], TAU == TAU.min())
+    law = only(fit_laws({1.0: points(x, y)})[1.0], TAU <= TAU.min())
     low, median, high = np.log10([(p := Prediction.of(law.draws(1e10))).low, p.median, p.high])
     slope, level = np.polyfit(x, y, 1)
     deviation = np.sqrt(((y - slope * x - level) ** 2).sum() / 2)
@@ -66,12 +66,14 @@ def test_a_parabola_without_noise_is_followed() -> None:
     assert found.low < 10**3.7 < found.high < 1.3 * found.low
 
 
-def test_a_line_that_others_show_to_be_one_is_surer_than_one_by_itself() -> None:
-    x = np.array([6.0, 7.0, 8.0])
-    series = {rate: points(x, 0.5 * x - 2, noise=0.02, draw=np.random.default_rng(i)) for i, rate in enumerate(RATES)}
-    alone, among = fit_laws({1.0: series[1.0]})[1.0], fit_laws(series)[1.0]
-    widths = [np.log10(p.high / p.low) for p in (Prediction.of(law.draws(1e9)) for law in (alone, among))]
-    assert widths[1] < 0.75 * widths[0]
+def test_a_line_among_lines_is_surer_than_one_by_itself() -> None:
+    x, widths = np.array([6.0, 7.0, 8.0]), np.empty((20, 2))
+    for i in range(len(widths)):
+        draw = np.random.default_rng(i)
+        series = {rate: points(x, 0.5 * x - 2, noise=0.02, draw=draw) for rate in RATES}
+        alone, among = fit_laws({1.0: series[1.0]})[1.0], fit_laws(series)[1.0]
+        widths[i] = [np.log10(p.high / p.low) for p in (Prediction.of(law.draws(1e9)) for law in (alone, among))]
+    assert widths[:, 1].mean() < 0.8 * widths[:, 0].mean()
 
 
 def test_it_widens_with_the_distance() -> None:
