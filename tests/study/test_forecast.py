@@ -10,7 +10,7 @@ import pytest
 
 from megatron_stable.analysis.drawing import svg
 from megatron_stable.errors import ConfigError
-from megatron_stable.study.advice import ADVICE, ABOVE_EPS, CRITICAL, DRIFT
+from megatron_stable.study.advice import ABOVE_EPS, ADVICE, CRITICAL, DRIFT
 from megatron_stable.study.backtest import back_test, score
 from megatron_stable.study.forecast import forecast, judge, largest_stable
 from megatron_stable.study.forecast_figures import figures
@@ -218,13 +218,13 @@ PUBLISHED = """
 
 
 def test_published_losses_of_the_largest_size_are_foretold_from_the_others() -> None:
-    """flxst/output-embedding-centering, loss_overview_all.csv: baseline, z-loss, μ-loss at 3e-4 to 3e-2, a seed each."""
+    """flxst/output-embedding-centering, loss_overview_all.csv: baseline, z-loss, μ-loss; 3e-4 to 3e-2, a seed each."""
     table = np.array([list(map(float, line.split())) for line in PUBLISHED.strip().splitlines()])
-    sizes, losses = table[:, 0] * 1e6, table[:, 1:].reshape(5, 3, 5)
+    sizes, losses = (table[:, 0] * 1e6).tolist(), table[:, 1:].reshape(5, 3, 5)
     held = []
     for recipe in range(3):
         series = {
-            float(rate): [Point(float(n), 0, float(loss)) for n, loss in zip(sizes[:4], losses[:4, recipe, rate])]
+            float(rate): [Point(n, 0, loss) for n, loss in zip(sizes[:4], losses[:4, recipe, rate], strict=True)]
             for rate in range(5)
         }
         foretold = {rate: Prediction.of(law.draws(sizes[-1])) for rate, law in fit_laws(series).items()}
