@@ -357,6 +357,9 @@ def _guard(config: Config) -> list[Problem]:
                 "set guard.mode to drop or recover, or guard.drop_spikes=false",
             )
         )
+    if guard.collapse is not None and guard.mode == "off":
+        message = f"guard.collapse {guard.collapse:g} has no effect with guard.mode off: set guard.mode=watch"
+        found.append(Problem(("guard.collapse", "guard.mode"), message))
     if guard.warmup > guard.window:
         found.append(
             Problem(

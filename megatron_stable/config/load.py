@@ -33,22 +33,33 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: the file cannot be read, or one line for each of the problems in it and in the overrides.
     """
+    config, problems = examine(path, overrides)
+    fail(str(path) if path is not None else "configuration", problems)
+    assert config is not None  # an invalid one has problems
+    return config
+
+
+def examine(path: str | Path | None = None, overrides: Sequence[str] = ()) -> tuple[Config | None, list[Problem]]:
+    """The configuration and all that is wrong with it; without the configuration where it is no valid one.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     given = _read(Path(path)) if path is not None else {}
     problems = _override(given, overrides)
+    valid = True
     try:
         config: Config | None = Config.model_validate(given)
     except ValidationError as error:
         problems += explain(error, given)
-        config = _without(given, problems)
+        config, valid = _without(given, problems), False
     if config is not None:
         # a conflict that follows from a value reported above is no news
         faulty = {key for problem in problems for key in problem.keys}
         if faulty & _NAMED.keys():
             faulty |= {entry.key for entry in entries("model")}
         problems += [conflict for conflict in conflicts(config) if not faulty.intersection(conflict.keys)]
-    fail(str(path) if path is not None else "configuration", problems)
-    assert config is not None  # an invalid one has problems
-    return config
+    return config if valid else None, problems
 
 
 def parse_config(values: dict[str, Any]) -> Config:

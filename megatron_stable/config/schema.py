@@ -326,6 +326,11 @@ class GuardConfig(Section):
     as many, and so on."""
     drift: float = Field(0.1, gt=0)
     """A loss that has risen above its lowest level by this part of it, however slowly, is asked about as well."""
+    collapse: float | None = Field(None, gt=0)
+    """Once the run has lost this part of all that it had learnt, and not regained it for `collapse_steps`, it ends with
+    exit code 3, or in mode recover goes back; 1: all; null: do not look. Sweeps set 0.5 (docs/sweep.md)."""
+    collapse_steps: int = Field(50, ge=1)
+    """Steps for which what was learnt must be lost."""
     drop_spikes: bool = False
     """Do not make updates at a spike of loss or gradient norm either (as OLMo-core's SkipStep does)."""
     max_consecutive_drops: int = Field(10, ge=1)

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from megatron_stable.config.schema import GuardConfig
 from megatron_stable.numbers import finite
 from megatron_stable.stability import opinion as opinions
+from megatron_stable.stability.collapse import Collapse
 from megatron_stable.stability.detector import GRAD_NORM, LOSS, QUIET, DetectorState, SpikeDetector, Verdict
 from megatron_stable.stability.drift import DriftState
 from megatron_stable.stability.events import (
@@ -93,6 +94,7 @@ class GuardState(BaseModel):
         detectors: By series.
         watched: By series.
         drift: For rises too slow to stand out.
+        collapse: For what was learnt and lost again.
         memory: Losses of the latest steps, for second opinions.
         drops: Recent steps without an update.
         consecutive: Of these, in a row.
@@ -107,6 +109,7 @@ class GuardState(BaseModel):
     detectors: dict[Series, DetectorState] = {}
     watched: dict[Series, _Watched] = {}
     drift: DriftState = DriftState()
+    collapse: Collapse = Collapse()
     memory: tuple[Recorded, ...] = ()
     drops: tuple[int, ...] = ()
     consecutive: int = 0
@@ -139,7 +142,8 @@ class Guard:
         for name, detector in self.detectors.items():
             detector.load(state.detectors.get(name, DetectorState()))
         self.watched = {name: state.watched.get(name, _Watched()).model_copy() for name in self.detectors}
-        self.drift, self.memory = state.drift, deque(state.memory, opinions.REMEMBERED)
+        self.drift, self.collapse = state.drift, state.collapse
+        self.memory = deque(state.memory, opinions.REMEMBERED)
         self.drops = list(state.drops)
         self.consecutive, self.overflows = state.consecutive, state.overflows
         self.asked, self.ask, self.data_blamed = state.asked, state.ask, state.data_blamed
@@ -150,6 +154,7 @@ class Guard:
             detectors={name: detector.state() for name, detector in self.detectors.items()},
             watched={name: series.model_copy() for name, series in self.watched.items()},
             drift=self.drift,
+            collapse=self.collapse,
             memory=tuple(self.memory),
             drops=tuple(self.drops),
             consecutive=self.consecutive,
@@ -185,6 +190,8 @@ class Guard:
         verdicts = {name: self.detectors[name].update(step, value) for name, value in seen.items()}
         if isfinite(loss) and verdicts["loss"].kind != "spike":
             self.drift = self.drift.followed_by(step, loss, self.config.patience)
+        if self.config.collapse is not None:
+            self.collapse = self.collapse.followed_by(step, loss, self.config.collapse)
         events = [event for name, value in seen.items() for event in self._turn(name, step, value, verdicts[name])]
         if rule is None and self.config.drop_spikes and any(verdict.kind == "spike" for verdict in verdicts.values()):
             rule = "spike"
@@ -205,7 +212,9 @@ class Guard:
             take=rule is None,
             bad=rule is not None or (of_loss is not None and of_loss.kind in ("spike", *STAYS)),
             events=tuple(events),
-            trouble=self._dropped_too_many(step, rule) or self._diverged(step, of_loss, question),
+            trouble=self._dropped_too_many(step, rule)
+            or self._collapsed(step)
+            or self._diverged(step, of_loss, question),
             question=question,
             scores={name: verdicts[name].score if name in verdicts else inf for name in self.detectors},
         )
@@ -308,6 +317,14 @@ class Guard:
             reason = f"{len(self.drops)} updates were dropped within {RECENT} steps, the last for a {rule}"
             return Trouble("total drops", self._onset(step), step, reason)
         return None
+
+    def _collapsed(self, step: int) -> Trouble | None:
+        onset = self.collapse.onset
+        if onset is None or step - onset + 1 < self.config.collapse_steps:
+            return None
+        part = f"{self.collapse.rise:.0%}" if isfinite(self.collapse.rise) else "all"
+        reason = f"{part} of what was learnt is lost, and has been since step {onset} (guard.collapse)"
+        return Trouble("collapse", onset, step, reason)
 
     def _diverged(self, step: int, loss: Verdict | None, question: Question | None) -> Trouble | None:
         """A divergence by the curve alone, where there is nothing to ask about."""

@@ -135,6 +135,8 @@ def read_measured(sweep: Path) -> Measured:
         except (pa.ArrowInvalid, KeyError) as error:
             raise ConfigError(f"{file} holds no measurements of a sweep: {error}") from error
     wanted = "|".join(quantity.tag for quantity in QUANTITIES.values())
+    for column in ("run", "tag"):  # a dictionary, as `sweep` writes them
+        table = table.set_column(table.column_names.index(column), column, table[column].cast(pa.string()))
     table = table.filter(pc.match_substring_regex(table["tag"], rf"^({wanted})(/layer_\d+)?$"))
     found: dict[str, dict[str, Series]] = {}
     for (run, tag), steps, values in _series(table.sort_by([("run", "ascending"), ("tag", "ascending")])):

@@ -1,10 +1,12 @@
 """The table of a sweep: a row for each run, with its configuration, what became of it, and what was measured in it.
 
 Columns, in this order: ``RESULTS`` below; a column for each axis that has labels (``size``); a column for each probe,
-under its tag without the layer (``attention/max_logit``, ``output_norm/qkv``); a column for each field of the
-configuration, by dotted key (``optimizer.learning_rate``). A value that is not known is null; losses are nats per
-token. Beside ``table.csv`` and ``table.parquet`` lies ``probes.parquet``, which has a row for each number that was
-measured: run, step, tag, value.
+under its tag without the layer (``attention/max_logit``, ``output_norm/qkv``): its mean over the last tenth of the run,
+of the layer that has the largest, or for ``SMALLEST`` the smallest; a column for each field of the configuration, by
+dotted key (``optimizer.learning_rate``). A value that is not known is null; losses are nats per token.
+
+Beside ``table.csv`` and ``table.parquet`` lies ``probes.parquet``, with a row for each number that was measured: run,
+step, tag, value.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ RESULTS = {
     "tokens_per_second": "median",
 }
 TIMES = ("seconds", "tokens_per_second")  # differ from one run of a sweep to the next
+SMALLEST = ("attention/entropy", "grad_rms", "moment_rms")  # of the layers, the smallest; of other probes, the largest
 STATUS = ("finished", "diverged", "failed", "unfinished")
 
 

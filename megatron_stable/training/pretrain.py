@@ -33,7 +33,8 @@ Tell = Callable[[MegatronStableError], None]
 
 
 def train(config: Config, tell: Tell = lambda error: None) -> None:
-    """Train, on this rank of whatever launcher started it; alone without one. Returns when the run has ended.
+    """Train, on this rank of whatever launcher started it; alone without one. Returns when the run has ended. A process
+    group that is there already is used, and left.
 
     Args:
         tell: Called with an error that is the same on all ranks, before any of them ends.
@@ -56,6 +57,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
     starters = Starters() if config.run.on_hangup == "stop" else None  # before anything that takes time
     if config.run.deterministic:
         make_deterministic()
+    own = not dist.is_initialized()
     # the lifeline loses patience first
     place = join_world(
         config.run.patience + 2 * SLOW, config.run.join_timeout, config.by_key(), config.logging.verbosity == "debug"
@@ -70,12 +72,14 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
                 tell(error)
                 everywhere(None)  # launchers end all ranks when the first ends, which may not be the one that tells
                 lifeline.leave()
-                dist.destroy_process_group()
+                if own:
+                    dist.destroy_process_group()
             else:
                 lifeline.crash(_cause(error), _code(error))
             raise
         lifeline.leave()
-    dist.destroy_process_group()
+    if own:
+        dist.destroy_process_group()
 
 
 def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_words: LastWords, place: str) -> None:

@@ -82,5 +82,8 @@ def write(directory: Path, rows: list[Row], measured: list[tuple[str, int, str, 
     directory.mkdir(exist_ok=True)
     write_table(rows, directory)
     columns = dict(zip(("run", "step", "tag", "value"), map(list, zip(*measured, strict=True)), strict=True))
-    pa.parquet.write_table(pa.table(columns), directory / MEASURED)
+    table = pa.table(columns)
+    for i, name in ((0, "run"), (2, "tag")):
+        table = table.set_column(i, name, table[name].dictionary_encode())
+    pa.parquet.write_table(table, directory / MEASURED)
     return directory
