@@ -16,7 +16,7 @@ from megatron_stable.config.load import load_config
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import explain_os_errors, write_file
 from megatron_stable.study.backtest import BackTest, back_test, score
-from megatron_stable.study.forecast import Cell, Forecast, largest_stable, percent, shown
+from megatron_stable.study.forecast import Cell, Forecast, largest_stable, one_sided, percent, shown
 from megatron_stable.study.forecast import forecast as foretell
 from megatron_stable.study.forecast_figures import figures
 from megatron_stable.study.observations import QUANTITIES, Group, groups, nearest, read_measured
@@ -179,10 +179,10 @@ def _print(made: Forecast) -> None:
 
 
 def _safe(made: Forecast) -> str:
-    if made.frontier is None:
+    if made.frontier_refused:
         return f"not foretold, {made.frontier_refused}"
-    if made.safe is None:
-        return "none of the grid"
+    if made.safe is None or made.frontier is None:
+        return "none of the grid" if made.safe is None else f"{made.safe:.3g}; {one_sided(made.group)}"
     if made.safe < made.frontier.low:
         return f"{made.safe:.3g} at least: the largest of the grid, and runs diverge at {shown(made.frontier)}"
     return f"{made.safe:.3g}; runs diverge at {shown(made.frontier)}"
@@ -266,6 +266,7 @@ def _facts(made: Forecast) -> dict[str, Any]:
         "cells": list(map(_cell_facts, made.cells)),
         "largest_stable_measured": {f"{size:.0f}": rate for size, rate in largest_stable(made.group).items()},
         "diverges_at": made.frontier and made.frontier._asdict(),
+        "diverges_at_refused": made.frontier_refused or (one_sided(made.group) if made.frontier is None else None),
         "largest_safe": made.safe,
         "critical_logit": made.critical and made.critical._asdict(),
         "lowest_loss": made.optimal and made.optimal._asdict(),

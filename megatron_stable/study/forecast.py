@@ -64,7 +64,8 @@ class Forecast:
     """What the runs of a group say of a size.
 
     Attributes:
-        frontier: The learning rate at which a run of the size diverges; ``None`` with ``frontier_refused``.
+        frontier: The learning rate at which a run of the size diverges; ``None`` with ``frontier_refused``, or where
+            none diverged, or all: then it is only known to lie above the grid, or below.
         safe: The largest learning rate that is safe: the frontier's lower end, and no more than was tried.
         critical: The attention logit beyond which runs diverge; ``None``: the recipe bounds it, or none was measured.
         optimal: The learning rate of the lowest loss; ``None`` with ``optimal_refused``.
@@ -106,25 +107,21 @@ def forecast(group: Group, size: float, rates: Sequence[float] | None = None, ep
     best, edges = _best_rates(group)
     optimal, optimal_refused = _optimal(best, edges, size)
     where = None if frontier_refused else Prediction.of(frontier.draws(size))
-    some_diverged, some_stable = any(run.diverged for run in group.runs), not all(run.diverged for run in group.runs)
-    notes = []
+    beyond = one_sided(group)
+    notes = [] if beyond is None else [f"{beyond}: from where on runs diverge is not known any closer"]
     if size > CHECKED * group.sizes[-1]:
         notes.append(
             f"{size / group.sizes[-1]:.3g} times the largest size of the sweep: farther than the {CHECKED:g} times at "
             "which arXiv 2309.14322 checked its forecast"
         )
-    if not some_diverged:
-        notes.append("no run diverged: of the frontier it is only known that it lies above the grid")
-    if not some_stable:
-        notes.append("all runs diverged: of the frontier it is only known that it lies below the grid")
     return Forecast(
         group=group,
         size=size,
         eps=eps,
         cells=cells,
-        frontier=where,
+        frontier=where if beyond is None else None,
         frontier_refused=frontier_refused,
-        safe=min(where.low, group.rates[-1]) if where is not None and some_stable else None,
+        safe=None if where is None or all(run.diverged for run in group.runs) else min(where.low, group.rates[-1]),
         critical=None if critical is None else Prediction.of(critical.draws(size)),
         optimal=optimal,
         optimal_refused=optimal_refused,
@@ -200,8 +197,8 @@ class _Target:
         if self.frontier is None:
             return None, f"frontier: not foretold, {self.frontier_refused}"
         risk = self.frontier.probability(self.size, rate)
-        where = Prediction.of(self.frontier.draws(self.size))
-        return risk, f"frontier: runs of this size diverge at about {shown(where)}: {percent(risk)} likely to diverge"
+        where = f"runs of this size diverge at about {shown(Prediction.of(self.frontier.draws(self.size)))}"
+        return risk, f"frontier: {one_sided(self.group) or where}: {percent(risk)} likely to diverge"
 
 
 def judge(logit_risk: float | None, frontier_risk: float | None) -> Verdict:
@@ -260,6 +257,15 @@ def _critical(runs: Sequence[Run]) -> Threshold | None:
     """The logit beyond which runs diverge: before any is seen, the paper's to within a factor of ten."""
     runs = [run for run in runs if "max_logit" in run.values]
     return fit_threshold(_trials(runs, "max_logit"), Normal(math.log10(CRITICAL), 1.0)) if runs else None
+
+
+def one_sided(group: Group) -> str | None:
+    """What the runs say of the frontier, if they are all on one side of it."""
+    if not any(run.diverged for run in group.runs):
+        return f"no run of the sweep diverged, up to {group.rates[-1]:g}"
+    if all(run.diverged for run in group.runs):
+        return f"all runs of the sweep diverged, down to {group.rates[0]:g}"
+    return None
 
 
 def largest_stable(group: Group) -> dict[float, float | None]:

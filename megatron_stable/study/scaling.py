@@ -30,7 +30,7 @@ INTERVAL = (0.05, 0.5, 0.95)  # low, median and high of what is said: nine in te
 LEAST_SIZES = 3
 FARTHEST = 32.0  # times the largest size: no law is followed farther, whatever the sizes span
 WORST = 0.5  # decades: a law that misses the sizes it knows by more, when fitted without them, is refused
-OTHERS = 2.0  # learning rates: as many of one's own kind all others of a sweep weigh, in what they say of σ and τ
+OTHERS = 1.0  # as many learning rates all others of a sweep count for together, in what they say of σ and τ
 
 # decades, and decades per decade²; uniform in their logarithms
 SIGMA, TAU = np.meshgrid(np.logspace(-3.5, 0, 22), np.logspace(-2.5, 0.25, 12), indexing="ij")

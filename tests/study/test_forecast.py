@@ -141,6 +141,19 @@ def test_too_few_sizes_or_too_far_is_unknown() -> None:
     assert "farther than the 4 times" in far.notes[0]
 
 
+def test_where_no_run_diverged_or_all_did_the_frontier_is_a_bound() -> None:
+    rows, _ = sweep(recipes=("qk_norm",), seeds=1)
+    low = [row for row in rows if row[RATE] < 0.004]
+    for status, verdict, said in (
+        ("finished", "stable", "no run of the sweep diverged, up to 0.00316"),
+        ("diverged", "unstable", "all runs of the sweep diverged, down to 0.000316"),
+    ):
+        found = forecast(groups([row | {"status": status} for row in low], {})[0], 2.6e8)
+        assert found.frontier is None and said in found.notes[0] and said in found.cells[1].evidence[1]
+        assert found.cells[1].verdict == verdict
+        assert (found.safe is None) == (status == "diverged")
+
+
 def test_order_of_rows_changes_nothing(directory: Path, both: list[Group]) -> None:
     rows = read_table(directory)
     random.Random(0).shuffle(rows)
