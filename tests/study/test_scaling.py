@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from megatron_stable.study.scaling import TAU, Law, Point, Prediction, fit_laws, refusal
+from megatron_stable.study.scaling import SIGMA, TAU, Law, Point, Prediction, fit_laws, refusal
 
 TAU_IS_LEAST = np.isclose(TAU, TAU.min())
 RATES = [10.0**-i for i in range(6)]
@@ -57,6 +57,16 @@ def test_a_line_has_students_interval() -> None:
     wide = 2.920 * deviation * np.sqrt(1 + 1 / 4 + 2.5**2 / 5)  # t of 2 degrees of freedom, 95 %
     assert median == pytest.approx(slope * 10 + level, abs=0.005)
     assert (high - median, median - low) == pytest.approx((wide, wide), rel=0.1)
+
+
+def test_a_curvature_of_any_size_is_least_squares_with_a_parabola() -> None:
+    x, y = np.array([6.0, 6.6, 7.3, 8.0]), np.array([1.0, 1.52, 1.97, 2.91])
+    sigma = SIGMA[np.abs(SIGMA - 0.02).argmin() // SIGMA.shape[1], 0]
+    law = only(fit_laws({1.0: points(x, y)})[1.0], np.isclose(TAU, TAU.max()) & np.isclose(SIGMA, sigma))
+    draws, at = law.draws(10**8.7), np.vander([8.7], 3)
+    assert draws.mean() == pytest.approx(np.polyval(np.polyfit(x, y, 2), 8.7), abs=0.005)
+    leverage = (at @ np.linalg.inv(np.vander(x, 3).T @ np.vander(x, 3)) @ at.T).item()
+    assert draws.std() == pytest.approx(sigma * np.sqrt(1 + leverage), rel=0.03)
 
 
 def test_a_parabola_without_noise_is_followed() -> None:
