@@ -21,7 +21,7 @@ from megatron_stable.parallel.topology import TensorParallel, Topology
 def seed_step(seed: int, step: int, topology: Topology) -> None:
     """Seed the default generators for an optimizer step (from 1): alike over TP, different over DP and PP."""
     key = f"{seed}:{step}:{topology.data_rank}:{topology.stage}"
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1)
+    _seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1)
 
 
 @contextmanager
@@ -34,8 +34,17 @@ def sharded_region(tp: TensorParallel) -> Iterator[None]:
     fork = int(torch.randint(2**62, ())) + tp.rank
     # this rank's device alone: left to itself, fork_rng saves the state of all and warns that there are many
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(fork)
+        _seed(fork)
         yield
+
+
+def _seed(seed: int) -> None:
+    """Seed the generators of the CPU and of this rank's GPU. ``torch.manual_seed`` would also note down each time, with
+    a stack trace, what to do with devices that are not there.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 def dropout(x: Tensor, probability: float, training: bool, tp: TensorParallel) -> Tensor:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.launching.local import OWN_GROUP, gpu_count
+from megatron_stable.parallel.launcher import alone
 from megatron_stable.study.grid import Cell
 from megatron_stable.study.outcome import Ended, write_ended
 from megatron_stable.study.worker import OUTPUT, Answer
@@ -144,7 +145,7 @@ class _Worker:
     def __init__(self, devices: str | None, jobs: int) -> None:
         self.devices, self.cell, self.over = devices, None, False
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+        environment = {"OMP_NUM_THREADS": threads, **alone()}
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         command = [sys.executable, "-m", "megatron_stable.study.worker"]
