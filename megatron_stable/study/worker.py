@@ -10,6 +10,7 @@ may have left anything behind.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -83,6 +84,7 @@ def _train(config: Config) -> Ended | None:
 
     join_world()  # once: the next run finds it joined
     train(config)
+    gc.collect()  # a model is full of cycles, and the next one should not have to stand beside it
     return None
 
 
