@@ -181,10 +181,13 @@ def test_a_worker_that_is_killed_is_replaced_and_parts_share_the_work(tmp_path: 
     )
     process = start(path, "--part", "2/2")
     await_step(process, run, 2)
+    workers = family(process)
+    for worker in workers:
+        worker.suspend()
     code, said = sweep(path, "--part", "2/2")
-    assert code == 2 and "is being trained by another process" in said
-    for worker in family(process):
+    for worker in workers:
         worker.kill()
+    assert code == 2 and "is being trained by another process" in said
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert "learning_rate=0.03 failed, and is tried again: its process was killed by SIGKILL" in said
