@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.event import one_line
 from megatron_stable.study.sensitivity import Group, groups_of, rates_of
-from megatron_stable.study.table import MEASURED, RATE, TABLE, Row, read_table
-
-GRID = "sweep.yaml"  # of a sweep's directory: what is to be run
+from megatron_stable.study.table import FILE, MEASURED, RATE, TABLE, Row, read_table
 
 
 @dataclass(frozen=True)
@@ -31,10 +28,8 @@ class Sweep:
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a path is a sweep's directory, or a table. A run of a sweep may have a file of the name ``GRID``, too."""
-    if path.suffix in (".csv", ".parquet") or (path / f"{TABLE}.parquet").exists():
-        return True
-    return (path / GRID).exists() and not RunDirectory(path).config.exists()
+    """Whether a path is a sweep's directory, or a table."""
+    return path.suffix in (".csv", ".parquet") or any((path / name).exists() for name in (FILE, f"{TABLE}.parquet"))
 
 
 def open_sweep(path: Path) -> Sweep:

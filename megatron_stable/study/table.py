@@ -26,7 +26,8 @@ Row = dict[str, Any]
 
 RATE, SEED = "optimizer.learning_rate", "run.seed"
 PRESETS = ("model.size", "model.recipe")  # fields from which others follow
-TABLE, MEASURED = "table", "probes.parquet"
+# in the directory of a sweep: what made it, its runs, and what was measured in them
+FILE, TABLE, MEASURED = "sweep.yaml", "table", "probes.parquet"
 
 RESULTS = {
     "name": "of the run; its directory is runs/NAME",

@@ -38,6 +38,7 @@ class Answer(Persisted):
 
 
 OUTPUT = "output.log"
+START = "start.yaml"  # what the ranks of a run read
 TAIL = 1 << 20  # bytes of metrics.jsonl that have its last record
 
 
@@ -92,7 +93,7 @@ def _launch(config: Config, ranks: int) -> Ended | None:
     """Train on several ranks, each a process of its own."""
     from megatron_stable.launching.local import TRAINING, launch
 
-    path = Path(config.run.directory) / "sweep.yaml"
+    path = Path(config.run.directory) / START
     write_file(path, dump_config(config).encode())
     code = launch(TRAINING, ["--config", str(path)], ranks)
     if code == 0:

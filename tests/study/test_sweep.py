@@ -197,3 +197,19 @@ def test_a_worker_that_is_killed_is_replaced_and_parts_share_the_work(tmp_path: 
         "learning_rate=0.03": "finished",
         "learning_rate=0.1": "unfinished",
     }
+
+
+def test_runs_of_several_ranks(tmp_path: Path) -> None:
+    collapse = {RATE: 1e4, "guard.collapse": 0.2, "guard.collapse_steps": 4}
+    path = write_sweep(
+        tmp_path,
+        axes={"case": {"fine": {RATE: 1e-2}, "diverges": collapse}, "parallel.tensor": [2]},
+        ranks=2,
+    )  # fmt: skip
+    code, said = sweep(path, "--jobs", "1")
+    assert code == 0, said
+    fine, diverges = read_table(tmp_path / "sweep")
+    assert (fine["status"], fine["steps"], fine["parallel.tensor"]) == ("finished", STEPS, 2)
+    assert diverges["status"] == "diverged" and "of what was learnt is lost" in diverges["reason"]
+    told = json.loads((tmp_path / "sweep" / "runs" / fine["name"] / "ranks.json").read_text())
+    assert len(told["ranks"]) == 2
