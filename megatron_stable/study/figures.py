@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_stable.analysis.report.figures import Drawn
 from megatron_stable.numbers import finite
-from megatron_stable.study.criteria import diverged
+from megatron_stable.study.criteria import best_score, diverged
 from megatron_stable.study.outputs import ALIKE, outputs
 from megatron_stable.study.panels import BARE, FULL, HOLLOW, Line, Panel, Point, draw, short
 from megatron_stable.study.reading import Sweep
@@ -102,7 +102,7 @@ def _over_seeds(label: str, group: Group, places: dict[int, float], column: str,
         places: Where to draw each, by its place among the sweep's.
         log: Whether to take the mean of logarithms.
     """
-    points, crosses = [], []
+    points, crosses, best = [], [], best_score(group.rows)
     for place, x in places.items():
         runs = [curve[place] for curve in group.curves.values()]
         if not any(runs):  # this group was not to have this rate; where a run is lost, the line breaks
@@ -111,7 +111,7 @@ def _over_seeds(label: str, group: Group, places: dict[int, float], column: str,
         there = [(row, value) for row, value in there if value > 0]
         values = [value for _, value in there] or [float("nan")]
         mean = np.exp(np.mean(np.log(values))) if log else np.mean(values)
-        lost = [(x, value) for row, value in there if diverged(row)]
+        lost = [(x, value) for row, value in there if diverged(row, best)]
         mark = BARE if len(lost) == len(there) and len(set(lost)) == 1 else HOLLOW if len(there) < len(runs) else FULL
         points.append(Point(x, float(mean), min(values), max(values), mark))
         crosses += lost

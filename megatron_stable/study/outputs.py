@@ -13,7 +13,7 @@ from megatron_stable.errors import DataError
 from megatron_stable.files import explain_os_errors
 from megatron_stable.numbers import finite
 from megatron_stable.stability.probes import LINEARS
-from megatron_stable.study.criteria import diverged
+from megatron_stable.study.criteria import best_score, diverged
 from megatron_stable.study.panels import Line, Panel, Point, draw, short
 from megatron_stable.study.sensitivity import Group
 from megatron_stable.study.table import RATE, SEED, Row
@@ -37,7 +37,9 @@ def outputs(groups: Sequence[Group], probes: Path) -> Iterator[Drawn]:
     """
     runs = contrast(groups) if probes.is_file() else []
     series = [over_time(probes, row["name"]) for _, row in runs]
-    labels = [f"{group.name}: {short(row[RATE])}, {'diverged' if diverged(row) else 'stable'}" for group, row in runs]
+    labels = [
+        f"{group.name}: {short(row[RATE])}, {'diverged' if _diverged(group, row) else 'stable'}" for group, row in runs
+    ]
     panels = [
         Panel(NAMES[point], [Line(label, found[point]) for label, found in zip(labels, series, strict=True)])
         for point in LINEARS
@@ -59,9 +61,13 @@ def contrast(groups: Sequence[Group]) -> list[tuple[Group, Row]]:
     Best at the same learning rate and of the same size, the largest there is. Without a pair: the last run, or none.
     """
     runs = [(group, row) for group in groups for row in group.rows if finite(row.get(MEASURED)) is not None]
-    ended = {verdict: [run for run in runs if diverged(run[1]) is verdict] for verdict in (True, False)}
+    ended = {verdict: [run for run in runs if _diverged(*run) is verdict] for verdict in (True, False)}
     pairs = [(lost, kept) for lost in ended[True] for kept in ended[False] if _unlike(lost, kept) == 1]
     return [*min(pairs, key=_remoteness)] if pairs else runs[-1:]
+
+
+def _diverged(group: Group, row: Row) -> bool | None:
+    return diverged(row, best_score(group.rows))
 
 
 def _unlike(one: tuple[Group, Row], other: tuple[Group, Row]) -> int:

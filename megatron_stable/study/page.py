@@ -11,7 +11,7 @@ from typing import Any
 from megatron_stable.analysis.report.frame import Section, frame, notes, show
 from megatron_stable.analysis.report.tables import table
 from megatron_stable.config.schema import Config
-from megatron_stable.study.criteria import HOLDS, OTHERS, RISE
+from megatron_stable.study.criteria import HOLDS, LACK, OTHERS, RISE
 from megatron_stable.study.figures import figures
 from megatron_stable.study.panels import short
 from megatron_stable.study.reading import Sweep
@@ -112,10 +112,10 @@ def _groups(sweep: Sweep, found: Sequence[Largest]) -> str:
         )
     lead = (
         f"Losses in nats per token. LR sensitivity: mean over all {len(sweep.rates)} learning rates of min(loss, "
-        "initial loss), less the least of them. A run diverged if it could not go on, or had lost again "
-        f"{RISE:.0%} of what it had learnt; the largest stable learning rate is the one up to which at least half of "
-        f"the seeds did not. In brackets: {CONFIDENCE:.0%} intervals, bootstrap over seeds. ≥: runs are missing, or "
-        "the grid ends first."
+        "initial loss), less the least of them. A run diverged if it could not go on, had lost again "
+        f"{RISE:.0%} of what it had learnt, or lacks {LACK:.0%} of what its group learns at the best learning rate. "
+        "The largest stable learning rate is the one up to which at least half of the seeds did not. In brackets: "
+        f"{CONFIDENCE:.0%} intervals, bootstrap over seeds. ≥: runs are missing, or the grid ends first."
     )
     return f'<p class="note">{escape(lead)}</p>' + _table(heads, body, "Groups, table")
 
