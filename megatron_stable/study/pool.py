@@ -14,14 +14,14 @@ from types import FrameType
 from typing import NamedTuple
 
 from megatron_stable.errors import ConfigError
-from megatron_stable.launching.local import OWN_GROUP, gpu_count
+from megatron_stable.launching.local import OWN_GROUP, gpu_count, ignored
 from megatron_stable.parallel.launcher import alone
 from megatron_stable.study.grid import Cell
 from megatron_stable.study.outcome import Ended, write_ended
 from megatron_stable.study.worker import OUTPUT, Answer
+from megatron_stable.training.stop import SIGNALS
 
 EVERY = 0.5  # seconds between looks at what goes on
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Change(NamedTuple):
@@ -129,7 +129,7 @@ class Pool:
                 worker.signal(signal.SIGKILL if self._stopping else signal.SIGTERM)
             self._stopping = True
 
-        before = {number: signal.signal(number, receive) for number in SIGNALS}
+        before = {number: signal.signal(number, receive) for number in SIGNALS if not ignored(number)}
         try:
             yield
         finally:

@@ -39,7 +39,7 @@ class Answer(Persisted):
 
 OUTPUT = "output.log"
 START = "start.yaml"  # what the ranks of a run read
-TAIL = 1 << 20  # bytes of metrics.jsonl that have its last record
+WHOLE, GLANCE = 1 << 20, 1 << 13  # bytes of metrics.jsonl that have its last record, or one of its last
 
 
 def main() -> None:
@@ -106,12 +106,12 @@ def _launch(config: Config, ranks: int) -> Ended | None:
 
 def last_step(run: Path) -> int:
     """The last step on record."""
-    return max((int(record.get("step", 0)) for record in last_records(run)), default=0)
+    return max((int(record.get("step", 0)) for record in last_records(run, WHOLE)), default=0)
 
 
-def last_records(run: Path) -> Iterator[dict[str, Any]]:
-    """The last records of a run, as far as they are there."""
-    yield from jsonl.tail(RunDirectory(run).metrics, TAIL)
+def last_records(run: Path, size: int = GLANCE) -> Iterator[dict[str, Any]]:
+    """The records among the last bytes of a run's."""
+    yield from jsonl.tail(RunDirectory(run).metrics, size)
 
 
 def _first_line(error: BaseException) -> str:
