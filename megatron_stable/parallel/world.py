@@ -21,6 +21,9 @@ from megatron_stable.parallel.addresses import interface_of
 from megatron_stable.parallel.joining import meet
 from megatron_stable.parallel.launcher import PORT, Seat, first_machine, seat, start
 
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_given: dict[str, str | None] = {}  # what the environment said of this process's place before it joined
+
 
 def join_world(
     patience: float = 1800.0, timeout: float = 300.0, terms: Mapping[str, Any] | None = None, verbose: bool = False
@@ -41,6 +44,7 @@ def join_world(
             together; or, on this rank alone, it has no GPU.
     """
     mine, environment = seat(), os.environ
+    _given.update({name: environment.get(name) for name in PLACE})
     if mine is None:
         mine = Seat(0, 1, 0)
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
@@ -68,6 +72,15 @@ def join_world(
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return place
+
+
+def leave_world() -> None:
+    """Undo :func:`join_world`, so that this process may join another world."""
+    dist.destroy_process_group()
+    for name, value in _given.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def _begin(backend: str, mine: Seat, terms: Mapping[str, Any], timeout: float, patience: timedelta) -> str:

@@ -80,10 +80,8 @@ def run(config: Config, ranks: int) -> Ended | None:
 
 
 def _train(config: Config) -> Ended | None:
-    from megatron_stable.parallel.world import join_world
     from megatron_stable.training.pretrain import train
 
-    join_world()  # once: the next run finds it joined
     train(config)
     gc.collect()  # a model is full of cycles, and the next one should not have to stand beside it
     return None

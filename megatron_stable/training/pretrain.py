@@ -50,7 +50,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
     from megatron_stable.parallel.agreement import everywhere
     from megatron_stable.parallel.determinism import make_deterministic
     from megatron_stable.parallel.lifeline import SLOW, Lifeline
-    from megatron_stable.parallel.world import join_world
+    from megatron_stable.parallel.world import join_world, leave_world
     from megatron_stable.training.last_words import LastWords
     from megatron_stable.training.stop import StopSignal
 
@@ -73,13 +73,13 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
                 everywhere(None)  # launchers end all ranks when the first ends, which may not be the one that tells
                 lifeline.leave()
                 if own:
-                    dist.destroy_process_group()
+                    leave_world()
             else:
                 lifeline.crash(_cause(error), _code(error))
             raise
         lifeline.leave()
     if own:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_words: LastWords, place: str) -> None:

@@ -22,7 +22,7 @@ from tests.training.runs import ROOT, SEQUENCE, VOCAB, metrics, write_data
 STEPS = 24
 
 
-def write_sweep(folder: Path, name: str = "sweep", **given: Any) -> Path:
+def write_sweep(folder: Path, name: str = "sweep", config_of_runs: dict[str, Any] | None = None, **given: Any) -> Path:
     """A sweep of tiny runs, on ``folder``/data; each keyword is a key of the file."""
     if not (folder / "data.idx").exists():
         write_data(folder / "data", tokens=12000)
@@ -35,6 +35,7 @@ def write_sweep(folder: Path, name: str = "sweep", **given: Any) -> Path:
         "checkpoint": {"every": 8},
         "evaluation": {"every": 100, "batches": 2},
         "logging": {"probes_every": 4, "tensorboard": False},
+        **(config_of_runs or {}),
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"directory": str(folder / name), "config": config, **given}, sort_keys=False))
