@@ -1,9 +1,10 @@
 """`megatron-stable recommend`: a configuration for a model size and a number of tokens, with its evidence."""
 
 import json
+import shlex
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -15,10 +16,12 @@ from megatron_stable.commands.plan import token_count
 from megatron_stable.config.load import load_config
 from megatron_stable.config.notation import inline
 from megatron_stable.config.reference import commented_yaml
+from megatron_stable.config.schema import Config, ModelConfig
 from megatron_stable.config.sizes import SIZES
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import write_file
 from megatron_stable.study.evidence import SURE, Value
+from megatron_stable.study.grid import read_grid
 from megatron_stable.study.observations import Group, groups, read_measured
 from megatron_stable.study.proxy import proxy_sweep
 from megatron_stable.study.published import short
@@ -27,9 +30,10 @@ from megatron_stable.study.recommendation import recommend as find
 from megatron_stable.study.table import read_table
 
 WIDEST = 120
+VOCABULARY = 32000  # where the tokenizer is not read
 NO_SWEEP = (
-    "All of this is from papers, which had other data. A sweep of small models on your own says more, above all about the "
-    "learning rate:"
+    "All of this is from papers, which had other data. A sweep of small models on your own says more, above all about "
+    "the learning rate:"
 )
 
 
@@ -51,8 +55,8 @@ def recommend(
     """Recommend a configuration for a model size and a number of tokens, with the evidence for each value.
 
     Recipe, learning rate, warm-up, batch, ε, z-loss, clipping, guard: each with numbers, where they are from, how sure
-    that is, and what would change it. With a sweep of your own, recipe, learning rate and ε are from it. docs/recommend.md
-    says how values come about.
+    that is, and what would change it. With a sweep of your own, recipe, learning rate and ε are from it.
+    docs/recommend.md says how values come about.
 
     Example:
       megatron-stable recommend --size 830m --tokens 200B
@@ -73,34 +77,51 @@ def recommend(
     wanted = token_count(tokens, "--tokens")
     a_step = None if batch_tokens is None else token_count(batch_tokens, "--batch-tokens")
     made = find(config, given, parameters, wanted, a_step, _groups(sweep) if sweep else [])
-    directory = None if proxy is None else Path("sweeps") / proxy.stem
     if output is not None:
-        notes = {
-            value.key: f"Recommended ({value.sure}): {value.evidence}. To change it: {value.changes}."
-            for value in made.values
-        }
-        small = proxy and directory and proxy_sweep(made.config, output, proxy, directory)
-        write_file(output, commented_yaml(made.config, notes).encode())
-        if proxy and small:
-            write_file(proxy, small.encode())
+        _write(made, output, proxy)
     if as_json:
         print(json.dumps(_facts(made), indent=1, ensure_ascii=False))
         return
     _print(made, size or str(config))
-    if sweep is None:
-        print(f"\n{_wrapped(NO_SWEEP)}")
-        if proxy is None:
-            print(
-                f"  megatron-stable recommend {_model(size, config)} --tokens {tokens} --output config.yaml --proxy proxies.yaml"
-            )
-        else:
-            print(f"  megatron-stable sweep {quote(str(proxy))}")
-            print(f"  megatron-stable recommend {_model(size, config)} --tokens {tokens} --sweep {directory}")
+    again = shlex.join(["megatron-stable", "recommend", *(["--size", size] if size else ["--config", str(config)])])
+    again += f" --tokens {tokens}" + (f" --batch-tokens {batch_tokens}" if batch_tokens else "")
+    if proxy is not None:
+        _print_proxies(made.config, proxy, again)
+    elif sweep is None:
+        print(f"\n{_wrapped(NO_SWEEP)}\n  {again} --output config.yaml --proxy proxies.yaml")
     if output is not None:
+        vocabulary = "" if made.config.model.vocab_size else f" --vocab-size {VOCABULARY}"
         print(f"\nWrote {output}. Next, with your text in TEXT:\n")
-        vocabulary = "" if made.config.model.vocab_size else " --vocab-size 32000"
-        print(f"  megatron-stable plan --config {quote(str(output))}{vocabulary}")
+        print(f"  megatron-stable plan --config {shlex.quote(str(output))}{vocabulary}")
         print_next(made.config, output)
+
+
+def _write(made: Recommendation, output: Path, proxy: Path | None) -> None:
+    small = None if proxy is None else proxy_sweep(made.config, output, proxy)
+    notes = {
+        value.key: f"Recommended ({value.sure}): {value.evidence}. To change it: {value.changes}."
+        for value in made.values
+    }
+    write_file(output, commented_yaml(made.config, notes).encode())
+    if proxy is not None and small is not None:
+        write_file(proxy, small.encode())
+
+
+def _print_proxies(config: Config, proxy: Path, again: str) -> None:
+    from megatron_stable.training.flops import flops_per_token  # imports torch
+
+    grid = read_grid(proxy)
+    each = [_flops(cell.config, flops_per_token) for cell in grid.cells]
+    share = sum(each) / _flops(config, flops_per_token)
+    print(f"\nWrote {proxy}: {len(each)} small runs, with {100 * share:.2g} % of the arithmetic of this one. Then:")
+    for command in (f"sweep {proxy}", f"forecast {grid.directory} --leave-out-largest"):
+        print(f"  megatron-stable {command}")
+    print(f"  {again} --sweep {grid.directory}")
+
+
+def _flops(config: Config, per_token: Callable[[ModelConfig], float]) -> float:
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or VOCABULARY})
+    return per_token(model) * config.tokens_per_step * config.run.steps
 
 
 def _groups(sweep: Path) -> list[Group]:
@@ -108,10 +129,6 @@ def _groups(sweep: Path) -> list[Group]:
     if not found:
         raise ConfigError(f"no run of {sweep} has ended: leave out --sweep, or wait for runs that finished or diverged")
     return found
-
-
-def _model(size: str | None, config: Path | None) -> str:
-    return f"--size {size}" if size else f"--config {quote(str(config))}"
 
 
 def _print(made: Recommendation, name: str) -> None:

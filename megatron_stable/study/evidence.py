@@ -1,7 +1,7 @@
 """What speaks for a value of the configuration: findings, their sources, and how sure these make it.
 
-How sure a value is follows from its sources alone (`sureness`), never from an opinion: whether the paper or its code was
-read, or only a text about it.
+How sure a value is follows from its sources alone (`sureness`): whether the paper or its code was read, or only a text
+about it.
 """
 
 from __future__ import annotations

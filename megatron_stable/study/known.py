@@ -62,8 +62,8 @@ _QK_NORM = (
     ),
     Finding("4 blocks of width 128 at 0.05: the largest logit is below 28 with it, 1.5e4 without, one seed", OURS),
     Finding(
-        "against it alone: only together with norms on the outputs (recipe olmo2) did it slow the growth of the gradient "
-        "norm",
+        "against it alone: only together with norms on the outputs, as in recipe olmo2, did it slow the growth of the "
+        "gradient norm",
         OLMO2,
         "§3",
         supports=False,
@@ -116,8 +116,8 @@ EVIDENCE: tuple[Entry, ...] = (
         (
             Finding(
                 lambda at: (
-                    f"{short(gpt3_batch_tokens(at.parameters))} tokens by the line through GPT-3's eight sizes; taken is "
-                    "the nearest power of two"
+                    f"{short(gpt3_batch_tokens(at.parameters))} tokens by the line through GPT-3's eight sizes; "
+                    "taken is the nearest power of two"
                 ),
                 GPT3,
                 "Table 2.1",
@@ -137,9 +137,7 @@ EVIDENCE: tuple[Entry, ...] = (
         (
             Finding(lambda at: f"{short(at.tokens)} tokens", YOURS, "--tokens"),
             Finding(
-                lambda at: (
-                    f"{at.tokens / at.parameters:,.0f} for each parameter; the lowest loss for the compute is at about 20"
-                ),
+                lambda at: f"{at.tokens / at.parameters:,.0f} for each parameter; compute is spent best at about 20",
                 CHINCHILLA,
                 supports=False,
             ),
@@ -174,8 +172,8 @@ EVIDENCE: tuple[Entry, ...] = (
         "optimizer.learning_rate",
         lambda at: at.config.optimizer.learning_rate,
         (),
-        "a sweep: under this parametrization the rate is that of the base model, for which there is no public one here; "
-        "your configuration's is left as it is",
+        "a sweep; yours is left as it is, for under this parametrization it is the base model's rate, of which no "
+        "source here says anything",
     ),
     Entry(
         "schedule.warmup_steps",
@@ -218,8 +216,8 @@ EVIDENCE: tuple[Entry, ...] = (
         lambda at: SMALL_EPS,
         (
             Finding(
-                "the gradient RMS falls with size; at 4.8B parameters and a learning rate of 0.3, 1e-15 gave a lower loss "
-                "than 1e-8, and 1e-6 diverged",
+                "the gradient RMS falls with size; at 4.8B parameters and a learning rate of 0.3, 1e-15 gave a lower "
+                "loss than 1e-8, and 1e-6 diverged",
                 WORTSMAN,
                 "§3.4",
             ),

@@ -35,14 +35,13 @@ _HEAD = """\
 """
 
 
-def proxy_sweep(config: Config, base: Path, file: Path, directory: Path) -> str:
+def proxy_sweep(config: Config, base: Path, file: Path) -> str:
     """The YAML of a sweep.
 
     Args:
         config: Of the target.
         base: The file that holds it.
         file: Where the sweep's will be.
-        directory: Where its runs are to go.
 
     Raises:
         ConfigError: The target has too few heads for smaller models of its kind.
@@ -53,6 +52,7 @@ def proxy_sweep(config: Config, base: Path, file: Path, directory: Path) -> str:
             f"--proxy: a model of {model.heads} heads is too small for {PARTS} smaller ones of its kind, which takes "
             f"{LEAST_HEADS}: sweep learning rates of the model itself (docs/sweep.md)"
         )
+    directory = Path("sweeps") / file.stem
     axes: dict[str, Any] = {"size": dict(map(_size(config), _heads(model.heads)))}
     recipes = list(dict.fromkeys((model.recipe, "qk_norm" if model.recipe == ALTERNATIVE else ALTERNATIVE)))
     if follows_recipe(model):

@@ -61,7 +61,7 @@ def two_digits_below(value: float) -> float:
 
 def short(count: float) -> str:
     """A number of parameters or tokens as people write it: 302M, 2.1B."""
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * factor:
             return f"{count / factor:.3g}{unit}"
     return f"{count:,.0f}"

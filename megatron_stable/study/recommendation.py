@@ -120,6 +120,6 @@ def _by_papers(entry: Entry, at: At) -> Value:
 def _too_few(at: At, steps: int) -> ConfigError:
     a_step = at.chosen["batch.global_size"] * at.config.model.sequence_length
     return ConfigError(
-        f"{at.tokens:g} tokens are {steps} steps of {a_step:,}, too few for a schedule: give --tokens "
-        f"{LEAST_STEPS * a_step:,} or more, or a smaller --batch-tokens"
+        f"--tokens {at.tokens:g} is too few for a schedule: {steps} of the {LEAST_STEPS} steps that it takes, of "
+        f"{a_step:,} tokens each; give {LEAST_STEPS * a_step:,} or more, or a smaller --batch-tokens"
     )
