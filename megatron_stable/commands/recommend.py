@@ -113,7 +113,8 @@ def _print_proxies(config: Config, proxy: Path, again: str) -> None:
     grid = read_grid(proxy)
     each = [_flops(cell.config, flops_per_token) for cell in grid.cells]
     share = sum(each) / _flops(config, flops_per_token)
-    print(f"\nWrote {proxy}: {len(each)} small runs, with {100 * share:.2g} % of the arithmetic of this one. Then:")
+    amount = f"{100 * share:.2g} % of" if share < 1 else f"{share:.1f} times"
+    print(f"\nWrote {proxy}: {len(each)} small runs, with {amount} the arithmetic of this one. Then:")
     for command in (f"sweep {proxy}", f"forecast {grid.directory} --leave-out-largest"):
         print(f"  megatron-stable {command}")
     print(f"  {again} --sweep {grid.directory}")

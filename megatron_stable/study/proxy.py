@@ -2,8 +2,8 @@
 
 Sizes share the target's width of a head, and grow in depth and width together, as in arXiv 2309.14322: from some 25
 times smaller than the target, near enough for a forecast to follow, down by enough that its law carries so far
-(`scaling.refusal`). Learning rates, tokens of a step and the share of warm-up are that paper's; the number of steps is
-a tenth of it.
+(`scaling.refusal`). Learning rates, tokens of a step and the share of warm-up are that paper's; there are a
+tenth of its steps, and no more than the target has.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from megatron_stable.config.notation import dump
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError
 from megatron_stable.study.evidence import follows_recipe
+from megatron_stable.study.known import WARMUP_SHARE
 
-STEPS, WARMUP, SEQUENCE, BATCH = 10_000, 500, 512, 256
+STEPS, SEQUENCE, BATCH = 10_000, 512, 256
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 SEEDS = (1, 2)
 ALTERNATIVE = "qk_norm_cap"  # beside the recipe of the target: it bears the highest rates (arXiv 2410.16682)
@@ -58,13 +59,14 @@ def proxy_sweep(config: Config, base: Path, file: Path) -> str:
     if follows_recipe(model):
         axes["model.recipe"] = recipes
     axes |= {"optimizer.learning_rate": list(RATES), "run.seed": list(SEEDS)}
-    sweep = {"directory": str(directory), "base": str(base), "config": dict(_SHARED), "axes": axes}
+    steps = min(STEPS, config.run.steps)
+    shared = {"run.steps": steps, "schedule.warmup_steps": round(WARMUP_SHARE * steps), **_SHARED}
+    sweep = {"directory": str(directory), "base": str(base), "config": shared, "axes": axes}
     of = f"size {model.size}" if model.size else str(base)
     return _HEAD.format(of=of, file=file, directory=directory) + dump(sweep)
 
 
 _SHARED = {
-    "run.steps": STEPS,
     "model.sequence_length": SEQUENCE,
     "model.kv_heads": None,
     "model.activation_checkpointing": "none",
@@ -73,7 +75,6 @@ _SHARED = {
     "parallel.sequence": False,
     "batch.global_size": BATCH,
     "batch.micro_size": 8,
-    "schedule.warmup_steps": WARMUP,
     "schedule.min_learning_rate": 1e-5,
     "evaluation.every": 1000,
     "checkpoint.every": 1000,

@@ -147,7 +147,7 @@ def test_short_runs_warm_up_for_a_twentieth_and_shorter_ones_are_refused() -> No
 
 
 def test_what_a_configuration_has_is_respected() -> None:
-    """A recipe that bounds logits, norms, tokens of warm-up, a decay of its own kind, another rule for output logits."""
+    """A recipe that bounds logits, norms, tokens of warm-up, independent decay, another rule for output logits."""
     olmo2 = made("7b", "model.recipe=olmo2")
     assert (value(olmo2, RECIPE).value, value(olmo2, RECIPE).sure) == ("olmo2", "yours")
     own = made("1b", "model.norm=rmsnorm", "schedule.warmup_tokens=1000000", "optimizer.independent_weight_decay=true")
@@ -225,11 +225,19 @@ def test_proxies_are_runs_that_a_forecast_can_follow_to_the_target(size: str, tm
     base.write_text(f"model: {{size: {size}, recipe: qk_norm, vocab_size: 32000}}\nparallel: {{tensor: 2}}\n")
     file.write_text(proxy_sweep(found.config, base, file))
     grid = read_grid(file)
+    assert {cell.config.run.steps for cell in grid.cells} == {10_000}
     assert len(grid.cells) == 4 * 2 * 7 * 2 and str(grid.directory) == "sweeps/proxies"
     sizes = sorted({parameter_count(cell.config.model, 2)[1] for cell in grid.cells})
     assert len(sizes) == 4 and refusal(sizes, found.at.parameters) is None
     assert {cell.config.model.head_dim for cell in grid.cells} == {found.config.model.head_dim}
     assert {cell.config.model.recipe for cell in grid.cells} == {"qk_norm", "qk_norm_cap"}
+
+
+def test_proxies_train_no_longer_than_the_target() -> None:
+    short_run = made("302m", tokens=1e9)
+    assert short_run.config.run.steps == 1908
+    text = proxy_sweep(short_run.config, Path("config.yaml"), Path("proxies.yaml"))
+    assert "run.steps: 1908\n" in text and "schedule.warmup_steps: 95\n" in text
 
 
 def test_a_model_of_few_heads_has_no_proxies() -> None:
