@@ -109,9 +109,9 @@ def read(group: Group, at: At, by_papers: float) -> Read:
     rate = two_digits_below(min(wanted, math.inf if made.safe is None else made.safe))
     (cell,) = forecast(group, at.parameters, [rate], ORDINARY_EPS).cells
     values = {}
-    if made.optimal is not None or rate < by_papers:
+    capped = made.safe is not None and made.safe < wanted
+    if made.optimal is not None or capped:
         lowest = "not foretold" if made.optimal is None else f"at {shown(made.optimal)}"
-        capped = made.safe is not None and made.safe < wanted
         evidence = f"{runs}: the loss is lowest {lowest}; {_safe(made)}{', which bounds it' if capped else ''}"
         sure = "strong" if cell.verdict == "stable" else "at risk"
         values[RATE] = Value(RATE, rate, evidence, sure, "more sizes, nearer to this one; another batch, or more steps")

@@ -66,6 +66,8 @@ def recommend(
             config = _with(base, given, chosen.values())
         chosen |= {value.key: value for value in settings(choice, groups, config)}
         config = _with(base, given, chosen.values())
+    if config.optimizer.learning_rate <= 0:  # which stands where nothing is known of one
+        raise ConfigError("optimizer.learning_rate is 0, from which nothing follows: give a positive one")
     at = At(config, parameters, tokens, batch_tokens)
     if groups:
         rate = next(entry for entry in entries(at) if entry.key == RATE).rule(at)

@@ -156,6 +156,8 @@ def test_what_a_configuration_has_is_respected() -> None:
     assert "loss.z_loss" not in [each.key for each in made("1b", "optimizer.mu_centering=true").values]
     scaled = made("1b", "optimizer.parametrization=mu_simple", "optimizer.learning_rate=0.01")
     assert (value(scaled, RATE).value, value(scaled, RATE).sure) == (0.01, "convention")
+    with pytest.raises(ConfigError, match="give a positive one"):
+        made("1b", "optimizer.learning_rate=0", "schedule.min_learning_rate=0")
 
 
 def test_no_field_has_two_entries_at_once() -> None:
