@@ -49,8 +49,8 @@ def draw(directory: Path, output: Path) -> Path:
     """Write the figures, as small PNGs, and the page; returns where the page is."""
     runs = open_runs([directory / GOOD, directory / BAD])
     for drawn in figures(runs):
-        if drawn.chart.name in SHOWN:
-            save(png(drawn.picture, DPI), output / f"{drawn.chart.name}.png")
+        if drawn.name in SHOWN:
+            save(png(drawn.picture, DPI), output / f"{drawn.name}.png")
     page = directory / "report.html"
     page.write_text(render(runs), encoding="utf-8")
     return page

@@ -20,7 +20,7 @@ from megatron_stable.study.grid import Cell, read_grid
 from megatron_stable.study.pool import Change, places
 from megatron_stable.study.sweep import Part, Sweep
 from megatron_stable.study.table import TABLE, Row
-from megatron_stable.study.worker import last_records
+from megatron_stable.study.worker import WHOLE, last_records
 from megatron_stable.training.flops import flops_per_token
 from megatron_stable.training.progress import duration
 
@@ -100,7 +100,7 @@ def _train(work: Sweep, jobs: int | None, retries: int) -> None:
     shown = Shown(waiting)
     console = Console()
     if console.is_terminal and waiting:
-        with Live(console=console, refresh_per_second=4, get_renderable=shown.render) as live:
+        with Live(console=console, refresh_per_second=2, get_renderable=shown.render) as live:
             for change in work.train(jobs, devices, retries):
                 for line in shown.follow(change):
                     live.console.print(line, markup=False, highlight=False)
@@ -133,7 +133,7 @@ class Shown:
         self.ended[ended.status] += 1
         self.done += self.work[cell.name]
         number = sum(self.ended.values())
-        last = list(last_records(cell.directory))[-1:]
+        last = list(last_records(cell.directory, WHOLE))[-1:]
         loss = last[0].get("loss") if last else None
         at = f"loss {loss:.4f}" if isinstance(loss, float) else "no loss"
         what = f"{at} at step {last[0]['step']}" if last else "before its first step"

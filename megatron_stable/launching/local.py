@@ -74,7 +74,7 @@ def launch(program: Program, arguments: Sequence[str], ranks: int) -> int:
         if launcher is not None:
             _signal_ranks(launcher.pid, program.module, number)
 
-    before = {number: signal.signal(number, forward) for number in SIGNALS if not _ignored(number)}
+    before = {number: signal.signal(number, forward) for number in SIGNALS if not ignored(number)}
     try:
         with tempfile.TemporaryDirectory(prefix="megatron-stable-") as scratch:
             error = Path(scratch) / "error"
@@ -147,7 +147,7 @@ def _signal_ranks(launcher: int, module: str, number: int) -> None:
         return
 
 
-def _ignored(number: int) -> bool:
+def ignored(number: int) -> bool:
     """As nohup has it, for itself and what it starts."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 

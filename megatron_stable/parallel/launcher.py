@@ -53,6 +53,12 @@ def seat() -> Seat | None:
     return Seat(int(os.environ[rank]), int(os.environ[size]), int(os.environ.get(local, "0")))
 
 
+def alone() -> dict[str, str]:
+    """This process's environment for one that is no rank of its launcher's."""
+    place = {name for names in VARIABLES for name in names[:3]} | {"MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in os.environ.items() if name not in place}
+
+
 def first_on_machine() -> bool:
     """Whether this process is the one of its machine to say what all of them would."""
     mine = seat()

@@ -39,8 +39,9 @@ def sharded_region(tp: TensorParallel) -> Iterator[None]:
 
 
 def _seed(seed: int) -> None:
-    """Seed the generators of the CPU and of this rank's GPU. ``torch.manual_seed`` would also note down each time, with a
-    stack trace, what to do with devices that are not there."""
+    """Seed the generators of the CPU and of this rank's GPU. ``torch.manual_seed`` would also note down each time, with
+    a stack trace, what to do with devices that are not there.
+    """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)

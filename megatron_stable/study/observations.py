@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import explain_os_errors
+from megatron_stable.study.criteria import ENDED, best_score, diverged
 from megatron_stable.study.scaling import Array
 from megatron_stable.study.table import MEASURED, RATE, SEED, Row, axes
 
@@ -152,14 +153,18 @@ def groups(rows: Sequence[Row], measured: Measured, at: int | None = None, layer
         at: The step at which early quantities are read; default: the end of each run's warm-up.
         layers: Of the attention logits: of the first layer, as the paper, or the largest over layers.
     """
-    rows = [row for row in rows if row.get("status") in ("finished", "diverged") and row.get("parameters")]
+    rows = [row for row in rows if row.get("status") in ENDED and row.get("parameters")]
     within: list[str] = []
     for axis in axes(rows):
         if axis not in (RATE, SEED, *SIZE) and not _follows(rows, axis, SIZE) and not _follows(rows, axis, within):
             within.append(axis)
     found: dict[str, list[Run]] = {}
+    alike: dict[str, list[Row]] = {}  # but for learning rate and seed
     for row in rows:
-        found.setdefault(repr([row.get(axis) for axis in within]), []).append(_run(row, measured, at, layers))
+        alike.setdefault(repr([row.get(axis) for axis in (*within, "parameters", *SIZE)]), []).append(row)
+    for cell in alike.values():
+        key, best = repr([cell[0].get(axis) for axis in within]), best_score(cell)
+        found.setdefault(key, []).extend(_run(row, bool(diverged(row, best)), measured, at, layers) for row in cell)
     ordered = [sorted(runs, key=lambda run: (run.rate, run.size, run.seed)) for _, runs in sorted(found.items())]
     return [Group({axis: runs[0].row.get(axis) for axis in within}, tuple(runs)) for runs in ordered]
 
@@ -196,8 +201,8 @@ def _follows(rows: Sequence[Row], axis: str, others: Sequence[str]) -> bool:
     return 1 < len(before) == len({repr([row.get(other) for other in (*others, axis)]) for row in rows})
 
 
-def _run(row: Row, measured: Measured, at: int | None, layers: Layers) -> Run:
-    diverged, wanted, own = row["status"] == "diverged", at or _warm(row), measured.get(row["name"], {})
+def _run(row: Row, diverged: bool, measured: Measured, at: int | None, layers: Layers) -> Run:
+    wanted, own = at or _warm(row), measured.get(row["name"], {})
     values: dict[str, float] = {}
     missing: dict[str, str] = {}
 

@@ -14,13 +14,14 @@ from types import FrameType
 from typing import NamedTuple
 
 from megatron_stable.errors import ConfigError
-from megatron_stable.launching.local import OWN_GROUP, gpu_count
+from megatron_stable.launching.local import OWN_GROUP, gpu_count, ignored
+from megatron_stable.parallel.launcher import alone
 from megatron_stable.study.grid import Cell
 from megatron_stable.study.outcome import Ended, write_ended
 from megatron_stable.study.worker import OUTPUT, Answer
+from megatron_stable.training.stop import SIGNALS
 
 EVERY = 0.5  # seconds between looks at what goes on
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Change(NamedTuple):
@@ -128,7 +129,7 @@ class Pool:
                 worker.signal(signal.SIGKILL if self._stopping else signal.SIGTERM)
             self._stopping = True
 
-        before = {number: signal.signal(number, receive) for number in SIGNALS}
+        before = {number: signal.signal(number, receive) for number in SIGNALS if not ignored(number)}
         try:
             yield
         finally:
@@ -144,7 +145,7 @@ class _Worker:
     def __init__(self, devices: str | None, jobs: int) -> None:
         self.devices, self.cell, self.over = devices, None, False
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+        environment = {"OMP_NUM_THREADS": threads, **alone()}
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         command = [sys.executable, "-m", "megatron_stable.study.worker"]

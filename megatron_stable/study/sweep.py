@@ -21,10 +21,9 @@ from megatron_stable.records.directory import RunDirectory, differences
 from megatron_stable.study.grid import Cell, Grid
 from megatron_stable.study.outcome import ENDED, Measured, outcome, read_ended
 from megatron_stable.study.pool import Change, Pool
-from megatron_stable.study.table import MEASURED, Row, write_table
+from megatron_stable.study.table import FILE, MEASURED, Row, write_table
 from megatron_stable.training.pretrain import with_vocabulary
 
-FILE = "sweep.yaml"  # in the directory of a sweep: the file that made it
 EVERY = 20.0  # seconds between tables, at least
 
 

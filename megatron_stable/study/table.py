@@ -25,7 +25,9 @@ from megatron_stable.stability.probes import PROBES
 Row = dict[str, Any]
 
 RATE, SEED = "optimizer.learning_rate", "run.seed"
-TABLE, MEASURED = "table", "probes.parquet"
+PRESETS = ("model.size", "model.recipe")  # fields from which others follow
+# in the directory of a sweep: what made it, its runs, and what was measured in them
+FILE, TABLE, MEASURED = "sweep.yaml", "table", "probes.parquet"
 
 RESULTS = {
     "name": "of the run; its directory is runs/NAME",
@@ -62,11 +64,14 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def axes(rows: Sequence[Row]) -> list[str]:
-    """What tells the runs apart: labelled axes, and fields that vary and do not follow from one of these."""
-    named = labels(rows)
+    """What tells the runs apart: labelled axes, presets, and fields that vary and do not follow from one of these."""
     fields = [column for column in _columns(rows) if column in _KEYS and len(_values(rows, column)) > 1]
-    return named + [
-        field for field in fields if field in (RATE, SEED) or not any(_follows(rows, field, label) for label in named)
+    found = labels(rows)
+    for preset in PRESETS:
+        if preset in fields and not any(_follows(rows, preset, known) for known in found):
+            found.append(preset)
+    return found + [
+        field for field in fields if field in (RATE, SEED) or not any(_follows(rows, field, known) for known in found)
     ]
 
 
@@ -120,7 +125,7 @@ def _values(rows: Sequence[Row], column: str) -> set[str]:
 
 
 def _follows(rows: Sequence[Row], field: str, label: str) -> bool:
-    """Whether a field is a function of a labelled axis."""
+    """Whether a field is a function of another column."""
     pairs = {(json.dumps(row.get(label)), json.dumps(row.get(field))) for row in rows}
     return len(pairs) == len(_values(rows, label))
 

@@ -10,6 +10,7 @@ may have left anything behind.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -37,7 +38,8 @@ class Answer(Persisted):
 
 
 OUTPUT = "output.log"
-TAIL = 1 << 20  # bytes of metrics.jsonl that have its last record
+START = "start.yaml"  # what the ranks of a run read
+WHOLE, GLANCE = 1 << 20, 1 << 13  # bytes of metrics.jsonl that have its last record, or one of its last
 
 
 def main() -> None:
@@ -83,6 +85,7 @@ def _train(config: Config) -> Ended | None:
 
     join_world()  # once: the next run finds it joined
     train(config)
+    gc.collect()  # a model is full of cycles, and the next one should not have to stand beside it
     return None
 
 
@@ -90,7 +93,7 @@ def _launch(config: Config, ranks: int) -> Ended | None:
     """Train on several ranks, each a process of its own."""
     from megatron_stable.launching.local import TRAINING, launch
 
-    path = Path(config.run.directory) / "sweep.yaml"
+    path = Path(config.run.directory) / START
     write_file(path, dump_config(config).encode())
     code = launch(TRAINING, ["--config", str(path)], ranks)
     if code == 0:
@@ -103,12 +106,12 @@ def _launch(config: Config, ranks: int) -> Ended | None:
 
 def last_step(run: Path) -> int:
     """The last step on record."""
-    return max((int(record.get("step", 0)) for record in last_records(run)), default=0)
+    return max((int(record.get("step", 0)) for record in last_records(run, WHOLE)), default=0)
 
 
-def last_records(run: Path) -> Iterator[dict[str, Any]]:
-    """The last records of a run, as far as they are there."""
-    yield from jsonl.tail(RunDirectory(run).metrics, TAIL)
+def last_records(run: Path, size: int = GLANCE) -> Iterator[dict[str, Any]]:
+    """The records among the last bytes of a run's."""
+    yield from jsonl.tail(RunDirectory(run).metrics, size)
 
 
 def _first_line(error: BaseException) -> str:

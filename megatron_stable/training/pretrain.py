@@ -114,7 +114,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
             if rank == 0:
                 if config.logging.wandb is not None:
                     require_wandb()
-                stack.push(partial(_release, directory))
+                stack.push(partial(_at_orderly_end, directory.release))
                 directory.claim(config)
                 store.clean(directory.checkpoints)
                 stop.watch(partial(_asked, directory))
@@ -130,6 +130,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
             callbacks.message(kernels)
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         trainer = Trainer(config, topology, directory, callbacks, tokenizer)
+        stack.push(partial(_at_orderly_end, trainer.engine.close))
         ranks, tokens = zip(*everywhere((Rank.myself(), directory.token)), strict=True)
         with lifeline.slow():
             changed = trainer.resume()
@@ -166,10 +167,10 @@ def _asked(directory: RunDirectory) -> Wish | None:
     return Wish(asked.by, asked.save) if asked and asked.token == directory.token else None
 
 
-def _release(directory: RunDirectory, _: object, error: BaseException | None, __: object) -> None:
-    """Give a run's directory back at an orderly end; after a crash a thread may be writing yet."""
+def _at_orderly_end(let_go: Callable[[], None], _: object, error: BaseException | None, __: object) -> None:
+    """Let go of something, but not after a crash: a thread may be writing yet, and a device may be gone."""
     if error is None or getattr(error, "agreed", False):
-        directory.release()
+        let_go()
 
 
 def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:

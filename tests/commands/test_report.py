@@ -15,6 +15,7 @@ import pytest
 from megatron_stable.commands.app import run_verb
 from tests.analysis.report.made import make_run, record
 from tests.harness.browser import Browser
+from tests.study.made import sweep, write_sweep
 
 RECORDS = [record(step) | {"logits/mean": 0.1 * step} for step in range(1, 9)]
 
@@ -46,6 +47,22 @@ def test_what_cannot_be_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert run_verb(["report", *map(str, arguments)]) == code
         assert message in capsys.readouterr().err
     assert not (run / "report.html").exists()
+
+
+def test_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run = write_sweep(tmp_path / "sweep", sweep(sizes=["d64"], seeds=[1])), make_run(tmp_path / "run", RECORDS)
+    assert run_verb(["report", str(path), "--figures", str(tmp_path / "figures")]) == 0
+    assert (path / "report.html").read_text(encoding="utf-8").count("<figure>") == 3
+    assert (tmp_path / "figures" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert run_verb(["report", str(path / "table.csv"), "--output", str(tmp_path / "page.html")]) == 0
+    assert "<title>sweep · report" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    for arguments, message in (
+        ([path, path], "one sweep"),
+        ([run, path], "one sweep"),
+        ([path, "--watch"], "for runs"),
+    ):
+        assert run_verb(["report", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_in_progress_is_served_until_ctrl_c(browser: Browser, tmp_path: Path) -> None:

@@ -181,10 +181,13 @@ def test_a_worker_that_is_killed_is_replaced_and_parts_share_the_work(tmp_path: 
     )
     process = start(path, "--part", "2/2")
     await_step(process, run, 2)
+    workers = family(process)
+    for worker in workers:
+        worker.suspend()
     code, said = sweep(path, "--part", "2/2")
-    assert code == 2 and "is being trained by another process" in said
-    for worker in family(process):
+    for worker in workers:
         worker.kill()
+    assert code == 2 and "is being trained by another process" in said
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert "learning_rate=0.03 failed, and is tried again: its process was killed by SIGKILL" in said
@@ -194,3 +197,19 @@ def test_a_worker_that_is_killed_is_replaced_and_parts_share_the_work(tmp_path: 
         "learning_rate=0.03": "finished",
         "learning_rate=0.1": "unfinished",
     }
+
+
+def test_runs_of_several_ranks(tmp_path: Path) -> None:
+    collapse = {RATE: 1e4, "guard.collapse": 0.2, "guard.collapse_steps": 4}
+    path = write_sweep(
+        tmp_path,
+        axes={"case": {"fine": {RATE: 1e-2}, "diverges": collapse}, "parallel.tensor": [2]},
+        ranks=2,
+    )  # fmt: skip
+    code, said = sweep(path, "--jobs", "1")
+    assert code == 0, said
+    fine, diverges = read_table(tmp_path / "sweep")
+    assert (fine["status"], fine["steps"], fine["parallel.tensor"]) == ("finished", STEPS, 2)
+    assert diverges["status"] == "diverged" and "of what was learnt is lost" in diverges["reason"]
+    told = json.loads((tmp_path / "sweep" / "runs" / fine["name"] / "ranks.json").read_text())
+    assert len(told["ranks"]) == 2

@@ -45,6 +45,15 @@ def test_axes_are_what_runs_differ_in() -> None:
     ]  # fmt: skip
 
 
+def test_what_a_recipe_sets_is_no_axis() -> None:
+    rows = [
+        row(f"{recipe}{width}", 1.0, model={"recipe": recipe, "hidden": width, "qk_norm": recipe == "qk_norm"})
+        for recipe in ("baseline", "qk_norm")
+        for width in (64, 128)
+    ]
+    assert axes(rows) == ["model.recipe", "model.hidden"]
+
+
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no table of a sweep: name"):
         read_table(tmp_path)

@@ -1,43 +1,48 @@
-"""All figures of a report: for the page, and as files."""
+"""Figures: all of a report of runs, and any as files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_stable.analysis.drawing import png, svg
-from megatron_stable.analysis.report.inside import ProbeChart, draw_probes, probe_charts
+from megatron_stable.analysis.report.inside import draw_probes, probe_charts
 from megatron_stable.analysis.report.run import Run
-from megatron_stable.analysis.report.scalars import Chart, draw_scalars, scalar_charts
+from megatron_stable.analysis.report.scalars import draw_scalars, scalar_charts
 from megatron_stable.files import write_file
 
 
 class Drawn(NamedTuple):
-    """A figure: what it is of, and its picture."""
+    """A figure.
 
-    chart: Chart | ProbeChart
+    Attributes:
+        name: Of its files.
+        caption: What it is, and how to read it.
+        picture: A matplotlib figure.
+        group: Of its probes; ``None``: it is of something else.
+    """
+
+    name: str
+    title: str
+    caption: str
     picture: Any
-
-    @property
-    def group(self) -> str | None:
-        """Of its probes; ``None``: it is of what each step records."""
-        return self.chart.group if isinstance(self.chart, ProbeChart) else None
+    group: str | None = None
 
 
 def figures(runs: Sequence[Run]) -> Iterator[Drawn]:
-    """Draw them, one after another."""
+    """Draw all of a report, one after another."""
     for chart in scalar_charts(runs):
-        yield Drawn(chart, draw_scalars(chart, runs))
+        yield Drawn(chart.name, chart.title, chart.caption, draw_scalars(chart, runs))
     for inside in probe_charts(runs):
-        yield Drawn(inside, draw_probes(inside, runs))
+        yield Drawn(inside.name, inside.title, inside.caption, draw_probes(inside, runs), inside.group)
 
 
-def write_figures(runs: Sequence[Run], directory: Path) -> list[Path]:
+def write_figures(figures: Iterable[Drawn], directory: Path) -> list[Path]:
     """Write each as NAME.svg and NAME.png. DataError: one cannot be written."""
     written = []
-    for drawn in figures(runs):
+    for drawn in figures:
         for kind, data in (("svg", svg(drawn.picture).encode()), ("png", png(drawn.picture))):
-            written.append(directory / f"{drawn.chart.name}.{kind}")
+            written.append(directory / f"{drawn.name}.{kind}")
             write_file(written[-1], data)
     return written

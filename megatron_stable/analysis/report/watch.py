@@ -10,7 +10,8 @@ from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-from megatron_stable.analysis.report.page import ICON, render
+from megatron_stable.analysis.report.frame import ICON
+from megatron_stable.analysis.report.page import render
 from megatron_stable.analysis.report.run import Run
 from megatron_stable.errors import ConfigError, MegatronStableError
 
