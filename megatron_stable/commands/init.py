@@ -9,9 +9,13 @@ import typer
 from megatron_stable.config.load import load_config
 from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.reference import commented_yaml
+from megatron_stable.config.schema import Config
 from megatron_stable.config.sizes import SIZES
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import write_file
+
+# files for the verbs tokenizer and preprocess to write
+DATA = ("data.tokenizer=data/tokenizer.model", "data.train=data/train", "data.validation=data/train_validation")
 
 
 def init(
@@ -31,13 +35,22 @@ def init(
       megatron-stable init --size 85m --recipe qk_norm_cap --output config.yaml
       megatron-stable init --size 1b parallel.tensor=2 precision.dtype=bf16
     """
-    data = ["data.tokenizer=data/tokenizer.model", "data.train=data/train", "data.validation=data/train_validation"]
-    config = load_config(None, [*data, f"model.size={size}", f"model.recipe={recipe}", *(overrides or [])])
-    if output.exists() and not force:
-        raise ConfigError(f"{output} already exists: choose another --output, or --force to overwrite it")
+    config = load_config(None, [*DATA, f"model.size={size}", f"model.recipe={recipe}", *(overrides or [])])
+    refuse_existing(output, force)
     write_file(output, commented_yaml(config).encode())
 
     print(f"Wrote {output}: size {config.model.size}, recipe {config.model.recipe}. Next, with your text in TEXT:\n")
+    print_next(config, output)
+
+
+def refuse_existing(output: Path, force: bool) -> None:
+    """ConfigError: there is such a file, and it is not to be replaced."""
+    if output.exists() and not force:
+        raise ConfigError(f"{output} already exists: choose another --output, or --force to overwrite it")
+
+
+def print_next(config: Config, output: Path) -> None:
+    """The commands from text to a trained model."""
     tokenizer, train, validation = config.data.tokenizer, config.data.train, config.data.validation
     if tokenizer is not None:
         vocabulary = config.model.vocab_size or 32000

@@ -2,6 +2,7 @@
 
 import json
 import re
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,11 @@ def plan(
     on = machine(machine_name)
     loaded = _with_vocabulary(load_config(config, overrides or []), vocab_size)
     world = _world(loaded, ranks, nodes, on)
-    found = None if search_layouts else make_plan(loaded, world, on, _tokens(tokens))
+    found = (
+        None
+        if search_layouts
+        else make_plan(loaded, world, on, None if tokens is None else token_count(tokens, "--tokens"))
+    )
     if found is None:
         fitting, reasons = search(loaded, world, on)
         if as_json:
@@ -95,12 +100,11 @@ def _world(config: Config, ranks: int | None, nodes: int | None, on: Machine) ->
     return ranks or config.parallel.tensor * config.parallel.pipeline
 
 
-def _tokens(text: str | None) -> float | None:
-    if text is None:
-        return None
+def token_count(text: str, option: str) -> float:
+    """A number of tokens as people write it: 300B, 1.5T, 2e9. ConfigError: it is none."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kmbt]?)", text.lower())
-    if match is None or not (count := float(match[1]) * UNITS[match[2]]):
-        raise ConfigError(f"--tokens {text} is not a number of tokens: write one as 300B, 1.5T or 2e9")
+    if match is None or not 0 < (count := float(match[1]) * UNITS[match[2]]) < inf:
+        raise ConfigError(f"{option} {text} is not a number of tokens: write one as 300B, 1.5T or 2e9")
     return count
 
 

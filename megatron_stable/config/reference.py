@@ -5,6 +5,7 @@
 
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_stable.config.describe import entries, sections
@@ -52,8 +53,8 @@ def reference_page() -> str:
     return "\n".join(parts)
 
 
-def commented_yaml(config: Config) -> str:
-    """`config` as YAML with every key explained.
+def commented_yaml(config: Config, notes: Mapping[str, str] | None = None) -> str:
+    """`config` as YAML with every key explained, and with a note at those, by dotted key, that have one.
 
     What follows from the size or the recipe is shown, but commented out, so that changing `size` or `recipe` in the
     file changes the model; :func:`~megatron_stable.config.load.load_config` makes the same configuration of it.
@@ -71,6 +72,7 @@ def commented_yaml(config: Config) -> str:
             follows = section == "model" and entry.name in named and getattr(model, entry.name) == value
             value = list(value) if isinstance(value, tuple) else value
             lines += _comment(f"{entry.doc} Takes {entry.allowed}." if entry.allowed != "text" else entry.doc, "  ")
+            lines += _comment((notes or {}).get(entry.key, ""), "  ")
             lines.append(f"  {'# ' if follows else ''}{entry.name}: {inline(value)}")
     return "\n".join(lines) + "\n"
 
