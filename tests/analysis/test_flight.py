@@ -64,7 +64,7 @@ def test_the_file_that_covers_a_step(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(first, last + 1)) + '{"step": 9')
     (tmp_path / "flight" / "step_x.jsonl").write_text("{}")
     assert [(flight.first, flight.last) for flight in flights(tmp_path)] == [(10, 20), (15, 60)]
-    last = {step: found and found.last for step in (9, 10, 20, 21, 60, 61) for found in [covering(tmp_path, step, step)]}
+    last = {n: found and found.last for n in (9, 10, 20, 21, 60, 61) for found in [covering(tmp_path, n, n)]}
     assert last == {9: None, 10: 20, 20: 20, 21: 60, 60: 60, 61: None}
     assert [row["step"] for row in rows(flights(tmp_path)[0].path)] == list(range(10, 21))
     assert flights(tmp_path / "elsewhere") == []
