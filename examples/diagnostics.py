@@ -4,7 +4,7 @@
     python examples/diagnostics.py --drawn-only    # draws again what was trained
 
 Both have the demo's data and settings, but a guard that only watches, so that the charts show what happens to a model
-whom nobody helps. Screenshots of the page need Chromium and playwright.
+whom nobody helps. Screenshots of the page and of TensorBoard need Chromium and playwright.
 """
 
 from __future__ import annotations
@@ -67,10 +67,13 @@ def save(picture: bytes, path: Path) -> None:
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
-def photograph(page: Path, output: Path) -> None:
-    """Screenshots of the page, in light and in dark."""
+def photograph(page: Path, logs: Path, output: Path) -> None:
+    """Screenshots of the page, in light and in dark, and of what TensorBoard makes of ``logs``."""
     from playwright.sync_api import sync_playwright
+    from tensorboard.program import TensorBoard
 
+    board = TensorBoard()
+    board.configure(logdir=str(logs), host="127.0.0.1", port=0)
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else [])
@@ -79,6 +82,13 @@ def photograph(page: Path, output: Path) -> None:
             visit.goto(page.resolve().as_uri())
             visit.evaluate("document.getElementById('attention').scrollIntoView()")
             save(visit.screenshot(), output / f"report_{scheme}.png")
+        visit = browser.new_page(viewport={"width": 1480, "height": 990})
+        visit.goto(f"{board.launch()}#custom_scalars&_smoothingWeight=0")
+        charts = visit.locator("tf-custom-scalar-multi-line-chart-card")
+        charts.first.wait_for()
+        for chart in charts.all():
+            chart.locator("path.line").first.wait_for()
+        save(visit.screenshot(), output / "tensorboard.png")
         browser.close()
 
 
@@ -92,7 +102,7 @@ def main() -> None:
         train(args.directory)
     page = draw(args.directory, args.output)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
-    photograph(page, args.output)
+    photograph(page, args.directory / BAD / "tensorboard", args.output)
 
 
 if __name__ == "__main__":

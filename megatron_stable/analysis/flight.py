@@ -14,6 +14,9 @@ import numpy as np
 from megatron_stable.files import explain_os_errors
 from megatron_stable.numbers import finite
 from megatron_stable.records import jsonl
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.flight import FLIGHT
+from megatron_stable.stability.events import FlightRecorded
 from megatron_stable.stability.probes import Where, parse
 
 NAME = re.compile(r"step_(\d+)\.jsonl")
@@ -90,21 +93,21 @@ class Before:
     standouts: tuple[Standout, ...]
 
 
-def before(run: Path, step: int) -> Before | None:
+def before(run: Path, step: int, data_step: int) -> Before | None:
     """What stood out up to a step; ``None``: no file of the flight recorder covers it. DataError: it cannot be read."""
-    flight = covering(run, step)
+    flight = covering(run, step, data_step)
     if flight is None:
         return None
     measured = [row for row in rows(flight.path) if row["step"] <= step]
     steps = [row["step"] for row in measured] or [flight.first]
-    return Before(f"flight/{flight.path.name}", steps[0], steps[-1], tuple(standouts(measured)))
+    return Before(f"{FLIGHT}/{flight.path.name}", steps[0], steps[-1], tuple(standouts(measured)))
 
 
 def flights(run: Path) -> list[Flight]:
     """The files of a run's flight recorder, in order of their last steps. DataError: they cannot be read."""
     found = []
-    with explain_os_errors("read", run / "flight"):
-        for path in (run / "flight").glob("step_*.jsonl"):
+    with explain_os_errors("read", run / FLIGHT):
+        for path in (run / FLIGHT).glob("step_*.jsonl"):
             named = NAME.fullmatch(path.name)
             first = next((row["step"] for row in jsonl.read(path) if row and type(row.get("step")) is int), None)
             if named is not None and first is not None:
@@ -112,10 +115,16 @@ def flights(run: Path) -> list[Flight]:
     return sorted(found, key=lambda flight: flight.last)
 
 
-def covering(run: Path, step: int) -> Flight | None:
+def covering(run: Path, step: int, data_step: int) -> Flight | None:
     """The file that has a step, and begins long enough before it to tell what was usual; of several, the shortest one
-    from then on."""
-    return next((flight for flight in flights(run) if flight.first <= step <= flight.last), None)
+    from then on. Steps of the same number before and after a rollback differ in how much data had been skipped."""
+    written = {event.file: event for event in RunDirectory(run).ledger.read() if isinstance(event, FlightRecorded)}
+    for flight in flights(run):
+        event = written.get(f"{FLIGHT}/{flight.path.name}")
+        same = event is None or event.data_step is None or event.data_step - event.step == data_step - step
+        if flight.first <= step <= flight.last and same:
+            return flight
+    return None
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -175,7 +175,7 @@ def inspect(
         opinion = hear(posed.question, dict(zip(checkpoints, said, strict=True)))
     else:
         opinion = posed
-    kept = before(Path(run), position.step) if position.step is not None else None
+    kept = before(Path(run), position.step, position.data_step) if position.step is not None else None
     return Inspection(position, checkpoints, tuple(samples), opinion, kept)
 
 

@@ -126,8 +126,9 @@ def _read_metrics(path: Path, tag: str | None, known: Sequence[str]) -> Series:
         for column, dtype in zip(zip(*rows, strict=True), (np.int64, float, np.int64, np.int64), strict=True)
     )
     kept = _kept(steps)
-    notes = (f"{path}: {len(broken)} lines are no whole records of numbers and were left out",) if broken else ()
-    return Series(key, steps[kept], values[kept], data_steps[kept], samples[kept], notes)
+    notes = [f"{path}: {len(broken)} lines are no whole records of numbers and were left out"] if broken else []
+    notes += _superseded(key, kept)
+    return Series(key, steps[kept], values[kept], data_steps[kept], samples[kept], tuple(notes))
 
 
 def _read_events(path: Path, tag: str | None, known: Sequence[str]) -> Series:
@@ -143,8 +144,7 @@ def _read_events(path: Path, tag: str | None, known: Sequence[str]) -> Series:
     values = np.concatenate([part.values for part in scalars])
     real = ~np.concatenate([part.restarts for part in scalars])
     kept = _kept(steps) & real
-    if superseded := int(real.sum() - kept.sum()):
-        notes.append(f"{superseded:,} values of {name!r} were superseded where the run went back to an earlier step")
+    notes += _superseded(name, kept[real])
     if tag is None:
         notes.insert(0, f"took {name!r}, as no tag was named")
     notes += [note for file in files for note in file.notes]
@@ -193,6 +193,12 @@ def _check_one_run(path: Path, parts: Sequence[tuple[Path, Scalars]]) -> list[st
         listed = "".join(f"\n  {path / name}" for name in names)
         raise ConfigError(f"{path} holds several runs that were written at the same time; name one of them:{listed}")
     return [f"read as one run that was started anew in each of: {', '.join(names)}"]
+
+
+def _superseded(name: str, kept: NDArray[np.bool_]) -> list[str]:
+    """A note, if there is anything to note."""
+    count = int((~kept).sum())
+    return [f"{count:,} values of {name!r} were superseded where the run went back to an earlier step"] if count else []
 
 
 def _kept(steps: NDArray[np.int64]) -> NDArray[np.bool_]:

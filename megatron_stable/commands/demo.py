@@ -104,6 +104,7 @@ def demo(
     say(
         f"\nDone in {minutes} min {seconds} s. What you can do now:\n"
         f"   look at the curves        {typed('tensorboard', '--logdir', directory)}\n"
+        f"   look inside the models    {typed(PROGRAM, 'report', *runs, '--output', directory / 'report.html')}\n"
         f"   read what happened        {RunDirectory(first).logbook}\n"
         f"   find the spikes           {typed(PROGRAM, 'spikes', first)}\n"
         f"   measure the model         {typed(PROGRAM, 'evaluate', last)}\n"

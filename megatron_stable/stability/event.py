@@ -57,8 +57,10 @@ def count(number: int, one: str, more: str = "") -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits."""
-    return "not finite" if value is None else f"{value:.4g}"
+    """Four significant digits; from a thousand on, to the unit."""
+    if value is None:
+        return "not finite"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def plain(value: Any) -> str:

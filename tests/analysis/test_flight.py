@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_stable.analysis.flight import covering, flights, rows, standouts
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.stability.events import FlightRecorded
 
 
 def measured(steps: int = 40, layers: int = 4) -> list[dict[str, Any]]:
@@ -62,7 +64,18 @@ def test_the_file_that_covers_a_step(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(first, last + 1)) + '{"step": 9')
     (tmp_path / "flight" / "step_x.jsonl").write_text("{}")
     assert [(flight.first, flight.last) for flight in flights(tmp_path)] == [(10, 20), (15, 60)]
-    last = {step: found and found.last for step in (9, 10, 20, 21, 60, 61) for found in [covering(tmp_path, step)]}
+    last = {n: found and found.last for n in (9, 10, 20, 21, 60, 61) for found in [covering(tmp_path, n, n)]}
     assert last == {9: None, 10: 20, 20: 20, 21: 60, 60: 60, 61: None}
     assert [row["step"] for row in rows(flights(tmp_path)[0].path)] == list(range(10, 21))
     assert flights(tmp_path / "elsewhere") == []
+
+
+def test_a_step_that_was_trained_again_is_not_found_in_the_file_from_before_the_rollback(tmp_path: Path) -> None:
+    (tmp_path / "flight").mkdir()
+    ledger = RunDirectory(tmp_path).ledger
+    for first, last, data_step in ((30, 69, 103), (41, 68, 162)):  # in between the run went back to step 40
+        name = f"flight/step_{last:08}.jsonl"
+        (tmp_path / name).write_text("".join(json.dumps({"step": step}) + "\n" for step in range(first, last + 1)))
+        ledger.write(FlightRecorded(step=last, data_step=data_step, file=name, first=first, last=last))
+    places = {(45, 45): None, (45, 79): 69, (45, 139): 68, (69, 103): 69, (69, 163): None}
+    assert {at: found and found.last for at in places for found in [covering(tmp_path, *at)]} == places

@@ -280,6 +280,7 @@ def test_a_runs_own_record(tmp_path: Path) -> None:
     assert series.name == "loss"
     assert series.steps.tolist() == [1, 2, 3, 4], "step 5 is of before the run went back"
     assert series.values[:3].tolist() == [1, 2, 3] and np.isnan(series.values[3])
+    assert series.notes == ("2 values of 'loss' were superseded where the run went back to an earlier step",)
     assert [series.data_step(step) for step in (1, 2, 3, 4, 6)] == [1, 2, 13, 24, 26]
     norm = read_gradient_norm(run)
     assert norm is not None and norm.values.tolist() == [0.5, 0.5, 0.5, 2]

@@ -53,6 +53,8 @@ def test_makes_a_trained_model_its_curves_and_a_sample(small: SmallDemo) -> None
     assert (small.directory / "training.png").read_bytes().startswith(PNG)
     assert f"\n{PROMPT}" in small.said
     assert f"tensorboard --logdir {small.directory}" in small.said
+    runs = " ".join(str(small.directory / recipe) for recipe in RECIPES)
+    assert f"report {runs} --output {small.directory / 'report.html'}" in small.said.replace(" \\\n       ", " ")
     for recipe in RECIPES:
         trained = list(read_metrics(small.directory / recipe / "metrics.jsonl"))
         end = sum(record["loss"] for record in trained[-10:]) / 10  # and of the 2 before them

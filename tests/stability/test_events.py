@@ -147,6 +147,10 @@ TOLD: list[tuple[Event, str]] = [
         "(docs/x.md)",
     ),
     (
+        EarlyWarning(**AT, **WARNING, kind="past", tag="logits/max", layers=(), value=12480.3, threshold=1e4),
+        "early warning: the largest logit is 12,480, above 10,000. It means: trouble. x=1 treats it (docs/x.md)",
+    ),
+    (
         EarlyWarning(
             **AT, **WARNING, kind="growth", tag="logits/logsumexp", layers=(), value=inf, threshold=4.0, since=65
         ),
