@@ -1,0 +1,166 @@
+"""What the studies share: their text, the small tables that are committed, claims, and parts of pages."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_stable.analysis.drawing import png
+from megatron_stable.analysis.report.figures import Drawn
+from megatron_stable.data.standard_library import write_standard_library
+from megatron_stable.study.sensitivity import Group, verdicts_of
+from megatron_stable.study.table import MEASURED, RATE, RESULTS, SEED, TIMES, axes, labels, read_table, write_table
+
+HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs" / "studies"
+DATA = Path("runs/studies/data")
+VOCABULARY, VALIDATION = 512, 0.05
+DIGITS = 5  # significant, of numbers in tables that are committed
+DPI = 110
+KEPT = ("run.steps", "guard.collapse")  # fields that readers of a table want though they do not vary
+
+
+class Claim(NamedTuple):
+    """A published claim, and what we found.
+
+    Attributes:
+        source: Where it was published.
+        measured: Our numbers, with intervals.
+        verdict: agrees, disagrees, or why neither can be said.
+    """
+
+    source: str
+    claim: str
+    measured: str
+    verdict: str
+
+
+def options(doc: str | None) -> argparse.Namespace:
+    """The command line of a study."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from-tables", action="store_true", help="train nothing: figures and page from docs/studies")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: one per core or GPU")
+    return parser.parse_args()
+
+
+def run(*words: object) -> None:
+    """One command of ours."""
+    command = [sys.executable, "-m", "megatron_stable", *map(str, words)]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"failed: megatron-stable {' '.join(map(str, words))}")
+
+
+def prepare() -> None:
+    """The text, the source of Python's standard library, as token ids."""
+    text, tokenizer = DATA / "text.jsonl", DATA / "tokenizer.model"
+    if (DATA / "train_validation.idx").is_file():
+        return
+    DATA.mkdir(parents=True, exist_ok=True)
+    write_standard_library(text)
+    run("tokenizer", "--input", text, "--vocab-size", VOCABULARY, "--output", tokenizer)
+    data = ("--tokenizer", tokenizer, "--output", DATA / "train", "--validation-fraction", VALIDATION)
+    run("preprocess", "--input", text, *data)
+
+
+def train(sweep: Path, jobs: int | None) -> None:
+    """Train a sweep, as far as it has not been."""
+    run("sweep", sweep, *(("--jobs", jobs) if jobs else ()))
+
+
+def keep(sweeps: Iterable[Path], output: Path, columns: Collection[str], tags: Collection[str]) -> None:
+    """Write the small tables that are committed, of one or more sweeps.
+
+    Args:
+        columns: Probes that are kept of each run.
+        tags: Series that are kept, of all measured steps.
+    """
+    found = [*sweeps]
+    rows = [row for sweep in found for row in read_table(sweep)]
+    wanted = {*RESULTS, *labels(rows), *columns, *axes(rows), RATE, SEED, *KEPT} - {*TIMES, "reason"}
+    write_table([{key: rounded(value) for key, value in row.items() if key in wanted} for row in rows], output)
+    (output / "table.parquet").unlink()  # the same again
+    parts = []
+    for sweep in found:
+        table = pq.read_table(sweep / MEASURED)
+        table = table.filter(pc.is_in(table["tag"].cast(pa.string()), pa.array(sorted(tags))))
+        values = pa.array([rounded(value) for value in table["value"].to_pylist()], pa.float64())
+        parts.append(table.set_column(table.column_names.index("value"), "value", values))
+    data = io.BytesIO()
+    pq.write_table(pa.concat_tables(parts).unify_dictionaries(), data, compression="zstd")
+    (output / MEASURED).write_bytes(data.getvalue())
+
+
+def rounded(value: Any) -> Any:
+    """A number to so many digits; anything else as it is."""
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def series(output: Path, tag: str) -> dict[str, dict[int, float]]:
+    """By run, the values of a tag by step."""
+    table = pq.read_table(output / MEASURED)
+    table = table.filter(pc.equal(table["tag"].cast(pa.string()), tag))
+    found: dict[str, dict[int, float]] = {}
+    for row in table.to_pylist():
+        if row["value"] is not None:
+            found.setdefault(row["run"], {})[row["step"]] = row["value"]
+    return found
+
+
+def save(drawn: Iterable[Drawn], output: Path) -> list[str]:
+    """Write figures; the page's lines that show them."""
+    lines = []
+    for each in drawn:
+        (output / f"{each.name}.png").write_bytes(png(each.picture, DPI))
+        lines += [f"![{each.title}]({output.name}/{each.name}.png)", "", each.caption, ""]
+    return lines
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """A table as Markdown has it."""
+    rows = [head, ["---"] * len(head), *body]
+    return [*(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def claims_table(claims: Iterable[Claim]) -> list[str]:
+    """Claims, one to a line."""
+    return table(
+        ("claim", "source", "we measured", "verdict"), [(c.claim, c.source, c.measured, c.verdict) for c in claims]
+    )
+
+
+def by(groups: Iterable[Group], axis: str) -> dict[str, Group]:
+    """Groups by their value on an axis."""
+    return {str(group.values[axis]): group for group in groups}
+
+
+def places(group: Group) -> dict[Any, int]:
+    """By seed, the place in the grid of the largest learning rate up to which all are stable; -1: not the first."""
+    verdicts = zip(group.curves, verdicts_of(group), strict=True)
+    return {seed: (curve.index(True) if True in curve else len(curve)) - 1 for seed, curve in verdicts}
+
+
+def ratio(group: Group, other: Group, step: float) -> tuple[float, float, float]:
+    """Largest stable learning rate relative to another group's, seed by seed, on a grid of such a step."""
+    here, there = places(group), places(other)
+    return spread([step ** (here[seed] - there[seed]) for seed in here.keys() & there.keys()])
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median over seeds, the least and the greatest."""
+    return median(values), min(values), max(values)
+
+
+def in_words(found: tuple[float, float, float]) -> str:
+    """A median with its range."""
+    middle, low, high = (f"{value:.2g}" for value in found)
+    return f"{middle} [{low}, {high}]"
