@@ -45,7 +45,7 @@ def find_step(run: str | Path, step: int | None = None, data_step: int | None = 
         ConfigError: There is no such step, or both or neither is given.
     """
     if (step is None) == (data_step is None):
-        raise ConfigError("name a step of the run with --step, or a place in its data with --data-step, not both")
+        raise ConfigError("name one: a step of the run with --step, or a place in its data with --data-step")
     lines = list(read_metrics(RunDirectory(run).metrics))
     stored = [entry for entry in store.entries(Path(run) / "checkpoints") if entry.usable and entry.manifest]
     course = stored[-1].manifest.state.course if stored and stored[-1].manifest else None

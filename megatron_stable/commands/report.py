@@ -51,6 +51,8 @@ def report(
       megatron-stable report runs/first --watch
       megatron-stable report sweeps/first --figures figures
     """
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output {output}: a report is a page; name it FILE.html (--figures DIR writes pictures)")
     if output is not None and watch:
         raise ConfigError("--watch serves the page and writes no file: leave out --output, or --watch")
     if figures is not None and watch:

@@ -43,6 +43,7 @@ def test_what_cannot_be_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([run, empty], 2, "name the page of several runs with --output"),
         ([run, "--watch", "--output", tmp_path / "page.html"], 2, "writes no file"),
         ([run, "--output", run / "metrics.jsonl" / "page.html"], 5, "cannot write"),
+        ([run, "--output", tmp_path / "page.png"], 2, "name it FILE.html"),
     ):
         assert run_verb(["report", *map(str, arguments)]) == code
         assert message in capsys.readouterr().err
@@ -73,7 +74,7 @@ def test_a_run_in_progress_is_served_until_ctrl_c(browser: Browser, tmp_path: Pa
         assert watched.stdout is not None
         address = watched.stdout.readline().split()[0]
         with browser.visit(address) as visit:
-            assert "No step has been read yet: run" in visit.page.inner_text("main")
+            assert "No step has been read and drawn yet: run" in visit.page.inner_text("main")
             with (run / "metrics.jsonl").open("a") as file:
                 file.writelines(json.dumps(each) + "\n" for each in RECORDS)
             visit.page.wait_for_selector("figure svg", timeout=60_000)

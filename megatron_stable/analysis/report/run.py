@@ -15,8 +15,9 @@ from megatron_stable.config.schema import Config
 from megatron_stable.errors import DataError
 from megatron_stable.files import explain_os_errors
 from megatron_stable.records.directory import RunDirectory, require_known_format, require_run
+from megatron_stable.records.flight import FLIGHT
 from megatron_stable.stability.event import one_line
-from megatron_stable.stability.events import Event
+from megatron_stable.stability.events import Event, FlightRecorded
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Run:
         config: As its directory says it ran.
         curves: Its numbers.
         events: Its ledger, oldest first.
-        flights: What its flight recorder wrote.
+        flights: What its flight recorder wrote, oldest first: after a rollback, steps come again.
     """
 
     name: str
@@ -44,7 +45,9 @@ class Run:
         with explain_os_errors("read", self.path):
             directory = RunDirectory(self.path)
             self.events, self.config = directory.ledger.read(), load_config(directory.config)
-        self.flights = flights(self.path)
+        told = [event.file for event in self.events if isinstance(event, FlightRecorded)]
+        written = {file: number for number, file in enumerate(told)}
+        self.flights = sorted(flights(self.path), key=lambda flight: written.get(f"{FLIGHT}/{flight.path.name}", -1))
         return self.curves.refresh() or before != (len(self.events), len(self.flights))
 
     @property

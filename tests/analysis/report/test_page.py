@@ -213,3 +213,14 @@ def contrast(one: str, other: str) -> float:
 
     low, high = sorted([luminance(one), luminance(other)])
     return (high + 0.05) / (low + 0.05)
+
+
+def test_what_the_flight_recorder_wrote_last_comes_last_also_after_a_rollback(tmp_path: Path) -> None:
+    rows = [{"step": step, "logits/mean": 1.0} for step in range(1, 4)]
+    files = ("step_00000030.jsonl", "step_00000012.jsonl")
+    events = [
+        FlightRecorded(step=int(file[5:13]), file=f"flight/{file}", first=1, last=int(file[5:13])) for file in files
+    ]
+    run = make_run(tmp_path / "run", [record(1)], events, {}, dict.fromkeys(files, rows))
+    (found,) = open_runs([run])
+    assert [flight.path.name for flight in found.flights] == list(files)
