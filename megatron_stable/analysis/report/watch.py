@@ -125,6 +125,7 @@ def _waiting(names: Sequence[str], head: str) -> str:
     """The page while a run has recorded nothing yet, or nothing has been read."""
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>report</title>{ICON}{head}</head>'
-        f"<body><main><h1>Waiting</h1><p>No step has been read and drawn yet: {escape(', '.join(names))}. The page comes by itself.</p></main>"
+        f"<body><main><h1>Waiting</h1><p>No step has been read and drawn yet: {escape(', '.join(names))}. "
+        "The page comes by itself.</p></main>"
         "</body></html>"
     )
