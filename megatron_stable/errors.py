@@ -23,6 +23,10 @@ class JoinError(ConfigError):
     """The ranks did not come together; without a process group, each machine's first rank says so."""
 
 
+class InUseError(ConfigError):
+    """Another process has the run's directory."""
+
+
 class NotReady(MegatronStableError):
     """Machines, not the configuration, are in the way of a start; it may come right by itself."""
 

@@ -176,7 +176,8 @@ def _tell(work: Sweep, rows: list[Row]) -> None:
     counts = Counter(row["status"] for row in rows)
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     print(f"{work.directory / TABLE}.csv and .parquet; `megatron-stable report {work.directory}` draws them")
-    failed: list[dict[str, Any]] = [row for row in rows if row["status"] == "failed"]
+    mine = {cell.name for cell in work.mine}
+    failed: list[dict[str, Any]] = [row for row in rows if row["status"] == "failed" and row["name"] in mine]
     if failed:
         for row in failed:
             print(f"error: {row['name']}: {row['reason']}", file=sys.stderr)

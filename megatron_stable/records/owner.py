@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_stable.disk import open_plain
-from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.errors import DataError, InUseError
 from megatron_stable.files import replace_file
 from megatron_stable.persisted import Count, Persisted
 
@@ -175,12 +175,12 @@ def _await_end(run: Path, owner: Owner, locked: bool) -> None:
             raise _in_use(run, found)
 
 
-def _in_use(run: Path, owner: Owner | None) -> ConfigError:
+def _in_use(run: Path, owner: Owner | None) -> InUseError:
     who = f", {owner}" if owner else ""
     override = (
         f"; if you know that it has, delete {run / OWNER} and {LOCK}" if owner and owner.machine != machine() else ""
     )
-    return ConfigError(
+    return InUseError(
         f"run.directory {str(run)!r} is in use by a run that has not ended{who}: "
         f"wait for it, stop it, or choose another directory{override}"
     )

@@ -17,7 +17,7 @@ from statistics import median
 from pydantic import BaseModel, ConfigDict
 
 RECENT = 9  # losses behind a level
-LEAST = 0.01  # of the first loss: who has learnt less cannot lose it
+LEAST = 0.05  # of the first loss: who has learnt less can hardly lose it, and the noise of a loss must not look so
 
 
 class Collapse(BaseModel):

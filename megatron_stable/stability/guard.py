@@ -322,7 +322,7 @@ class Guard:
         onset = self.collapse.onset
         if onset is None or step - onset + 1 < self.config.collapse_steps:
             return None
-        part = f"{self.collapse.rise:.0%}" if isfinite(self.collapse.rise) else "all"
+        part = f"{self.collapse.rise:.0%}" if self.collapse.rise < 1 else "all"
         reason = f"{part} of what was learnt is lost, and has been since step {onset} (guard.collapse)"
         return Trouble("collapse", onset, step, reason)
 

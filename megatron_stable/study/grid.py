@@ -35,7 +35,7 @@ import yaml
 from megatron_stable.config.checks import conflicts
 from megatron_stable.config.load import examine
 from megatron_stable.config.notation import inline, parse
-from megatron_stable.config.problems import shown
+from megatron_stable.config.problems import Problem, shown
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import explain_os_errors
@@ -109,11 +109,17 @@ def read_grid(path: Path) -> Grid:
     directory = Path(given["directory"])
     names = _names([values for values, *_ in planned])
     cells, found = [], Counter[str]()
+    problems = [f"two runs are called {name}: name them apart" for name in _twice(names)]
+    if problems:
+        raise _refused(path, problems)
     for name, (_, labels, fields) in zip(names, planned, strict=True):
         fields = {**DEFAULTS, **shared, **fields, "run.directory": str(directory / "runs" / name)}
         config, wrong = examine(given.get("base"), [f"{key}={inline(value)}" for key, value in fields.items()])
         if config is not None and not wrong:
             wrong = conflicts(config, given.get("ranks", 1))
+            if config.logging.every != 1:
+                message = f"logging.every {config.logging.every}: a sweep goes by the loss of each step; leave it at 1"
+                wrong.append(Problem(("logging.every",), message))
         found.update({problem.message for problem in wrong})
         if config is not None:
             cells.append(Cell(name, labels, config))
@@ -182,7 +188,7 @@ def _misplaced(given: Fields) -> list[str]:
 def _flat(given: Mapping[Any, Any], where: str, problems: list[str]) -> Fields:
     """Fields by dotted key, from these or from sections."""
     fields: Fields = {}
-    for key, value in given.items():
+    for key, value in given.items() if isinstance(given, Mapping) else ():
         if "." in str(key):
             fields[str(key)] = value
         elif isinstance(value, dict):
@@ -231,7 +237,7 @@ def _listed(runs: Sequence[Any], problems: list[str]) -> Iterator[tuple[Fields, 
         problems.append("runs: there are none")
     for number, run in enumerate(runs, 1):
         if not isinstance(run, dict):
-            problems.append(f"runs: {shown(run)}, the {number}. of the list, is not fields of a run")
+            problems.append(f"runs: {shown(run)}, number {number} of the list, is not fields of a run")
             continue
         run = {str(key): value for key, value in run.items()}
         label = run.pop("name", None)
@@ -310,16 +316,22 @@ def _text(value: Any) -> str:
 
 def _names(runs: Sequence[Fields]) -> list[str]:
     """Names of runs, from what each is: the same whatever other runs there are, and fit for a directory."""
-    keys = Counter(key.rpartition(".")[2] for key in dict.fromkeys(key for run in runs for key in run))
+    known = Counter(key.rpartition(".")[2] for key in Config().by_key())
     names = []
     for run in runs:
-        short = {key.rpartition(".")[2] if keys[key.rpartition(".")[2]] == 1 else key: run[key] for key in run}
+        short = {key.rpartition(".")[2] if known[key.rpartition(".")[2]] == 1 else key: run[key] for key in run}
         text = ",".join(value if key == "name" else f"{key}={value}" for key, value in short.items())
         plain = re.sub(r"[^\w.,=+-]+", "_", text).lstrip(".-")
         if plain != text or len(plain) > NAME or not plain:
-            plain = f"{plain[:NAME]}_{sha256(text.encode()).hexdigest()[:6]}"
+            plain = f"{plain[:NAME]}_{sha256(text.encode()).hexdigest()[:12]}"
         names.append(plain)
     return names
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    """Names that are there twice, also to a file system that ignores case."""
+    count = Counter(name.casefold() for name in names)
+    return sorted({name for name in names if count[name.casefold()] > 1})
 
 
 def _same(cells: Iterable[Cell]) -> Iterator[str]:

@@ -9,13 +9,14 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 from megatron_stable.config.schema import Config
+from megatron_stable.errors import DivergenceError, LossScaleError
 from megatron_stable.files import write_file
 from megatron_stable.model.transformer import parameter_count
 from megatron_stable.persisted import Persisted, read_as
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.metrics import Record, latest, read_metrics
 from megatron_stable.stability.collapse import Collapse
-from megatron_stable.stability.events import Drop, EarlyWarning, Event, Spike
+from megatron_stable.stability.events import Drop, EarlyWarning, Event, Spike, Stop
 from megatron_stable.stability.probes import parse, tag
 from megatron_stable.study.grid import Cell
 from megatron_stable.study.table import SMALLEST, Row
@@ -41,7 +42,14 @@ class Ended(Persisted):
 def read_ended(run: Path) -> Ended | None:
     """How a run ended; ``None``: it has not. DataError: what says so is damaged."""
     path = run / ENDED
-    return read_as(Ended, path) if path.is_file() else None
+    if path.is_file():
+        return read_as(Ended, path)
+    # killed between the divergence and the note of it: trained on, it would diverge again, but elsewhere
+    last = next(reversed(RunDirectory(run).ledger.read()), None)
+    codes = (DivergenceError.exit_code, LossScaleError.exit_code)
+    if isinstance(last, Stop) and last.exit_code in codes:
+        return Ended(status="diverged", reason=last.reason.partition("\n")[0])
+    return None
 
 
 def write_ended(run: Path, ended: Ended) -> None:

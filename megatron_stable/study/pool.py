@@ -22,6 +22,7 @@ from megatron_stable.study.worker import OUTPUT, Answer
 from megatron_stable.training.stop import SIGNALS
 
 EVERY = 0.5  # seconds between looks at what goes on
+ENDS = 10.0  # seconds that a process whose run has failed may take to end
 
 
 class Change(NamedTuple):
@@ -89,6 +90,7 @@ class Pool:
                         if worker.over:
                             ready.unregister(worker.stdout)
                             workers.remove(worker)
+                            worker.end()  # before another one may try the same run
                         if cell is None:
                             continue
                         tries[cell.name] += 1
@@ -116,6 +118,8 @@ class Pool:
                 workers.append(idle)
                 ready.register(idle.stdout, selectors.EVENT_READ, idle)
             idle.ask(waiting.popleft(), self.ranks)
+            if self._stopping:  # by a signal that came in between
+                idle.signal(signal.SIGTERM)
 
     def _running(self, workers: Sequence[_Worker]) -> tuple[Cell, ...]:
         return tuple(worker.cell for worker in workers if worker.cell is not None)
@@ -191,5 +195,9 @@ class _Worker:
             self.stdin.close()
         if self.cell is not None:
             self.signal(signal.SIGTERM)
+        elif self.over:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(ENDS)
+            self.signal(signal.SIGKILL)
         self.process.wait()
         self.stdout.close()

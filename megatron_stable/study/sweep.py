@@ -10,12 +10,12 @@ import io
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from megatron_stable.config.load import load_config
 from megatron_stable.data import Tokenizer, open_dataset
-from megatron_stable.errors import ConfigError, MegatronStableError
+from megatron_stable.errors import ConfigError, DataError, MegatronStableError
 from megatron_stable.files import explain_os_errors, write_file
 from megatron_stable.records.directory import RunDirectory, differences
 from megatron_stable.study.grid import Cell, Grid
@@ -24,7 +24,7 @@ from megatron_stable.study.pool import Change, Pool
 from megatron_stable.study.table import FILE, MEASURED, Row, write_table
 from megatron_stable.training.pretrain import with_vocabulary
 
-EVERY = 20.0  # seconds between tables, at least
+EVERY, SHARE = 20.0, 20.0  # seconds between tables, at least, and times as long as one takes
 
 
 class Part(NamedTuple):
@@ -68,17 +68,20 @@ class Sweep:
             ConfigError: Another process trains these runs.
             KeyboardInterrupt: A signal stopped it, in order.
         """
-        with self._alone():
-            write_file(self.directory / FILE, self.grid.path.read_bytes())
-            waiting, written = self.open(), time.monotonic()
+        with self._locked(".lock" if self._part.of == 1 else ".lock-{}-of-{}".format(*self._part)) as mine:
+            if not mine:
+                raise ConfigError(f"{self.directory} is being trained by another process: wait for it, or end it")
+            waiting, due = self.open(), time.monotonic() + EVERY
             for cell in waiting:  # a failure is not the last word
                 (cell.directory / ENDED).unlink(missing_ok=True)
             try:
                 for change in Pool(self.grid.ranks, jobs, devices, retries).train(waiting):
                     yield change
-                    if change.cell is not None and time.monotonic() - written > EVERY:
-                        self.write()
-                        written = time.monotonic()
+                    began = time.monotonic()
+                    if change.cell is not None and began > due:
+                        self._write_early()
+                        # a large table must not keep runs waiting
+                        due = time.monotonic() + max(EVERY, SHARE * (time.monotonic() - began))
             finally:
                 self.write()
 
@@ -87,12 +90,23 @@ class Sweep:
         return [row for row, _ in self._outcomes()]
 
     def write(self) -> list[Row]:
-        """Write the table and what was measured; the rows. DataError: they cannot be written."""
+        """Write the table and what was measured, as things stand; the rows. DataError: they cannot be written."""
+        with self._locked(".table", wait=True):
+            return self._write()
+
+    def _write_early(self) -> None:
+        """Write the table of a sweep in progress, unless another part does."""
+        with self._locked(".table") as mine, suppress(DataError):  # of the last one is told
+            if mine:
+                self._write()
+
+    def _write(self) -> list[Row]:
         import pyarrow as pa
         import pyarrow.parquet
 
         found = self._outcomes()
         rows = [row for row, _ in found]
+        write_file(self.directory / FILE, self.grid.path.read_bytes())
         write_table(rows, self.directory)
         measured = [(row["name"], *number) for row, numbers in found for number in numbers]
         kinds = {
@@ -116,23 +130,21 @@ class Sweep:
         return found
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other processes of this machine from training the same part."""
-        number, of = self._part
-        path = self.directory / (".lock" if of == 1 else f".lock-{number}-of-{of}")
+    def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Whether no other process has what a lock stands for; until the end of the block this one has it then."""
+        path = self.directory / name
         with explain_os_errors("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("wb")
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
-                raise ConfigError(
-                    f"{self.directory} is being trained by another process: wait for it, or end it"
-                ) from None
+                yield False
+                return
             except OSError:
                 pass  # a file system without locks; each run has its own, of another kind
-            yield
+            yield True
 
 
 def _ready(grid: Grid) -> list[Cell]:

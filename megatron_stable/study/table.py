@@ -117,7 +117,11 @@ _KEYS = Config().by_key().keys()
 
 
 def _columns(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(column for row in rows for column in row))
+    found = dict.fromkeys(column for row in rows for column in row)
+    others = [column for column in found if column not in RESULTS and column not in _KEYS]
+    probes = [column for column in others if "/" in column or column in PROBES]
+    order = [*RESULTS, *(column for column in others if column not in probes), *probes, *_KEYS]
+    return [column for column in order if column in found]
 
 
 def _values(rows: Sequence[Row], column: str) -> set[str]:
@@ -133,6 +137,8 @@ def _follows(rows: Sequence[Row], field: str, label: str) -> bool:
 def _plain(values: list[Any]) -> list[Any]:
     """The values of a column as both formats hold them: all numbers, all flags or all text."""
     kinds = {type(value) for value in values} - {type(None)}
-    if kinds <= {int, float} or (len(kinds) == 1 and kinds <= {bool, str}):
+    exact = 2**53 if float in kinds else 2**63 - 1
+    small = all(abs(value) <= exact for value in values if type(value) is int)
+    if (kinds <= {int, float} and small) or (len(kinds) == 1 and kinds <= {bool, str}):
         return values
     return [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]

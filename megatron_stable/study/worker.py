@@ -13,7 +13,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +25,12 @@ from typing import Any, Literal
 
 from megatron_stable.config.load import dump_config, parse_config
 from megatron_stable.config.schema import Config
-from megatron_stable.errors import DivergenceError, LossScaleError, MegatronStableError
+from megatron_stable.errors import DivergenceError, InUseError, LossScaleError, MegatronStableError
 from megatron_stable.files import write_file
 from megatron_stable.persisted import Persisted
 from megatron_stable.records import jsonl
 from megatron_stable.records.directory import RunDirectory
-from megatron_stable.study.outcome import Ended, write_ended
+from megatron_stable.study.outcome import Ended, read_ended, write_ended
 
 
 class Answer(Persisted):
@@ -39,11 +42,13 @@ class Answer(Persisted):
 
 OUTPUT = "output.log"
 START = "start.yaml"  # what the ranks of a run read
+FOLLOWS = 1.0  # seconds between looks for who asks
 WHOLE, GLANCE = 1 << 20, 1 << 13  # bytes of metrics.jsonl that have its last record, or one of its last
 
 
 def main() -> None:
     """Train what standard input asks for."""
+    threading.Thread(target=_follow, args=(os.getppid(),), name="parent", daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # nothing else is to speak there
     for line in sys.stdin:
@@ -58,53 +63,56 @@ def main() -> None:
             return
 
 
+def _follow(parent: int) -> None:
+    """Have the run in progress stop in order, and then this process, when the one that asks has gone."""
+    while os.getppid() == parent:
+        time.sleep(FOLLOWS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def run(config: Config, ranks: int) -> Ended | None:
-    """Train a run to its end; ``None``: a signal stopped it."""
+    """Train a run to its end; ``None``: a signal stopped it, or another process has it."""
     directory = Path(config.run.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with _written_to(directory / OUTPUT):
-        try:
-            ended = _launch(config, ranks) if ranks > 1 else _train(config)
-        except (DivergenceError, LossScaleError) as error:
-            return Ended(status="diverged", reason=_first_line(error))
-        except MegatronStableError as error:
-            if os.getppid() == 1:  # it was stopped, as who asked for it has gone
-                sys.exit(0)
-            return Ended(status="failed", reason=str(error))
-        except Exception as error:
-            traceback.print_exc()
-            return Ended(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
-    if ended is not None:
-        return ended
-    return Ended(status="finished") if last_step(directory) >= config.run.steps else None
+    try:
+        with _written_to(directory / OUTPUT):
+            return _launch(config, ranks) if ranks > 1 else _train(config)
+    except (DivergenceError, LossScaleError) as error:
+        return Ended(status="diverged", reason=_first_line(error))
+    except InUseError as error:
+        print(f"{directory.name}: {error}", file=sys.stderr, flush=True)
+        return None
+    except MegatronStableError as error:
+        return Ended(status="failed", reason=str(error))
+    except Exception as error:
+        with (directory / OUTPUT).open("a", encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+        return Ended(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
+    finally:
+        gc.collect()  # a model is full of cycles, and the next one should not have to stand beside it
 
 
 def _train(config: Config) -> Ended | None:
     from megatron_stable.training.pretrain import train
 
-    train(config)
-    gc.collect()  # a model is full of cycles, and the next one should not have to stand beside it
-    return None
+    return Ended(status="finished") if train(config) is None else None
 
 
 def _launch(config: Config, ranks: int) -> Ended | None:
     """Train on several ranks, each a process of its own."""
+    from megatron_stable.checkpoint import store
     from megatron_stable.launching.local import TRAINING, launch
 
-    path = Path(config.run.directory) / START
+    run = RunDirectory(config.run.directory)
+    path = run.path / START
     write_file(path, dump_config(config).encode())
     code = launch(TRAINING, ["--config", str(path)], ranks)
     if code == 0:
-        return None
-    stops = [event for event in RunDirectory(config.run.directory).ledger.read() if event.event == "stop"]
+        saved = max((entry.step for entry in store.entries(run.checkpoints) if entry.usable), default=0)
+        return Ended(status="finished") if saved >= config.run.steps else None
     if code in (DivergenceError.exit_code, LossScaleError.exit_code):
-        return Ended(status="diverged", reason=getattr(stops[-1], "reason", None) if stops else None)
+        return read_ended(run.path) or Ended(status="diverged")
     return Ended(status="failed", reason=f"exit code {code}; see {OUTPUT}")
-
-
-def last_step(run: Path) -> int:
-    """The last step on record."""
-    return max((int(record.get("step", 0)) for record in last_records(run, WHOLE)), default=0)
 
 
 def last_records(run: Path, size: int = GLANCE) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_stable.parallel.lifeline import Lifeline
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.last_words import LastWords
-    from megatron_stable.training.stop import StopSignal, Wish
+    from megatron_stable.training.stop import Stopped, StopSignal, Wish
 
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
 
@@ -32,12 +32,15 @@ ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its ex
 Tell = Callable[[MegatronStableError], None]
 
 
-def train(config: Config, tell: Tell = lambda error: None) -> None:
+def train(config: Config, tell: Tell = lambda error: None) -> Stopped | None:
     """Train, on this rank of whatever launcher started it; alone without one. Returns when the run has ended. A process
     group that is there already is used, and left.
 
     Args:
         tell: Called with an error that is the same on all ranks, before any of them ends.
+
+    Returns:
+        What stopped it; ``None``: it has come to its last step.
 
     Raises:
         MegatronStableError: With a message for the user; ``agreed`` if it is the same on all ranks. After any other
@@ -66,7 +69,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
     lifeline = Lifeline(config.run.patience, last_words)
     with StopSignal(lambda wish: lifeline.stop(wish.why, int(wish.forced)), starters) as stop:
         try:
-            _train_in_world(config, stop, lifeline, last_words, place)
+            stopped = _train_in_world(config, stop, lifeline, last_words, place)
         except BaseException as error:
             if isinstance(error, MegatronStableError) and error.agreed:
                 tell(error)
@@ -80,9 +83,12 @@ def train(config: Config, tell: Tell = lambda error: None) -> None:
         lifeline.leave()
     if own:
         leave_world()
+    return stopped
 
 
-def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_words: LastWords, place: str) -> None:
+def _train_in_world(
+    config: Config, stop: StopSignal, lifeline: Lifeline, last_words: LastWords, place: str
+) -> Stopped | None:
     import torch
     import torch.distributed as dist
 
@@ -137,7 +143,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
         lifeline.stands_at(trainer.step)
         if trainer.step >= config.run.steps:
             callbacks.ended(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
-            return
+            return None
         with together():
             if rank == 0:
                 directory.commit(config)
@@ -156,6 +162,7 @@ def _train_in_world(config: Config, stop: StopSignal, lifeline: Lifeline, last_w
         if stopped and stopped.forced:  # no launcher on another machine is to take it for done
             raise agreed(MegatronStableError, str(stopped))
         callbacks.ended(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
+        return stopped
 
 
 def _asked(directory: RunDirectory) -> Wish | None:

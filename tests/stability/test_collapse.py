@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import inf, nan
 from statistics import median
 
+import numpy as np
 import pytest
 
 from megatron_stable.config.schema import GuardConfig
@@ -44,7 +45,16 @@ def test_spikes_do_not_count_and_losses_that_are_not_finite_do() -> None:
 
 def test_who_has_learnt_nothing_can_only_rise() -> None:
     assert after([5.0] * 30).rise == 0
-    assert after([5.0, *[5.5] * 30]).rise == pytest.approx(0.5 / 0.05)
+    assert after([5.0, *[5.5] * 30]).rise == pytest.approx(0.5 / 0.25)
+
+
+def test_noise_about_a_loss_that_does_not_fall_is_no_collapse() -> None:
+    for seed in range(20):
+        losses = 9.2 + 0.05 * np.random.default_rng(seed).standard_normal(300)
+        collapse = Collapse()
+        for step, loss in enumerate(losses, 1):
+            collapse = collapse.followed_by(step, float(loss), 0.5)
+            assert collapse.onset is None or step - collapse.onset < 50
 
 
 def test_the_onset_is_where_the_level_went_too_high_to_stay() -> None:

@@ -147,6 +147,10 @@ def test_all_problems_at_once_before_the_first_run(tmp_path: Path) -> None:
         ({"axes": {RATE: [0.1]}, "config": {"parallel.tensor": 2}}, "parallel.tensor"),
         ({"runs": [{RATE: 0.1}, {"run.seed": 1234, RATE: 0.1}]}, "is the same run as"),
         ({"axes": {RATE: [0.1]}, "base": "no.yaml"}, "no.yaml: no such file"),
+        ({"axes": {RATE: [0.1]}, "config": [1]}, "config: [1] is not fields of a run"),
+        ({"axes": {RATE: [0.1]}, "config": {"logging.every": 5}}, "logging.every 5: a sweep goes by the loss of each"),
+        ({"runs": [{"name": "a", RATE: 0.1}, {"name": "A", RATE: 0.2}]}, "two runs are called A: name them apart"),
+        ({"axes": {"size": {1: {RATE: 0.1}, "1": {RATE: 0.2}}}}, "two runs are called size=1"),
     ],
 )  # fmt: skip
 def test_what_is_no_sweep_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:

@@ -119,6 +119,15 @@ def test_runs_finish_diverge_and_fail_and_the_table_says_so(tmp_path: Path) -> N
     series = {row["step"]: row["value"] for row in measured if row["run"] == fine["name"] and row["tag"] == tags[0]}
     assert series == {step: records[step][tags[0]] for step in range(4, STEPS + 1, 4)}
 
+    # killed before it was noted how it ended, a run that diverged is not trained on
+    run = tmp_path / "sweep" / "runs" / diverges["name"]
+    (run / "ended.json").unlink()
+    written = (run / "metrics.jsonl").read_bytes()
+    code, said = sweep(path, "--jobs", "1")
+    assert code == 1 and "3 runs, 2 of them ended before" in said
+    assert timeless(read_table(tmp_path / "sweep"))[1] == timeless([diverges])[0]
+    assert (run / "metrics.jsonl").read_bytes() == written
+
     # what failed is mended, in a directory that another setting may not have, and the rest is kept
     before = {
         name: (tmp_path / "sweep" / "runs" / row["name"] / "metrics.jsonl").stat()
@@ -214,3 +223,23 @@ def test_runs_of_several_ranks(tmp_path: Path) -> None:
     assert diverges["status"] == "diverged" and "of what was learnt is lost" in diverges["reason"]
     told = json.loads((tmp_path / "sweep" / "runs" / fine["name"] / "ranks.json").read_text())
     assert len(told["ranks"]) == 2
+
+
+def test_a_worker_whose_sweep_is_killed_stops_also_under_nohup(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, config_of_runs={"run": {"steps": 100000}}, axes={RATE: [1e-2]})
+    run = tmp_path / "sweep" / "runs" / "learning_rate=0.01"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    await_step(process, run, 2)
+    workers = family(process)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert not alive and not (run / "ended.json").exists()
+    stops = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert stops[-1]["event"] == "stop" and stops[-1]["exit_code"] == 0, "in order, with a checkpoint"

@@ -37,6 +37,17 @@ def test_what_is_written_is_read(tmp_path: Path, name: str) -> None:
     assert found[0]["optimizer.betas"] == "[0.9, 0.95]", "lists are text"
 
 
+def test_columns_keep_their_order_whatever_the_first_run_lacks(tmp_path: Path) -> None:
+    failed = {key: value for key, value in ROWS[0].items() if key not in ("size", "attention/max_logit", "noise_scale")}
+    write_table([failed, *ROWS[1:]], tmp_path)
+    assert list(read_table(tmp_path)[0]) == list(ROWS[0])
+
+
+def test_numbers_that_a_column_cannot_hold_are_text(tmp_path: Path) -> None:
+    write_table([{**ROWS[0], "run.seed": 2**70}, {**ROWS[1], "run.seed": 5}], tmp_path)
+    assert [row["run.seed"] for row in read_table(tmp_path)] == [str(2**70), "5"]
+
+
 def test_axes_are_what_runs_differ_in() -> None:
     assert labels(ROWS) == ["size"]
     assert axes(ROWS) == ["size", "optimizer.learning_rate"], "width follows from the size"
