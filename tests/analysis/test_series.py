@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -317,6 +317,7 @@ def test_what_is_kept_is_what_a_reader_line_by_line_would_keep(steps: list[int])
     assert np.flatnonzero(_kept(np.array(steps, np.int64))).tolist() == [i for _, i in kept]
 
 
+@settings(deadline=None)  # of a machine that does other things as well
 @given(st.lists(st.tuples(st.integers(-5, 2**62), st.floats(width=32, allow_nan=False), st.floats(0, 1e10))))
 def test_any_scalar_comes_back(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[int, float, float]]) -> None:
     path = by_hand(tmp_path_factory.mktemp("any") / "tfevents", [scalar(*row) for row in rows])
