@@ -1,6 +1,6 @@
 """Which methods train at which learning rate: Rybakov et al., arXiv 2410.16682, on a small proxy.
 
-    python examples/studies/rybakov.py                  # trains 390 runs, an hour or two on two cores, then writes
+    python examples/studies/rybakov.py                  # trains 390 runs, then writes
     python examples/studies/rybakov.py --from-tables    # writes figures and page from the tables in docs/studies
 
 What it writes: docs/studies/rybakov.md, and docs/studies/rybakov with tables and figures. A sweep that was stopped goes
@@ -43,7 +43,7 @@ OUTPUT, TRAINED = DOCS / "rybakov", Path("runs/studies/rybakov")
 LINEARS, LAYERS = ("qkv", "proj", "fc1", "fc2"), 3
 TAGS = {f"output_norm/{linear}/layer_{layer:02}" for linear in LINEARS for layer in range(LAYERS)}
 COLUMNS = ("attention/max_logit", "attention/entropy", *(f"output_norm/{linear}" for linear in LINEARS))
-PAPER = {  # largest stable learning rate, §4 of the paper as others report it
+PAPER = {  # largest stable learning rate, as others report it of the paper
     "baseline": "6e-3", "soft_temp": "8e-3", "soft_clip": "8e-3", "sigma_reparam": "20e-3", "layer_scale": "20e-3",
     "soft_cap": "40e-3", "qk_norm": "40e-3", "qk_fc_norm": "40e-3", "qkv_norm": "60e-3", "qk_norm_cap": "60e-3",
 }  # fmt: skip

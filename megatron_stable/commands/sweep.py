@@ -16,7 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from megatron_stable.errors import ConfigError
+from megatron_stable.model.transformer import parameter_count
 from megatron_stable.study.grid import Cell, read_grid
+from megatron_stable.study.outcome import read_ended
 from megatron_stable.study.pool import Change, places
 from megatron_stable.study.sweep import Part, Sweep
 from megatron_stable.study.table import TABLE, Row
@@ -63,6 +65,10 @@ def sweep(
         raise ConfigError(f"{' and '.join(chosen)} do not go together: give one")
     if option and slurm is None:
         raise ConfigError("--option is for --slurm")
+    of_training = (("--jobs", jobs is not None), ("--retries", retries != 1), ("--part", part != "1/1" and not dry_run))
+    idle = [name for name, given in of_training if given] if chosen else []
+    if idle:
+        raise ConfigError(f"{' and '.join(idle)} have no effect with {chosen[0]}, which trains nothing here")
     work = Sweep(read_grid(file), _part(part))
     if commands is not None:
         for number in range(1, commands + 1):
@@ -165,10 +171,10 @@ def _work(cell: Cell) -> float:
 
 
 def _list(work: Sweep) -> None:
-    rows = {row["name"]: row for row in work.rows()}
     for cell in work.mine:
-        row = rows[cell.name]
-        print(f"{row['status']:10}  {row['parameters']:>13,} parameters  {_work(cell):8.2e} FLOPs  {cell.name}")
+        ended, (_, parameters) = read_ended(cell.directory), parameter_count(cell.config.model)
+        status = ended.status if ended else "unfinished"
+        print(f"{status:10}  {parameters:>13,} parameters  {_work(cell):8.2e} FLOPs  {cell.name}")
     print(f"{len(work.mine)} runs, {sum(map(_work, work.mine)):.2e} FLOPs; {len(work.open())} to be trained")
 
 

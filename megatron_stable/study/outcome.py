@@ -127,7 +127,7 @@ def _speed(records: Sequence[Record], config: Config) -> Row:
     speeds = [record["tokens_per_second"] for record in records if record.get("tokens_per_second")]
     if not speeds:
         return {"seconds": None, "tokens_per_second": None}
-    seconds = sum(config.tokens_per_step * config.logging.every / speed for speed in speeds)
+    seconds = sum(config.tokens_per_step / speed for speed in speeds)
     return {"seconds": seconds, "tokens_per_second": median(speeds)}
 
 

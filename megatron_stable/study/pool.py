@@ -53,7 +53,7 @@ def places(ranks: int, jobs: int | None) -> tuple[int, list[str]]:
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = shown.split(",") if shown else [str(gpu) for gpu in range(gpus)]
     devices = [",".join(names[first : first + ranks]) for first in range(0, gpus - ranks + 1, ranks)] if gpus else []
-    return jobs or len(devices) or max(1, (os.cpu_count() or 1) // ranks), devices
+    return jobs or len(devices) or max(1, len(os.sched_getaffinity(0)) // ranks), devices
 
 
 class Pool:
@@ -114,7 +114,7 @@ class Pool:
                 if len(workers) == self.jobs:
                     return
                 taken = Counter(worker.devices for worker in workers)
-                idle = _Worker(min(self.devices, key=taken.__getitem__, default=None), self.jobs)
+                idle = _Worker(min(self.devices, key=taken.__getitem__, default=None), self.jobs * self.ranks)
                 workers.append(idle)
                 ready.register(idle.stdout, selectors.EVENT_READ, idle)
             idle.ask(waiting.popleft(), self.ranks)
@@ -142,13 +142,17 @@ class Pool:
 
 
 class _Worker:
-    """A process of :mod:`megatron_stable.study.worker`, and the run that it trains."""
+    """A process of :mod:`megatron_stable.study.worker`, and the run that it trains.
+
+    Args:
+        sharing: Ranks that share this machine's cores.
+    """
 
     cell: Cell | None
 
-    def __init__(self, devices: str | None, jobs: int) -> None:
+    def __init__(self, devices: str | None, sharing: int) -> None:
         self.devices, self.cell, self.over = devices, None, False
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        threads = str(max(1, len(os.sched_getaffinity(0)) // sharing))
         environment = {"OMP_NUM_THREADS": threads, **alone()}
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices

@@ -38,6 +38,8 @@ def test_what_cannot_be_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixtu
     for arguments, message in (
         ([path, "--dry-run", "--table"], "--dry-run and --table do not go together"),
         ([path, "--part", "3/2"], "--part 3/2: give I/N"),
+        ([path, "--table", "--part", "1/2"], "--part have no effect with --table"),
+        ([path, "--commands", 2, "--jobs", 2, "--retries", 0], "--jobs and --retries have no effect with --commands"),
         ([path, "--option", "a=b"], "--option is for --slurm"),
         ([path, "--slurm", 1, "--option", "a"], "write KEY=VALUE"),
         ([path, "--slurm", 1, "--option", "slurm_partitoin=a"], "slurm_partitoin"),
