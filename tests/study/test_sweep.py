@@ -236,10 +236,10 @@ def test_a_worker_whose_sweep_is_killed_stops_also_under_nohup(tmp_path: Path) -
     await_step(process, run, 2)
     workers = family(process)
     process.kill()
-    process.communicate()
     _, alive = psutil.wait_procs(workers, timeout=60)
     for worker in alive:
         worker.kill()
+    process.communicate()
     assert not alive and not (run / "ended.json").exists()
     stops = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert stops[-1]["event"] == "stop" and stops[-1]["exit_code"] == 0, "in order, with a checkpoint"
