@@ -1,15 +1,15 @@
-"""What the studies share: their text, the small tables that are committed, claims, and parts of pages."""
+"""What the studies share: their texts, training, the small tables that are committed, and parts of pages."""
 
 from __future__ import annotations
 
 import argparse
 import io
+import lzma
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,31 +18,23 @@ import pyarrow.parquet as pq
 from megatron_stable.analysis.drawing import png
 from megatron_stable.analysis.report.figures import Drawn
 from megatron_stable.data.standard_library import write_standard_library
-from megatron_stable.study.sensitivity import Group, verdicts_of
 from megatron_stable.study.table import MEASURED, RATE, RESULTS, SEED, TIMES, axes, labels, read_table, write_table
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "studies"
-DATA = Path("runs/studies/data")
+DATA, PROSE = Path("runs/studies/data"), Path("runs/studies/prose")
 VOCABULARY, VALIDATION = 512, 0.05
 DIGITS = 5  # significant, of numbers in tables that are committed
 DPI = 110
-KEPT = ("run.steps", "guard.collapse")  # fields that readers of a table want though they do not vary
-
-
-class Claim(NamedTuple):
-    """A published claim, and what we found.
-
-    Attributes:
-        source: Where it was published.
-        measured: Our numbers, with intervals.
-        verdict: agrees, disagrees, or why neither can be said.
-    """
-
-    source: str
-    claim: str
-    measured: str
-    verdict: str
+KEPT = (
+    "run.steps",
+    "guard.collapse",
+    "model.qk_norm",
+    "model.attention_cap",
+    "optimizer.qk_clip",
+    "optimizer.eps",
+    "schedule.warmup_steps",
+)  # fields that readers of a table want though they do not vary
 
 
 def options(doc: str | None) -> argparse.Namespace:
@@ -55,21 +47,45 @@ def options(doc: str | None) -> argparse.Namespace:
 
 def run(*words: object) -> None:
     """One command of ours."""
-    command = [sys.executable, "-m", "megatron_stable", *map(str, words)]
-    if subprocess.run(command, check=False).returncode:
+    _command(words)
+
+
+def asked(*words: object) -> str:
+    """What a command of ours prints."""
+    return _command(words, stdout=subprocess.PIPE, encoding="utf-8").stdout
+
+
+def _command(words: Iterable[object], **how: Any) -> subprocess.CompletedProcess[str]:
+    ended = subprocess.run([sys.executable, "-m", "megatron_stable", *map(str, words)], check=False, **how)
+    if ended.returncode:
         raise SystemExit(f"failed: megatron-stable {' '.join(map(str, words))}")
+    return ended
 
 
-def prepare() -> None:
-    """The text, the source of Python's standard library, as token ids."""
-    text, tokenizer = DATA / "text.jsonl", DATA / "tokenizer.model"
-    if (DATA / "train_validation.idx").is_file():
+def prepare(folder: Path, write: Callable[[Path], object]) -> None:
+    """A text as token ids.
+
+    Args:
+        write: Writes the text, as JSON lines, to a path.
+    """
+    text, tokenizer = folder / "text.jsonl", folder / "tokenizer.model"
+    if (folder / "train_validation.idx").is_file():
         return
-    DATA.mkdir(parents=True, exist_ok=True)
-    write_standard_library(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(text)
     run("tokenizer", "--input", text, "--vocab-size", VOCABULARY, "--output", tokenizer)
-    data = ("--tokenizer", tokenizer, "--output", DATA / "train", "--validation-fraction", VALIDATION)
+    data = ("--tokenizer", tokenizer, "--output", folder / "train", "--validation-fraction", VALIDATION)
     run("preprocess", "--input", text, *data)
+
+
+def code() -> None:
+    """The first text: the source of Python's standard library."""
+    prepare(DATA, write_standard_library)
+
+
+def prose() -> None:
+    """The second text: Moby-Dick, by Herman Melville, a document for each chapter."""
+    prepare(PROSE, lambda path: path.write_bytes(lzma.decompress((HERE / "moby_dick.jsonl.xz").read_bytes())))
 
 
 def train(sweep: Path, jobs: int | None) -> None:
@@ -129,38 +145,3 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     """A table as Markdown has it."""
     rows = [head, ["---"] * len(head), *body]
     return [*(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
-def claims_table(claims: Iterable[Claim]) -> list[str]:
-    """Claims, one to a line."""
-    return table(
-        ("claim", "source", "we measured", "verdict"), [(c.claim, c.source, c.measured, c.verdict) for c in claims]
-    )
-
-
-def by(groups: Iterable[Group], axis: str) -> dict[str, Group]:
-    """Groups by their value on an axis."""
-    return {str(group.values[axis]): group for group in groups}
-
-
-def places(group: Group) -> dict[Any, int]:
-    """By seed, the place in the grid of the largest learning rate up to which all are stable; -1: not the first."""
-    verdicts = zip(group.curves, verdicts_of(group), strict=True)
-    return {seed: (curve.index(True) if True in curve else len(curve)) - 1 for seed, curve in verdicts}
-
-
-def ratio(group: Group, other: Group, step: float) -> tuple[float, float, float]:
-    """Largest stable learning rate relative to another group's, seed by seed, on a grid of such a step."""
-    here, there = places(group), places(other)
-    return spread([step ** (here[seed] - there[seed]) for seed in here.keys() & there.keys()])
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median over seeds, the least and the greatest."""
-    return median(values), min(values), max(values)
-
-
-def in_words(found: tuple[float, float, float]) -> str:
-    """A median with its range."""
-    middle, low, high = (f"{value:.2g}" for value in found)
-    return f"{middle} [{low}, {high}]"

@@ -14,24 +14,8 @@ from math import log
 from pathlib import Path
 from statistics import fmean, median
 
-from common import (
-    DOCS,
-    HERE,
-    Claim,
-    by,
-    claims_table,
-    in_words,
-    keep,
-    options,
-    places,
-    prepare,
-    ratio,
-    save,
-    series,
-    spread,
-    table,
-    train,
-)
+from claims import Claim, Spread, by, claims_table, in_words, places, ratio, spread
+from common import DOCS, HERE, code, keep, options, save, series, table, train
 
 from megatron_stable.study.figures import figures
 from megatron_stable.study.page import in_words as sensitivity_in_words
@@ -71,7 +55,7 @@ def claims(sweep: Sweep) -> Iterator[Claim]:
     yield _growth(recipes["baseline"])
 
 
-def _compared(found: tuple[float, float, float], paper: float, step: float) -> str:
+def _compared(found: Spread, paper: float, step: float) -> str:
     """Whether ratios of learning rates agree, to within a step of the grid; or at least their direction."""
     _, low, high = found
     if low / step <= paper <= high * step:
@@ -207,7 +191,7 @@ The numbers are those of the paper's claims; learning rates of the grid are 1.5 
 def main() -> None:
     args = options(__doc__)
     if not args.from_tables:
-        prepare()
+        code()
         train(HERE / "rybakov.yaml", args.jobs)
         keep([TRAINED], OUTPUT, COLUMNS, TAGS)
     sweep = open_sweep(OUTPUT / "table.csv")

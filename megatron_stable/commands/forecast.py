@@ -19,7 +19,7 @@ from megatron_stable.study.backtest import BackTest, back_test, score
 from megatron_stable.study.forecast import Cell, Forecast, largest_stable, one_sided, percent, shown
 from megatron_stable.study.forecast import forecast as foretell
 from megatron_stable.study.forecast_figures import figures
-from megatron_stable.study.observations import QUANTITIES, Group, groups, nearest, read_measured
+from megatron_stable.study.observations import QUANTITIES, Group, Run, groups, nearest, read_measured
 from megatron_stable.study.scaling import Prediction
 from megatron_stable.study.table import read_table
 
@@ -76,11 +76,12 @@ def forecast(
     found = _groups(sweep, where or [], at, layers)
     if leave_out_largest:
         tests = [back_test(group) for group in found]
-        forecasts = [test.forecast for test in tests]
+        drawn = [(test.forecast, test.came) for test in tests]
     else:
         forecasts = _foretold(found, parameters, config, learning_rate)
+        drawn = [(each, []) for each in forecasts]
     if pictures is not None:
-        _draw(forecasts, pictures)
+        _draw(drawn, pictures)
     if as_json:
         whole = _tests_facts(tests) if leave_out_largest else {"forecasts": list(map(_facts, forecasts))}
         print(json.dumps({"sweep": str(sweep), **whole}, indent=1, allow_nan=False))
@@ -133,12 +134,12 @@ def _foretold(
     return [made]
 
 
-def _draw(forecasts: list[Forecast], directory: Path) -> None:
+def _draw(forecasts: list[tuple[Forecast, list[Run]]], directory: Path) -> None:
     with explain_os_errors("create", directory):
         directory.mkdir(parents=True, exist_ok=True)
-    for each in forecasts:
+    for each, came in forecasts:
         stem = re.sub(r"[^\w.=-]+", "_", each.group.name)
-        for name, figure in figures(each).items():
+        for name, figure in figures(each, came).items():
             write_file(directory / f"{stem}_{name}.png", png(figure))
 
 

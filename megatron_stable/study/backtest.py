@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.study.forecast import Cell, Forecast, forecast
-from megatron_stable.study.observations import Group
+from megatron_stable.study.observations import Group, Run
 from megatron_stable.study.scaling import LEAST_SIZES
 
 
@@ -49,6 +49,11 @@ class BackTest:
     group: Group
     forecast: Forecast
     outcomes: tuple[Outcome, ...]
+
+    @property
+    def came(self) -> list[Run]:
+        """The runs of the largest size."""
+        return [run for run in self.group.runs if run.size == self.forecast.size]
 
 
 class Score(NamedTuple):

@@ -290,11 +290,11 @@ def _best_rates(group: Group) -> tuple[list[Point], list[str]]:
         elif i in (0, len(y) - 1):
             edges.append(f"at {size:.3g} it is {rates[i]:g} or {'less' if i == 0 else 'more'}")
         else:
-            found.append(Point(size, seed, _vertex(rates[i - 1 : i + 2], y[i - 1 : i + 2])))
+            found.append(Point(size, seed, vertex(rates[i - 1 : i + 2], y[i - 1 : i + 2])))
     return found, list(dict.fromkeys(edges))
 
 
-def _vertex(rates: Sequence[float], losses: Sequence[float]) -> float:
+def vertex(rates: Sequence[float], losses: Sequence[float]) -> float:
     """Of the parabola through three losses over log10 of the rate; the middle, next to a run that diverged."""
     if not all(map(math.isfinite, losses)):
         return rates[1]

@@ -19,37 +19,42 @@ from megatron_stable.study.threshold import Threshold
 ALONG = 40  # points of a curve
 
 
-def figures(forecast: Forecast) -> dict[str, Any]:
-    """By name, those for which there are measurements."""
-    found = {"learning_rates": _learning_rates(forecast)}
+def figures(forecast: Forecast, came: Sequence[Run] = ()) -> dict[str, Any]:
+    """By name, those for which there are measurements.
+
+    Args:
+        came: Runs that were foretold, and were made after all.
+    """
+    found = {"learning_rates": _learning_rates(forecast, came)}
     for name, draw in (("max_logit", _max_logit), ("grad_rms", _grad_rms)):
         if forecast.laws[name]:
-            found[name] = draw(forecast)
+            found[name] = draw(forecast, came)
     return found
 
 
-def _max_logit(forecast: Forecast) -> Any:
-    figure, axes = _scaling(forecast, "max_logit")
+def _max_logit(forecast: Forecast, came: Sequence[Run]) -> Any:
+    figure, axes = _scaling(forecast, "max_logit", came)
     if forecast.critical is not None:
         axes.axhspan(forecast.critical.low, forecast.critical.high, color=MUTED, alpha=0.15, linewidth=0)
         axes.axhline(forecast.critical.median, color=INK, linewidth=1.2, label="runs diverge beyond")
     return _finished(figure, axes)
 
 
-def _grad_rms(forecast: Forecast) -> Any:
-    figure, axes = _scaling(forecast, "grad_rms")
+def _grad_rms(forecast: Forecast, came: Sequence[Run]) -> Any:
+    figure, axes = _scaling(forecast, "grad_rms", came)
     axes.axhline(forecast.eps, color=INK, linewidth=1.2, label=f"ε = {forecast.eps:g}")
     return _finished(figure, axes)
 
 
-def _scaling(forecast: Forecast, name: str) -> tuple[Any, Any]:
-    """A quantity against size: runs, for each learning rate the law, and its interval at the target."""
+def _scaling(forecast: Forecast, name: str, came: Sequence[Run]) -> tuple[Any, Any]:
+    """A quantity against size: runs, for each learning rate the law, and its interval; hollow: what came."""
     figure, axes = _axes(forecast, QUANTITIES[name].what)
     for number, (rate, law) in enumerate(forecast.laws[name].items()):
         look = style(number)
-        runs = [run for run in forecast.group.runs if run.rate == rate and name in run.values]
-        for diverged, mark in ((False, "o"), (True, "x")):
-            _mark(axes, [run for run in runs if run.diverged == diverged], name, mark, look["color"])
+        for runs, face in ((forecast.group.runs, look["color"]), (came, "none")):
+            known = [run for run in runs if run.rate == rate and name in run.values]
+            for diverged, mark in ((False, "o"), (True, "x")):
+                _mark(axes, [run for run in known if run.diverged == diverged], name, mark, look["color"], face)
         label = f"learning rate {rate:.3g}"
         if law.refusal(forecast.size) is None:
             _curve(axes, _along(forecast), law, look, label)
@@ -58,11 +63,11 @@ def _scaling(forecast: Forecast, name: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _learning_rates(forecast: Forecast) -> Any:
+def _learning_rates(forecast: Forecast, came: Sequence[Run]) -> Any:
     """The best learning rate and the one from which runs diverge, against size."""
     figure, axes = _axes(forecast, "learning rate")
     for diverged, mark, label in ((False, "o", "trained"), (True, "x", "diverged")):
-        runs = [run for run in forecast.group.runs if run.diverged == diverged]
+        runs = [run for run in (*forecast.group.runs, *came) if run.diverged == diverged]
         spots = {"color": MUTED, "markersize": 4, "linestyle": "none", "alpha": 0.6}
         axes.plot([run.size for run in runs], [run.rate for run in runs], mark, label=label, **spots)
     if forecast.frontier is not None:
@@ -96,9 +101,9 @@ def _curve(axes: Any, sizes: Sequence[float], law: Law | Threshold, look: dict[s
     axes.fill_between(sizes, *band, color=look["color"], alpha=0.12, linewidth=0)
 
 
-def _mark(axes: Any, runs: Sequence[Run], name: str, mark: str, color: str) -> None:
-    values = [run.values[name] for run in runs]
-    axes.plot([run.size for run in runs], values, mark, color=color, markersize=4, linestyle="none")
+def _mark(axes: Any, runs: Sequence[Run], name: str, mark: str, color: str, face: str) -> None:
+    values, look = [run.values[name] for run in runs], {"color": color, "markerfacecolor": face, "linestyle": "none"}
+    axes.plot([run.size for run in runs], values, mark, markersize=4 if face == color else 6, **look)
 
 
 def _columns(points: Sequence[Point]) -> tuple[list[float], list[float]]:
