@@ -14,18 +14,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 
 from megatron_stable.analysis.drawing import png
 from megatron_stable.analysis.report.figures import Drawn
 from megatron_stable.data.standard_library import write_standard_library
-from megatron_stable.study.table import MEASURED, RATE, RESULTS, SEED, TIMES, axes, labels, read_table, write_table
+from megatron_stable.study.grid import read_grid
+from megatron_stable.study.table import MEASURED, RATE, RESULTS, SEED, TIMES, Row, axes, labels, read_table, write_table
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "studies"
-DATA, PROSE = Path("runs/studies/data"), Path("runs/studies/prose")
+TRAINED = Path("runs/studies")
+DATA, PROSE = TRAINED / "data", TRAINED / "prose"
 VOCABULARY, VALIDATION = 512, 0.05
 DIGITS = 5  # significant, of numbers in tables that are committed
 DPI = 110
+SCALED = (".model.hidden", ".model.sequence_length", ".optimizer.base_width")
 KEPT = (
     "run.steps",
     "guard.collapse",
@@ -34,6 +38,10 @@ KEPT = (
     "optimizer.qk_clip",
     "optimizer.eps",
     "schedule.warmup_steps",
+    "model.layers",
+    "model.hidden",
+    "model.sequence_length",
+    "batch.global_size",
 )  # fields that readers of a table want though they do not vary
 
 
@@ -42,6 +50,10 @@ def options(doc: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from-tables", action="store_true", help="train nothing: figures and page from docs/studies")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one per core or GPU")
+    parser.add_argument(
+        "--scale", type=int, default=1, metavar="K",
+        help="models and sequences K times as wide and as long, for a GPU; at 4, heads are 64 wide",
+    )  # fmt: skip
     return parser.parse_args()
 
 
@@ -78,19 +90,48 @@ def prepare(folder: Path, write: Callable[[Path], object]) -> None:
     run("preprocess", "--input", text, *data)
 
 
-def code() -> None:
+def prepare_code() -> None:
     """The first text: the source of Python's standard library."""
     prepare(DATA, write_standard_library)
 
 
-def prose() -> None:
+def prepare_prose() -> None:
     """The second text: Moby-Dick, by Herman Melville, a document for each chapter."""
     prepare(PROSE, lambda path: path.write_bytes(lzma.decompress((HERE / "moby_dick.jsonl.xz").read_bytes())))
 
 
-def train(sweep: Path, jobs: int | None) -> None:
-    """Train a sweep, as far as it has not been."""
-    run("sweep", sweep, *(("--jobs", jobs) if jobs else ()))
+def train(name: str, args: argparse.Namespace) -> Path:
+    """Train a sweep, as far as it has not been; its directory."""
+    path = scaled(name, args.scale)
+    run("sweep", path, *(("--jobs", args.jobs) if args.jobs else ()))
+    return read_grid(path).directory
+
+
+def scaled(name: str, factor: int) -> Path:
+    """The file of a sweep, or of one whose models and sequences are so many times as wide and as long."""
+    path = HERE / f"{name}.yaml"
+    if factor == 1:
+        return path
+    wider = _wider(yaml.safe_load(path.read_text(encoding="utf-8")), factor)
+    if "base" in wider:
+        wider["base"] = str(scaled(Path(wider["base"]).stem, factor))
+    if "directory" in wider:
+        wider["directory"] += suffix(factor)
+    output = TRAINED / f"{name}{suffix(factor)}.yaml"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(yaml.safe_dump(wider, sort_keys=False), encoding="utf-8")
+    return output
+
+
+def _wider(fields: Any, factor: int, key: str = "") -> Any:
+    if isinstance(fields, dict):
+        return {name: _wider(value, factor, f"{key}.{name}") for name, value in fields.items()}
+    return fields * factor if key.endswith(SCALED) else fields
+
+
+def suffix(factor: int) -> str:
+    """Of the names of what belongs to a scale."""
+    return "" if factor == 1 else f"_x{factor}"
 
 
 def keep(sweeps: Iterable[Path], output: Path, columns: Collection[str], tags: Collection[str]) -> None:
@@ -139,6 +180,23 @@ def save(drawn: Iterable[Drawn], output: Path) -> list[str]:
         (output / f"{each.name}.png").write_bytes(png(each.picture, DPI))
         lines += [f"![{each.title}]({output.name}/{each.name}.png)", "", each.caption, ""]
     return lines
+
+
+def write(output: Path, page: str) -> None:
+    """Write a study's page beside its tables."""
+    path = output.with_suffix(".md")
+    path.write_text(page, encoding="utf-8")
+    print(path)
+
+
+def batch_of(row: Row) -> str:
+    """What a step of a run takes, in words."""
+    return f"{row['batch.global_size']} × {row['model.sequence_length']} tokens"
+
+
+def lines(each: Iterable[str]) -> str:
+    """As a page has them."""
+    return "\n".join(each)
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:

@@ -10,12 +10,30 @@ goes on where it was. The largest size is trained after it has been foretold fro
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from claims import by, claims_table
-from common import DATA, DOCS, HERE, VOCABULARY, asked, code, keep, options, rounded, save, table, train
+from common import (
+    DATA,
+    DOCS,
+    VOCABULARY,
+    asked,
+    batch_of,
+    keep,
+    lines,
+    options,
+    prepare_code,
+    rounded,
+    save,
+    scaled,
+    suffix,
+    table,
+    train,
+    write,
+)
 from wortsman_claims import CRITICAL, NO_NORM, Study, bigram_loss, claims
 
 from megatron_stable.analysis.report.figures import Drawn
@@ -30,43 +48,40 @@ from megatron_stable.study.page import in_words, largest_in_words
 from megatron_stable.study.reading import Sweep, open_sweep
 from megatron_stable.study.sensitivity import Group, best, largest_stable, sensitivity
 
-TRAINED, OUTPUT = Path("runs/studies"), DOCS / "wortsman"
-SIZES, KNOBS, FORCED, DRIFT = (OUTPUT / name for name in ("sizes", "knobs", "forced", "drift"))
-LARGEST = HERE / "wortsman_largest.yaml"
-PREDICTION, BIGRAM = OUTPUT / "prediction.json", OUTPUT / "bigram.json"
+SIZES, KNOBS, FORCED, DRIFT = "sizes", "knobs", "forced", "drift"  # below docs/studies/wortsman
+PREDICTION, BIGRAM = "prediction.json", "bigram.json"
 COLUMNS = ("attention/max_logit", "grad_rms/fc1", "logits/mean", "logits/logsumexp")
 TAGS = ("attention/max_logit/layer_00", "grad_rms/fc1/layer_00", "logits/mean", "logits/logsumexp")
 TOPICS = {  # variants that are compared with each other
     "warm-up": ("warm-up 2", "reference", "warm-up 67"),
     "weight decay": ("reference", "coupled decay", "decay x 500", "coupled decay x 500"),
-    "shape": ("reference", "depth 8", "width 128"),
-    "parametrization": ("width 128", "mu_simple, width 128", "mu_full, width 32", "mu_full, width 128"),
+    "shape": ("reference", "4 x as deep", "twice as wide"),
+    "parametrization": ("twice as wide", "mu_simple, twice as wide", "mu_full, half as wide", "mu_full, twice as wide"),
     "eps": ("reference", "eps 1e-4", "eps 1e-2"),
     "length and batch": ("reference", "half as long", "twice as long", "batch 8", "batch 32"),
 }
 
 
-def train_all(jobs: int | None) -> None:
+def train_all(output: Path, args: Namespace) -> None:
     """Train what has not been, and keep the tables; the largest size only when it has been foretold."""
-    code()
-    train(HERE / "wortsman_small.yaml", jobs)
-    keep([TRAINED / "wortsman_small"], SIZES, COLUMNS, TAGS)
-    if not PREDICTION.is_file():
-        size = parameter_count(read_grid(LARGEST).cells[0].config.model, VOCABULARY)[1]
-        PREDICTION.write_text(asked("forecast", SIZES, "--parameters", size, "--json"), encoding="utf-8")
-    train(LARGEST, jobs)
-    keep([TRAINED / "wortsman_small", TRAINED / "wortsman_largest"], SIZES, COLUMNS, TAGS)
-    BIGRAM.write_text(json.dumps({"loss": rounded(bigram_loss(DATA))}) + "\n", encoding="utf-8")
-    for output in (FORCED, DRIFT, KNOBS):
-        train(HERE / f"wortsman_{output.name}.yaml", jobs)
-        keep([TRAINED / f"wortsman_{output.name}"], output, COLUMNS, TAGS)
+    prepare_code()
+    small, prediction = train("wortsman_small", args), output / PREDICTION
+    keep([small], output / SIZES, COLUMNS, TAGS)
+    if not prediction.is_file():
+        largest = read_grid(scaled("wortsman_largest", args.scale)).cells[0].config.model
+        size = parameter_count(largest, VOCABULARY)[1]
+        prediction.write_text(asked("forecast", output / SIZES / "table.csv", "--parameters", size, "--json"))
+    keep([small, train("wortsman_largest", args)], output / SIZES, COLUMNS, TAGS)
+    (output / BIGRAM).write_text(json.dumps({"loss": rounded(bigram_loss(DATA))}) + "\n")
+    for name in (FORCED, DRIFT, KNOBS):
+        keep([train(f"wortsman_{name}", args)], output / name, COLUMNS, TAGS)
 
 
-def study() -> Study:
+def study(output: Path) -> Study:
     """What the tables in docs/studies say."""
-    sizes, knobs, forced, drift = (open_sweep(output / "table.csv") for output in (SIZES, KNOBS, FORCED, DRIFT))
-    tests = [back_test(group) for group in groups(sizes.rows, read_measured(SIZES))]
-    return Study(sizes, knobs, forced, drift, tests, json.loads(BIGRAM.read_text(encoding="utf-8"))["loss"])
+    sizes, knobs, forced, drift = (open_sweep(output / name / "table.csv") for name in (SIZES, KNOBS, FORCED, DRIFT))
+    tests = [back_test(group) for group in groups(sizes.rows, read_measured(output / SIZES))]
+    return Study(sizes, knobs, forced, drift, tests, json.loads((output / BIGRAM).read_text())["loss"])
 
 
 def prediction_table(tests: Sequence[BackTest]) -> list[str]:
@@ -132,18 +147,25 @@ def forecast_pictures(tests: Sequence[BackTest]) -> Iterator[Drawn]:
             )
 
 
-def page(study: Study) -> str:
+def pictures(study: Study) -> Iterator[Drawn]:
+    """All figures of the page."""
+    yield from figures(study.sizes)
+    yield from forecast_pictures(study.tests)
+    yield from knob_figures(study.knobs)
+
+
+def page(study: Study, drawn: Iterable[str]) -> str:
     """docs/studies/wortsman.md."""
     sizes, first = study.sizes, study.sizes.rows[0]
+    smallest, largest = (edge(row["parameters"] for row in sizes.rows) for edge in (min, max))
     runs = sum(len(sweep.rows) for sweep in (sizes, study.knobs, study.forced, study.drift))
-    drawn = [*figures(sizes), *forecast_pictures(study.tests), *knob_figures(study.knobs)]
     return f"""# Instabilities of large models on small ones: arXiv 2309.14322
 
 <!-- Generated by `python examples/studies/wortsman.py`; edit that. -->
 
 The paper (2.4M to 4.8B parameters, 100,000 steps of 131,000 tokens) finds that what makes large models unstable can be
-seen in small ones at high learning rates, and foretold from them. Here: {runs} runs of 25,000 to 790,000 parameters,
-{first["run.steps"]} steps of 16 × 64 tokens, three seeds, on two cores; its defaults otherwise (per-head QK-norm,
+seen in small ones at high learning rates, and foretold from them. Here: {runs} runs of {smallest:,} to {largest:,}
+parameters, {first["run.steps"]} steps of {batch_of(first)}, three seeds; its defaults otherwise (per-head QK-norm,
 z-loss 1e-4, independent weight decay 1e-4, cosine decay, initialisation), with a warm-up of a tenth instead of a
 twentieth. The text is the source of Python's standard library, with a vocabulary of 512.
 [sensitivity.md](../sensitivity.md) and [forecast.md](../forecast.md) define every
@@ -174,13 +196,13 @@ seeds did, or neither. Logits: of the first block, at the end of warm-up.
 {lines(groups_table(sizes.groups, sizes.rates, "size", "method"))}
 ## Knobs
 
-At two blocks of width 64, with QK-norm and z-loss. `decay x 500`: with as much decay by the end as the paper's steps
+At the size `small`, with QK-norm and z-loss. `decay x 500`: with as much decay by the end as the paper's steps
 give.
 
 {lines(groups_table(study.knobs.groups, study.knobs.rates, "variant"))}
 ## Figures
 
-{lines(save(drawn, OUTPUT)).rstrip()}
+{lines(drawn).rstrip()}
 
 ## What could not be tested at this size
 
@@ -192,16 +214,13 @@ give.
 """
 
 
-def lines(each: Iterable[str]) -> str:
-    return "\n".join(each)
-
-
 def main() -> None:
     args = options(__doc__)
+    output = DOCS / f"wortsman{suffix(args.scale)}"
     if not args.from_tables:
-        train_all(args.jobs)
-    (DOCS / "wortsman.md").write_text(page(study()), encoding="utf-8")
-    print(DOCS / "wortsman.md")
+        train_all(output, args)
+    found = study(output)
+    write(output, page(found, save(pictures(found), output)))
 
 
 if __name__ == "__main__":

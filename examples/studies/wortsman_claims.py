@@ -256,7 +256,13 @@ def _knobs(knobs: Mapping[str, Group]) -> Iterator[Claim]:
         ("§3.2.1", "a longer warm-up lowers LR sensitivity", "warm-up 67", "warm-up 2", False),
         ("§3.2.2", f"{decay} (the paper's values)", "reference", "coupled decay", False),
         ("§3.2.2", f"{decay} (as much by the end as in the paper)", "decay x 500", "coupled decay x 500", False),
-        ("§3.2.3", "depth raises LR sensitivity more than width, at equal parameters", "depth 8", "width 128", True),
+        (
+            "§3.2.3",
+            "depth raises LR sensitivity more than width, at equal parameters",
+            "4 x as deep",
+            "twice as wide",
+            True,
+        ),
     ):
         ratio = paired(found[one], found[other], truediv)
         yield Claim(source, said, f"{one} over {other}: {in_words(ratio)} ×", beyond(ratio, 1.0, above))
@@ -271,10 +277,10 @@ def _knobs(knobs: Mapping[str, Group]) -> Iterator[Claim]:
 
 def _parametrization(study: Study, knobs: Mapping[str, Group]) -> Iterator[Claim]:
     """#15: muParam."""
-    source, rates, large = "#15, §3.2.4", study.knobs.rates, knobs["width 128"]
-    wide = {name: knobs[f"{name}, width 128"] for name in ("mu_simple", "mu_full")}
-    small = _best_rates(study.method(BOTH)["25k"], study.sizes.rates)  # of width 32, at which mu_simple is standard
-    bases = {"standard": small, "mu_simple": small, "mu_full": _best_rates(knobs["mu_full, width 32"], rates)}
+    source, rates, large = "#15, §3.2.4", study.knobs.rates, knobs["twice as wide"]
+    wide = {name: knobs[f"{name}, twice as wide"] for name in ("mu_simple", "mu_full")}
+    small = _best_rates(study.method(BOTH)["smallest"], study.sizes.rates)  # at the base width mu_simple is standard
+    bases = {"standard": small, "mu_simple": small, "mu_full": _best_rates(knobs["mu_full, half as wide"], rates)}
     moved = {
         name: paired(_best_rates(group, rates), bases[name], truediv)
         for name, group in {"standard": large, **wide}.items()
@@ -283,22 +289,22 @@ def _parametrization(study: Study, knobs: Mapping[str, Group]) -> Iterator[Claim
     yield Claim(
         source,
         "muParam holds the best learning rate where it is as width grows",
-        f"best at width 128 over best at width 32: {each_in_words(moved)}",
+        f"best when 4 x as wide over best: {each_in_words(moved)}",
         together("agrees" if away[name] < away["standard"] else "disagrees" for name in wide),
     )
     gains = {name: paired(lows(group), lows(large)) for name, group in wide.items()}
     verdict = together("disagrees" if found[2] < 0 else "agrees" for found in gains.values())
-    measured = f"at width 128: {each_in_words(gains, '+.3f', ' nats')}"
+    measured = f"{each_in_words(gains, '+.3f', ' nats')}"
     yield Claim(source, "muParam does not lower the best loss", measured, verdict)
     ratios = {name: paired(sensitivities(group), sensitivities(large), truediv) for name, group in wide.items()}
     verdict = together("agrees" if found[2] >= 1 / UNCHANGED else "disagrees" for found in ratios.values())
-    yield Claim(source, "muParam does not lower LR sensitivity", f"at width 128: {each_in_words(ratios)}", verdict)
+    yield Claim(source, "muParam does not lower LR sensitivity", f"{each_in_words(ratios)}", verdict)
     seeds = places(wide["mu_full"]).values()
     trained = sum(place == len(rates) - 1 for place in seeds)
     yield Claim(
         "#15, App. E",
         "mu_full with QK-norm trains at learning rate 1",
-        f"{trained} of {len(seeds)} seeds do at width 128",
+        f"{trained} of {len(seeds)} seeds do",
         together("agrees" if place == len(rates) - 1 else "disagrees" for place in seeds),
     )
 

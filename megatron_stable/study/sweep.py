@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_stable.config.load import load_config
 from megatron_stable.data import Tokenizer, open_dataset
@@ -34,6 +34,13 @@ class Part(NamedTuple):
     of: int = 1
 
 
+class Outcome(NamedTuple):
+    """What became of a run: its row, and its part of probes.parquet, in columns, as a large sweep has many numbers."""
+
+    row: Row
+    measured: Any
+
+
 class Sweep:
     """The runs of a grid.
 
@@ -49,7 +56,7 @@ class Sweep:
         self.cells = _ready(grid)
         self.mine = self.cells[part.number - 1 :: part.of]
         self._part = part
-        self._known: dict[str, tuple[Row, list[Measured]]] = {}  # of runs that have ended
+        self._known: dict[str, Outcome] = {}  # of runs that have ended
 
     def open(self) -> list[Cell]:
         """The runs of this part that have not ended, or have failed."""
@@ -108,23 +115,19 @@ class Sweep:
         rows = [row for row, _ in found]
         write_file(self.directory / FILE, self.grid.path.read_bytes())
         write_table(rows, self.directory)
-        measured = [(row["name"], *number) for row, numbers in found for number in numbers]
-        kinds = {
-            "run": pa.dictionary(pa.int32(), pa.string()), "step": pa.int64(),
-            "tag": pa.dictionary(pa.int32(), pa.string()), "value": pa.float64(),
-        }  # fmt: skip
-        columns = list(zip(*measured, strict=True)) or [()] * len(kinds)
-        table = pa.table({name: pa.array(column) for name, column in zip(kinds, columns, strict=True)})
         data = io.BytesIO()
-        pa.parquet.write_table(table.cast(pa.schema(kinds)), data)
+        pa.parquet.write_table(pa.concat_tables([measured for _, measured in found]).unify_dictionaries(), data)
         write_file(self.directory / MEASURED, data.getvalue())
         return rows
 
-    def _outcomes(self) -> list[tuple[Row, list[Measured]]]:
+    def _outcomes(self) -> list[Outcome]:
         found = []
         for cell in self.cells:
-            known = self._known.get(cell.name) or outcome(cell)
-            if known[0]["status"] in ("finished", "diverged"):
+            known = self._known.get(cell.name)
+            if known is None:
+                row, numbers = outcome(cell)
+                known = Outcome(row, _columns(cell.name, numbers))
+            if known.row["status"] in ("finished", "diverged"):
                 self._known[cell.name] = known
             found.append(known)
         return found
@@ -145,6 +148,17 @@ class Sweep:
             except OSError:
                 pass  # a file system without locks; each run has its own, of another kind
             yield True
+
+
+def _columns(run: str, numbers: Sequence[Measured]) -> Any:
+    """What was measured in a run, as a table."""
+    import pyarrow as pa
+
+    steps, tags, values = zip(*numbers, strict=True) if numbers else ((), (), ())
+    text = pa.dictionary(pa.int32(), pa.string())
+    kinds = {"run": text, "step": pa.int64(), "tag": text, "value": pa.float64()}
+    columns = ([run] * len(numbers), steps, tags, values)
+    return pa.table([pa.array(each, kind) for each, kind in zip(columns, kinds.values(), strict=True)], list(kinds))
 
 
 def _ready(grid: Grid) -> list[Cell]:
