@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.model.backends import BACKENDS, Scores, max_attention_logits
+from megatron_stable.model.backends import BACKENDS, Scores, causal_mask, flex_attention, max_attention_logits
 from megatron_stable.model.init import output_init, qkv_init
 from megatron_stable.model.norms import projection_norm
 from megatron_stable.model.positions import rotate
@@ -40,8 +40,7 @@ class Attention(nn.Module):
         )
         self.rope_theta = config.rope_theta if config.positions == "rope" else None
         self.head_dim, self.queries = config.head_dim, config.heads // config.groups
-        # flex compiles itself; within a compiled block it would also build its mask anew in each forward
-        self.backend = torch.compiler.disable(BACKENDS[backend]) if backend == "flex" else BACKENDS[backend]
+        self.backend = BACKENDS[backend]
         width = config.heads * config.head_dim
         qkv = config.groups * (self.queries + 2) * config.head_dim
         self.qkv = reparametrized(
@@ -62,6 +61,11 @@ class Attention(nn.Module):
         self.probe.attention(q, k, self.scores)
         y = self._attend(q, k, v)
         return self.probe("proj", self.proj(y.transpose(1, 2).flatten(2)))
+
+    def prepare(self, x: Tensor) -> None:
+        """Have what a compiled block must find made, for its input ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
+        if self.backend is flex_attention:
+            causal_mask(x.shape[1] * (self.tp.size if self.tp.sequence else 1), str(x.device))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[b, s, heads/tp, d]``, keys and values ``[b, s, groups/tp, d]``, as attention takes them."""

@@ -59,17 +59,39 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: flo
     )
 
 
-@lru_cache(maxsize=1)
-def _flex() -> Any:
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:
+    """FlexAttention: a fused kernel that carries the cap; CUDA only (it has no backward on the CPU), no dropout."""
     from torch.nn.attention import flex_attention as flex
 
-    compiled = torch.compile(flex.flex_attention, dynamic=False)
-    mask = lru_cache(maxsize=8)(
-        lambda length, device: flex.create_block_mask(
+    assert not dropout and scores.clip is None
+    # within a compiled block it is a part of its graph
+    attend = flex.flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    score_mod = None if scores.cap is None else _score_mod(scores.cap)
+    grouped = q.shape[1] != k.shape[1]
+    mask = causal_mask(q.shape[2], str(q.device))
+    out: Tensor = attend(q, k, v, score_mod, mask, scale=scores.scale, enable_gqa=grouped)
+    return out
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention import flex_attention as flex
+
+    return torch.compile(flex.flex_attention, dynamic=False)
+
+
+_MASKS: dict[tuple[int, str], Any] = {}
+
+
+def causal_mask(length: int, device: str) -> Any:
+    """FlexAttention's mask, made once; a compiled block has to find it there, else it makes it anew in each forward."""
+    from torch.nn.attention import flex_attention as flex
+
+    if (length, device) not in _MASKS:
+        _MASKS[length, device] = flex.create_block_mask(
             lambda b, h, query, key: query >= key, None, None, length, length, device=device
         )
-    )
-    return compiled, mask
+    return _MASKS[length, device]
 
 
 def _capped(cap: float, score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -79,17 +101,6 @@ def _capped(cap: float, score: Tensor, b: Tensor, h: Tensor, query: Tensor, key:
 @lru_cache(maxsize=8)
 def _score_mod(cap: float) -> Callable[..., Tensor]:
     return partial(_capped, cap)  # one object per cap: a new one would compile the kernel anew
-
-
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:
-    """FlexAttention: a fused kernel that carries the cap; CUDA only (it has no backward on the CPU), no dropout."""
-    assert not dropout and scores.clip is None
-    attend, mask = _flex()
-    score_mod = None if scores.cap is None else _score_mod(scores.cap)
-    block_mask = mask(q.shape[2], str(q.device))
-    grouped = q.shape[1] != k.shape[1]
-    out: Tensor = attend(q, k, v, score_mod, block_mask, scale=scores.scale, enable_gqa=grouped)
-    return out
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:

@@ -13,6 +13,8 @@ A norm or factor that the recipe does not have is the identity: the equation bel
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -56,12 +58,17 @@ class Block(nn.Module):
         self.mlp_scale = branch_scale(config, tp, by.residual)
         self.mlp_post_norm = residual_norm(config, tp, config.deepnorm)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what is within the recomputation, which no graph can hold; all blocks of a kind share one graph."""
+        self._forward = torch.compile(self._forward, *args, **kwargs)  # type: ignore[method-assign]
+
     def measure(self, probe: Unprobed) -> None:
         """Let a probe see the outputs of the linear layers, attention, and the residual stream."""
         self.probe = self.attention.probe = self.mlp.probe = probe
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
+        self.attention.prepare(x)
         if self.recompute and torch.is_grad_enabled():
             # the reentrant form, because under ZeRO-3 the weights are gathered anew for the recomputation
             y: Tensor = checkpoint(self._forward, x, use_reentrant=True, preserve_rng_state=self.random)

@@ -120,7 +120,7 @@ def layer_list(
         backend = choose_backend(config, device).name
         module = Block(config, tp, backend, recomputes(config, index), by)
         if config.compile:
-            module.compile()
+            module.compile(dynamic=False)
         return module
 
     width, kv = config.heads * config.head_dim, 2 * config.groups * config.head_dim

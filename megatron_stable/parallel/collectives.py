@@ -15,6 +15,8 @@ Without a TP group each is the identity and leaves no trace in the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,20 +25,52 @@ from torch import Tensor
 
 from megatron_stable.parallel.topology import TensorParallel
 
+Started = Callable[[], Tensor]  # waits for a collective that has begun, and gives what came of it
+
 
 def all_gather_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
     """``[b, s/tp, ...]`` on each rank -> ``[b, s, ...]``, without autograd."""
+    return start_all_gather_sequence(x, tp)()
+
+
+def start_all_gather_sequence(x: Tensor, tp: TensorParallel) -> Started:
+    """The same, in the background."""
     parts = x.new_empty(tp.size, *x.shape)
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=tp.group)
-    return parts.transpose(0, 1).flatten(1, 2)  # [b, tp, s/tp, ...]: a view when b == 1
+    work = dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=tp.group, async_op=_apart())
+    # [b, tp, s/tp, ...]: a view when b == 1
+    return partial(_finish, work, lambda: parts.transpose(0, 1).flatten(1, 2))
 
 
 def reduce_scatter_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
     """Sum ``[b, s, ...]`` over the ranks and keep this rank's ``[b, s/tp, ...]``, without autograd."""
+    return start_reduce_scatter_sequence(x, tp)()
+
+
+def start_reduce_scatter_sequence(x: Tensor, tp: TensorParallel) -> Started:
+    """The same, in the background."""
     parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()  # [tp, b, s/tp, ...]
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=tp.group)
-    return out
+    work = dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=tp.group, async_op=_apart())
+    return partial(_finish, work, lambda: out)
+
+
+def start_all_reduce(x: Tensor, tp: TensorParallel) -> Started:
+    """Sum over the ranks, in the background; in place, where ``x`` is contiguous."""
+    x = x.contiguous()
+    work = dist.all_reduce(x, group=tp.group, async_op=_apart())
+    return partial(_finish, work, lambda: x)
+
+
+def _apart() -> bool:
+    """Whether a collective runs beside what comes after it. A compiled block leaves that to the compiler, for which a
+    handle to wait for would be the end of a graph."""
+    return not torch.compiler.is_compiling()
+
+
+def _finish(work: dist.Work | None, result: Callable[[], Tensor]) -> Tensor:
+    if work is not None:
+        work.wait()
+    return result()
 
 
 class _CopyTo(torch.autograd.Function):

@@ -10,20 +10,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_stable.parallel.collectives import all_gather_sequence, leave_region
+from megatron_stable.parallel.collectives import (
+    all_gather_sequence,
+    leave_region,
+    start_all_gather_sequence,
+    start_all_reduce,
+    start_reduce_scatter_sequence,
+)
 from megatron_stable.parallel.parameters import parameter
 from megatron_stable.parallel.shards import ZEROS, Init
 from megatron_stable.parallel.topology import TensorParallel
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """``gather(x) @ weight.T``; in backward the input's gradient is reduced while that of the weight is computed.
+    """``gather(x) @ weight.T``. In backward no collective is waited for before there is nothing left to compute.
 
-    Under SP only the shard ``[b, s/tp, h]`` of the input is kept for backward and gathered again there.
+    Under SP only the shard ``[b, s/tp, h]`` of the input is kept for backward and gathered again there, while the
+    input's gradient is computed; that is reduced while the weight's is.
     """
 
     @staticmethod
@@ -36,19 +42,13 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         tp: TensorParallel = ctx.tp
-        if tp.sequence:
-            x = all_gather_sequence(x, tp)
+        gathering = start_all_gather_sequence(x, tp) if tp.sequence else None
         grad_x = grad @ weight
-        if tp.sequence:
-            parts = grad_x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()
-            grad_x = torch.empty_like(parts[0])
-            work = dist.reduce_scatter_tensor(grad_x, parts.flatten(0, 1), group=tp.group, async_op=True)
-        else:
-            grad_x = grad_x.contiguous()
-            work = dist.all_reduce(grad_x, group=tp.group, async_op=True)
+        reducing = start_reduce_scatter_sequence(grad_x, tp) if tp.sequence else start_all_reduce(grad_x, tp)
+        if gathering is not None:
+            x = gathering()
         grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        work.wait()
-        return grad_x, grad_weight, None
+        return reducing(), grad_weight, None
 
 
 def column_linear(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:

@@ -1,0 +1,96 @@
+"""A compiled block is one graph, without a break, and all blocks of a model share it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.harness.ranks import Ranks
+
+BLOCKS = 3
+
+
+def graphs(model: dict[str, Any], tensor: int, sequence: bool) -> dict[str, Any]:
+    """Train and evaluate a compiled model on one rank: how many graphs that makes, and what breaks them."""
+    import torch
+    import torch.distributed as dist
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch._dynamo.utils import counters
+
+    from megatron_stable.config.schema import Config
+    from megatron_stable.model.transformer import Transformer, layer_list
+    from megatron_stable.parallel.topology import TensorParallel
+
+    shape = {"size": None, "layers": BLOCKS, "hidden": 32, "heads": 4, "sequence_length": 16, "vocab_size": 64}
+    config = Config.model_validate({"model": {**shape, **model}}).model
+    tp = TensorParallel(dist.group.WORLD, 0, tensor, sequence) if tensor > 1 else TensorParallel()
+    net, counter = Transformer(layer_list(config, tp, seed=0)), CompileCounterWithBackend("aot_eager")
+    for i in range(BLOCKS):
+        net.layers[f"blocks_{i}"].compile(backend=counter, dynamic=False)
+    tokens = torch.randint(64, (2, 16))
+    for _ in range(2):
+        net(tokens).float().sum().backward()
+    trained = counter.frame_count
+    with torch.no_grad():
+        net(tokens)
+    return {"trained": trained, "evaluated": counter.frame_count - trained, "breaks": dict(counters["graph_break"])}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)], ids=["alone", "tp", "sp"])
+def test_all_blocks_are_one_graph(ranks: Ranks, tensor: int, sequence: bool, recompute: str) -> None:
+    model = {"recipe": "qk_norm_cap", "activation_checkpointing": recompute}
+    (found,) = ranks.run(tensor, graphs, model, tensor, sequence, only=[0], timeout=120)
+    assert found["breaks"] == Counter()
+    # a block that recomputes runs without gradients, too, and then with them
+    assert (found["trained"], found["evaluated"]) == (2 if recompute == "full" else 1, 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"recipe": "sigma_reparam", "activation": "swiglu"},
+        {"recipe": "olmo2", "layer_scale": 0.3, "kv_heads": 2},
+        {"recipe": "deepnorm", "bias": True},
+    ],
+    ids=["sigma_reparam", "olmo2", "deepnorm"],
+)
+def test_recipes_are_one_graph(ranks: Ranks, model: dict[str, Any]) -> None:
+    (found,) = ranks.run(2, graphs, model, 2, True, only=[0], timeout=120)
+    assert found == {"trained": 1, "evaluated": 1, "breaks": {}}
+
+
+def flex_graphs(recipe: str) -> dict[str, Any]:
+    """The same of blocks with FlexAttention, without gradients, which it has on CUDA alone; and how far from plain."""
+    import torch
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from torch._dynamo.utils import counters
+
+    from megatron_stable.config.parametrization import ModelMultipliers
+    from megatron_stable.config.schema import Config
+    from megatron_stable.model.block import Block
+    from megatron_stable.parallel.topology import TensorParallel
+
+    model = {"size": None, "hidden": 32, "heads": 4, "kv_heads": 2, "vocab_size": 64, "recipe": recipe}
+    config = Config.model_validate({"model": model}).model
+    counter, x, apart = CompileCounterWithBackend("aot_eager"), torch.randn(2, 128, 32), 0.0
+    with torch.no_grad():
+        for _ in range(BLOCKS):
+            plain, flex = (
+                Block(config, TensorParallel(), backend, False, ModelMultipliers(config.head_dim**-0.5))
+                for backend in ("math", "flex")
+            )
+            for here, there in zip(plain.parameters(), flex.parameters(), strict=True):
+                there.copy_(here.normal_(std=0.1))
+            flex.compile(backend=counter, dynamic=False)
+            apart = max(apart, float((flex(x) - plain(x)).abs().max()))
+    return {"graphs": counter.frame_count, "breaks": dict(counters["graph_break"]), "apart": apart}
+
+
+@pytest.mark.parametrize("recipe", ["soft_cap", "qk_norm"])
+def test_flex_attention_is_a_part_of_the_graph(ranks: Ranks, recipe: str) -> None:
+    (found,) = ranks.run(1, flex_graphs, recipe, only=[0], timeout=120)
+    assert (found["graphs"], found["breaks"]) == (1, {})
+    assert found["apart"] < 1e-5
