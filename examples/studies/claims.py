@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import sub
 from statistics import median
@@ -34,6 +35,12 @@ def claims_table(claims: Iterable[Claim]) -> list[str]:
     return table(
         ("claim", "source", "we measured", "verdict"), [(c.claim, c.source, c.measured, c.verdict) for c in claims]
     )
+
+
+def tally(claims: Iterable[Claim]) -> str:
+    """How many claims came to what, in words."""
+    counts = Counter(claim.verdict.partition(":")[0].partition(";")[0] for claim in claims)
+    return f"Of {counts.total()} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
 
 
 def by(groups: Iterable[Group], axis: str) -> dict[str, Group]:

@@ -134,22 +134,33 @@ def suffix(factor: int) -> str:
     return "" if factor == 1 else f"_x{factor}"
 
 
-def keep(sweeps: Iterable[Path], output: Path, columns: Collection[str], tags: Collection[str]) -> None:
+def keep(
+    sweeps: Iterable[Path],
+    output: Path,
+    columns: Collection[str],
+    tags: Collection[str] = (),
+    of: Callable[[Row], bool] = lambda row: True,
+) -> None:
     """Write the small tables that are committed, of one or more sweeps.
 
     Args:
         columns: Probes that are kept of each run.
         tags: Series that are kept, of all measured steps.
+        of: Of which runs these are kept.
     """
     found = [*sweeps]
     rows = [row for sweep in found for row in read_table(sweep)]
     wanted = {*RESULTS, *labels(rows), *columns, *axes(rows), RATE, SEED, *KEPT} - {*TIMES, "reason"}
     write_table([{key: rounded(value) for key, value in row.items() if key in wanted} for row in rows], output)
     (output / "table.parquet").unlink()  # the same again
-    parts = []
+    (output / MEASURED).unlink(missing_ok=True)
+    if not tags:
+        return
+    parts, runs = [], pa.array([row["name"] for row in rows if of(row)])
     for sweep in found:
         table = pq.read_table(sweep / MEASURED)
-        table = table.filter(pc.is_in(table["tag"].cast(pa.string()), pa.array(sorted(tags))))
+        for column, kept in (("tag", pa.array(sorted(tags))), ("run", runs)):
+            table = table.filter(pc.is_in(table[column].cast(pa.string()), kept))
         values = pa.array([rounded(value) for value in table["value"].to_pylist()], pa.float64())
         parts.append(table.set_column(table.column_names.index("value"), "value", values))
     data = io.BytesIO()
