@@ -40,7 +40,9 @@ def claims_table(claims: Iterable[Claim]) -> list[str]:
 def tally(claims: Iterable[Claim]) -> str:
     """How many claims came to what, in words."""
     counts = Counter(claim.verdict.partition(":")[0].partition(";")[0] for claim in claims)
-    return f"Of {counts.total()} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    return f"{sum(counts.values())} claims; " + ", ".join(
+        f"{verdict}: {count}" for verdict, count in counts.most_common()
+    )
 
 
 def by(groups: Iterable[Group], axis: str) -> dict[str, Group]:
@@ -55,10 +57,11 @@ def places(group: Group) -> dict[Any, int]:
     return {seed: (curve.index(True) if True in curve else len(curve)) - 1 for seed, curve in verdicts}
 
 
-def ratio(group: Group, other: Group, step: float) -> Spread:
-    """Largest stable learning rate relative to another group's, seed by seed, on a grid of such a step."""
-    here, there = places(group), places(other)
-    return spread([step ** (here[seed] - there[seed]) for seed in here.keys() & there.keys()])
+def largest(group: Group, rates: Sequence[float]) -> dict[Any, float]:
+    """By seed, the largest stable learning rate; where it is below the grid, as far below as the next is above."""
+    return {
+        seed: rates[place] if place >= 0 else rates[0] ** 2 / rates[1] for seed, place in places(group).items()
+    }  # fmt: skip
 
 
 def sensitivities(group: Group) -> dict[Any, float]:

@@ -1,6 +1,6 @@
 """Which methods train at which learning rate: Rybakov et al., arXiv 2410.16682, on a small proxy.
 
-    python examples/studies/rybakov.py                  # trains 471 runs, then writes
+    python examples/studies/rybakov.py                  # trains 453 runs, then writes
     python examples/studies/rybakov.py --from-tables    # writes figures and page from the tables in docs/studies
 
 What it writes: docs/studies/rybakov.md, and docs/studies/rybakov with tables and figures. A sweep that was stopped goes
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import log
+from operator import truediv
 from pathlib import Path
 from statistics import fmean, median
 
-from claims import Claim, Spread, by, claims_table, in_words, places, ratio, spread, tally
+from claims import Claim, Spread, by, claims_table, in_words, largest, paired, places, spread, tally
 from common import (
     DOCS,
     batch_of,
@@ -31,7 +32,7 @@ from common import (
     write,
 )
 
-from megatron_stable.study.criteria import OTHERS, RISE, best_score, diverged
+from megatron_stable.study.criteria import OTHERS, RISE, best_of, diverged
 from megatron_stable.study.figures import figures
 from megatron_stable.study.page import in_words as sensitivity_in_words
 from megatron_stable.study.page import largest_in_words
@@ -60,12 +61,12 @@ def claims(sweep: Sweep, prose: Sweep) -> Iterator[Claim]:
     for name, number, paper in (
         ("qkv_norm", 1, 1.5), ("qk_norm_cap", 1, 1.5), ("baseline", 3, 6 / 40), ("qk_fc_norm", 6, 1.0)
     ):  # fmt: skip
-        found = ratio(recipes[name], recipes["qk_norm"], step)
+        found = paired(largest(recipes[name], sweep.rates), largest(recipes["qk_norm"], sweep.rates), truediv)
         said = f"the largest stable learning rate of {name} is {paper:.2g} × that of qk_norm"
         least = "≥ " * (max(places(recipes[name]).values()) == len(sweep.rates) - 1)  # the grid ends there
         yield Claim(f"#{number}", said, f"{least}{in_words(found)} ×", _compared(found, paper, step))
     other = by(prose.groups, "model.recipe")
-    found = ratio(other["qkv_norm"], other["qk_norm"], step)
+    found = paired(largest(other["qkv_norm"], prose.rates), largest(other["qk_norm"], prose.rates), truediv)
     said = "and so on another text, Moby-Dick: qkv_norm over qk_norm"
     yield Claim("#1", said, f"{in_words(found)} ×", _compared(found, 1.5, step))
     yield _order(recipes)
@@ -186,7 +187,7 @@ def criteria_table(sweep: Sweep) -> list[str]:
 
 def how(sweep: Sweep) -> str:
     """How the runs diverged, in words."""
-    runs = [row for group in sweep.groups for row in group.rows if diverged(row, best_score(group.rows))]
+    runs = [row for group in sweep.groups for row in group.rows if diverged(row, best_of(group.rows))]
     lost = sum((row["rise"] or 0) >= RISE for row in runs)
     return (
         f"Of {len(runs)} runs that diverged, {lost} had lost a tenth of what they had learnt; the others stopped "

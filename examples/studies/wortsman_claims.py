@@ -17,6 +17,7 @@ from claims import (
     by,
     each_in_words,
     in_words,
+    largest,
     lows,
     paired,
     places,
@@ -121,7 +122,7 @@ def _critical(study: Study) -> Iterator[Claim]:
     rates = study.sizes.rates
     for method, words, falls in ((NO_NORM, "without", True), (BOTH, "with", False)):
         found = study.method(method)
-        ends = [{seed: _rate(rates, place) for seed, place in places(group).items()} for group in found.values()]
+        ends = [largest(group, rates) for group in found.values()]
         moved = paired(ends[-1], ends[0], truediv)
         told = ", ".join(f"{size} {median(end.values()):g}" for size, end in zip(found, ends, strict=True))
         yield Claim(
@@ -151,11 +152,6 @@ def _critical(study: Study) -> Iterator[Claim]:
         f"{highest:.2g}",
         "untested: no run exceeds it" if not above and not stable_above else "disagrees" if stable_above else "agrees",
     )
-
-
-def _rate(rates: Sequence[float], place: int) -> float:
-    """The learning rate of a place; a step below the smallest, for none."""
-    return rates[place] if place >= 0 else rates[0] ** 2 / rates[1]
 
 
 def _foretold(study: Study) -> Iterator[Claim]:
@@ -323,17 +319,15 @@ def _best_rates(group: Group, rates: Sequence[float]) -> dict[Any, float]:
 def _gradients(study: Study, knobs: Mapping[str, Group]) -> Iterator[Claim]:
     """#16: gradient RMS falls with size and learning rate; ε near it harms."""
     source, both, rates = "#16, §3.4", study.method(BOTH), study.sizes.rates
-    smallest, *_, largest = both.values()
-    falls = {
-        f"at {rate:g}": paired(_rms(largest, place), _rms(smallest, place), truediv) for place, rate in enumerate(rates)
-    }
+    first, *_, last = both.values()
+    falls = {f"at {rate:g}": paired(_rms(last, place), _rms(first, place), truediv) for place, rate in enumerate(rates)}
     verdict = together(beyond(found, 1.0, above=False) for found in falls.values())
     measured = f"largest size over smallest: {each_in_words(falls)}"
     yield Claim(source, "the gradient RMS of the first FC1 falls as models grow", measured, verdict)
     falls = {
-        size: paired(_rms(group, last), _rms(group, 0), truediv)
+        size: paired(_rms(group, place), _rms(group, 0), truediv)
         for size, group in both.items()
-        if (last := min(places(group).values())) > 0
+        if (place := min(places(group).values())) > 0
     }
     verdict = together(beyond(found, 1.0, above=False) for found in falls.values())
     measured = f"at the largest stable one over that at {rates[0]:g}: {each_in_words(falls)}"

@@ -6,7 +6,8 @@ nothing to lose; it is seen by what it lacks of what the same model learns at th
 
     lack = (loss - best) / (initial_loss - best)
 
-Both are parts of a difference of losses, without unit, and 0 for a run as good as can be.
+Below the best learning rate a run lacks time, not stability, and has no lack. Both are parts of a difference of losses,
+without unit, and 0 for a run as good as can be.
 """
 
 from __future__ import annotations
@@ -16,45 +17,52 @@ from math import nan
 from typing import NamedTuple
 
 from megatron_stable.numbers import finite
-from megatron_stable.study.table import Row
+from megatron_stable.study.table import RATE, Row
 
 RISE, LACK = 0.1, 1 / 3
 RISES, LACKS = (0.05, 0.2, 0.5), (0.2, 0.5)  # what else to try
 ENDED = ("finished", "diverged")
 
-Judge = Callable[[Row, float], bool | None]
+
+class Best(NamedTuple):
+    """The least score of runs that differ in learning rate and seed alone, and its learning rate; NaN: none has one."""
+
+    score: float
+    rate: float
+
+
+Judge = Callable[[Row, Best], bool | None]
 
 
 class Criterion(NamedTuple):
-    """A rule that judges a row, given the best score of its group; the answer ``None``: it cannot be known."""
+    """A rule that judges a row, given the best of its group; the answer ``None``: it cannot be known."""
 
     name: str
     judge: Judge
 
 
-def best_score(rows: Iterable[Row]) -> float:
-    """The least score of runs that differ in learning rate and seed alone; NaN: none has one."""
-    return min((score for row in rows if (score := finite(row["score"])) is not None), default=nan)
+def best_of(rows: Iterable[Row]) -> Best:
+    """The best of runs that differ in learning rate and seed alone."""
+    scores = ((score, float(row[RATE])) for row in rows if (score := finite(row["score"])) is not None)
+    return Best(*min(scores, default=(nan, nan)))
 
 
-def diverged(row: Row, best: float, rise: float = RISE, lack: float = LACK) -> bool | None:
+def diverged(row: Row, best: Best, rise: float = RISE, lack: float = LACK) -> bool | None:
     """Whether a run diverged: it could not go on, or lost again so much of what it had learnt, or lacks so much of what
-    there is to learn.
-
-    Args:
-        best: See :func:`best_score`.
-    """
+    there is to learn."""
     if row["status"] not in ENDED:
         return None
     return row["status"] == "diverged" or _at_least(row.get("rise"), rise) or _at_least(lack_of(row, best), lack)
 
 
-def lack_of(row: Row, best: float) -> float | None:
+def lack_of(row: Row, best: Best) -> float | None:
     """The part of what the best run learns that this one has not; ``None``: it is not known."""
     loss, first = row.get("loss"), row.get("initial_loss")
     if loss is None:
         return 1.0
-    return None if first is None or not best < first else (loss - best) / (first - best)
+    if row[RATE] < best.rate:
+        return 0.0
+    return None if first is None or not best.score < first else (loss - best.score) / (first - best.score)
 
 
 def by_rise(part: float) -> Criterion:

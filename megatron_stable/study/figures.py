@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_stable.analysis.report.figures import Drawn
 from megatron_stable.numbers import finite
-from megatron_stable.study.criteria import best_score, diverged
+from megatron_stable.study.criteria import best_of, diverged
 from megatron_stable.study.outputs import ALIKE, outputs
 from megatron_stable.study.panels import BARE, FULL, HOLLOW, Line, Panel, Point, draw, short
 from megatron_stable.study.reading import Sweep
@@ -102,7 +102,7 @@ def _over_seeds(label: str, group: Group, places: dict[int, float], column: str,
         places: Where to draw each, by its place among the sweep's.
         log: Whether to take the mean of logarithms.
     """
-    points, crosses, best = [], [], best_score(group.rows)
+    points, crosses, best = [], [], best_of(group.rows)
     for place, x in places.items():
         runs = [curve[place] for curve in group.curves.values()]
         if not any(runs):  # this group was not to have this rate; where a run is lost, the line breaks

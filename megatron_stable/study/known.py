@@ -36,7 +36,7 @@ OUTPUT_EMBEDDINGS = Source("arXiv 2601.02031", "code")
 GPT3, DEEPSEEK, CHINCHILLA, WELM = (
     Source(f"arXiv {paper}", "second-hand") for paper in ("2005.14165", "2401.02954", "2203.15556", "2209.10372")
 )
-OURS = Source("docs/methods/qk_norm.md", "measured")
+OURS, METHODS = Source("docs/methods/qk_norm.md", "measured"), Source("docs/studies/rybakov.md", "measured")
 
 
 def _nearest(at: At) -> str:
@@ -61,6 +61,11 @@ _QK_NORM = (
         RYBAKOV,
     ),
     Finding("4 blocks of width 128 at 0.05: the largest logit is below 28 with it, 1.5e4 without, one seed", OURS),
+    Finding(
+        "3 blocks of width 64 train at up to 0.51 with it, 0.068 without, and at no more with qkv_norm or qk_norm_cap; "
+        "three seeds",
+        METHODS,
+    ),
     Finding(
         "against it alone: only together with norms on the outputs, as in recipe olmo2, did it slow the growth of the "
         "gradient norm",

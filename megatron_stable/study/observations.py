@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import explain_os_errors
-from megatron_stable.study.criteria import ENDED, best_score, diverged
+from megatron_stable.study.criteria import ENDED, best_of, diverged
 from megatron_stable.study.scaling import Array
 from megatron_stable.study.table import MEASURED, RATE, SEED, Row, axes
 
@@ -163,7 +163,7 @@ def groups(rows: Sequence[Row], measured: Measured, at: int | None = None, layer
     for row in rows:
         alike.setdefault(repr([row.get(axis) for axis in (*within, "parameters", *SIZE)]), []).append(row)
     for cell in alike.values():
-        key, best = repr([cell[0].get(axis) for axis in within]), best_score(cell)
+        key, best = repr([cell[0].get(axis) for axis in within]), best_of(cell)
         found.setdefault(key, []).extend(_run(row, bool(diverged(row, best)), measured, at, layers) for row in cell)
     ordered = [sorted(runs, key=lambda run: (run.rate, run.size, run.seed)) for _, runs in sorted(found.items())]
     return [Group({axis: runs[0].row.get(axis) for axis in within}, tuple(runs)) for runs in ordered]

@@ -13,7 +13,7 @@ from megatron_stable.errors import DataError
 from megatron_stable.files import explain_os_errors
 from megatron_stable.numbers import finite
 from megatron_stable.stability.probes import LINEARS
-from megatron_stable.study.criteria import best_score, diverged
+from megatron_stable.study.criteria import best_of, diverged
 from megatron_stable.study.panels import Line, Panel, Point, draw, short
 from megatron_stable.study.sensitivity import Group
 from megatron_stable.study.table import RATE, SEED, Row
@@ -67,7 +67,7 @@ def contrast(groups: Sequence[Group]) -> list[tuple[Group, Row]]:
 
 
 def _diverged(group: Group, row: Row) -> bool | None:
-    return diverged(row, best_score(group.rows))
+    return diverged(row, best_of(group.rows))
 
 
 def _unlike(one: tuple[Group, Row], other: tuple[Group, Row]) -> int:

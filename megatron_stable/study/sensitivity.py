@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.numbers import finite
-from megatron_stable.study.criteria import HOLDS, Criterion, best_score
+from megatron_stable.study.criteria import HOLDS, Criterion, best_of
 from megatron_stable.study.table import RATE, SEED, Row, axes
 
 DRAWS, CONFIDENCE, FEWEST = 10_000, 0.95, 3  # of the bootstrap; seeds that an interval needs
@@ -180,7 +180,7 @@ def largest_stable(group: Group, criterion: Criterion = HOLDS) -> Largest:
 
 def verdicts_of(group: Group, criterion: Criterion = HOLDS) -> list[list[bool | None]]:
     """Of each seed, whether its run diverged at each learning rate; ``None``: that is not known."""
-    best = best_score(group.rows)
+    best = best_of(group.rows)
     return [[None if row is None else criterion.judge(row, best) for row in curve] for curve in group.curves.values()]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_stable.errors import ConfigError
-from megatron_stable.study.criteria import HOLDS, OTHERS, best_score, by_lack, by_rise, by_start, diverged
+from megatron_stable.study.criteria import HOLDS, OTHERS, Best, best_of, by_lack, by_rise, by_start, diverged
 from megatron_stable.study.sensitivity import (
     best,
     bootstrap,
@@ -89,22 +89,27 @@ def test_the_largest_stable_rate_of_a_curve() -> None:
 
 
 def test_when_a_run_counts_as_diverged() -> None:
+    three = Best(3.0, 0.01)
     finished, row = run("a", 0.1, 3.0), run("b", 0.1, INITIAL)
     assert (
-        diverged(finished, 3.0) is False and diverged(row, 3.0) is True and diverged(run("c", 0.1, None), 3.0) is None
+        diverged(finished, three) is False
+        and diverged(row, three) is True
+        and diverged(run("c", 0.1, None), three) is None
     )
-    assert diverged(finished | {"rise": 0.1}, 3.0) is True and diverged(finished | {"rise": 0.1}, 3.0, 0.2) is False
+    assert diverged(finished | {"rise": 0.1}, three) is True and diverged(finished | {"rise": 0.1}, three, 0.2) is False
     best = (3.0 - INITIAL / 3) / (2 / 3)  # of which the run lacks a third
-    assert diverged(finished, best - 0.01) is True and diverged(finished, best + 0.01) is False
-    assert diverged(finished | {"loss": None}, 2.0) is True and diverged(finished, float("nan")) is False
-    assert best_score([finished, row, run("c", 0.1, None)]) == 3.0 and isnan(best_score([]))
-    assert by_rise(0.5).judge(row | {"rise": 0.2}, 2.0) is False
-    assert by_rise(0.5).judge(row | {"rise": 0.2, "steps": 150}, 2.0) is True  # it could not go on
-    assert by_rise(0.5).judge(row | {"rise": None}, 2.0) is True
-    assert by_lack(0.5).judge(finished, 6.0 - INITIAL - 0.01) is True
-    assert by_lack(0.5).judge(finished, 6.0 - INITIAL + 0.01) is False
-    assert by_start().judge(finished, 2.0) is False and by_start().judge(row, 2.0) is True
-    assert all(criterion.judge(run("c", 0.1, None), 2.0) is None for criterion in (HOLDS, *OTHERS))
+    assert diverged(finished, Best(best - 0.01, 0.01)) is True and diverged(finished, Best(best + 0.01, 0.01)) is False
+    assert diverged(finished, Best(best - 0.01, 0.3)) is False  # too low a learning rate is slow, not unstable
+    assert diverged(finished | {"rise": 0.1}, Best(best - 0.01, 0.3)) is True
+    assert diverged(finished | {"loss": None}, three) is True and diverged(finished, Best(nan, nan)) is False
+    assert best_of([finished, row, run("c", 0.1, None)]) == (3.0, 0.1) and isnan(best_of([]).score)
+    assert by_rise(0.5).judge(row | {"rise": 0.2}, Best(2.0, 0.01)) is False
+    assert by_rise(0.5).judge(row | {"rise": 0.2, "steps": 150}, Best(2.0, 0.01)) is True  # it could not go on
+    assert by_rise(0.5).judge(row | {"rise": None}, Best(2.0, 0.01)) is True
+    assert by_lack(0.5).judge(finished, Best(6.0 - INITIAL - 0.01, 0.01)) is True
+    assert by_lack(0.5).judge(finished, Best(6.0 - INITIAL + 0.01, 0.01)) is False
+    assert by_start().judge(finished, Best(2.0, 0.01)) is False and by_start().judge(row, Best(2.0, 0.01)) is True
+    assert all(criterion.judge(run("c", 0.1, None), Best(2.0, 0.01)) is None for criterion in (HOLDS, *OTHERS))
 
 
 def test_what_another_criterion_makes_of_the_order() -> None:
