@@ -10,6 +10,7 @@ goes on where it was. The largest size is trained after it has been foretold fro
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -70,7 +71,8 @@ def train_all(output: Path, args: Namespace) -> None:
     if not prediction.is_file():
         largest = read_grid(scaled("wortsman_largest", args.scale)).cells[0].config.model
         size = parameter_count(largest, VOCABULARY)[1]
-        prediction.write_text(asked("forecast", output / SIZES / "table.csv", "--parameters", size, "--json"))
+        sizes = os.path.relpath(output / SIZES / "table.csv")
+        prediction.write_text(asked("forecast", sizes, "--parameters", size, "--json"))
     keep([small, train("wortsman_largest", args)], output / SIZES, COLUMNS, TAGS)
     (output / BIGRAM).write_text(json.dumps({"loss": rounded(bigram_loss(DATA))}) + "\n")
     for name, tags in ((FORCED, ()), (DRIFT, ("logits/mean",)), (KNOBS, ())):
