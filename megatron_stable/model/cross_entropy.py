@@ -67,14 +67,18 @@ def _gradient(
     valid, cap = columns.valid, columns.cap
     local, mine = _local(targets, columns)
     of_target = of_target.masked_fill(~mine, 0)
+
+    def chunk(rows: slice) -> Tensor:  # a function, so that a chunk is gone when the next one comes
+        capped = _capped(logits[rows].to(log_z.dtype), cap)
+        grad = (capped - log_z[rows, None]).exp_().mul_(of_all[rows, None])
+        grad[:, valid:] = 0
+        # before rounding to the logits' dtype: the two terms cancel where the model is sure of itself
+        grad.scatter_add_(1, local[rows, None], -of_target[rows, None])
+        return grad if cap is None else grad.mul_(1 - (capped / cap).square_())
+
     grad = torch.empty_like(logits)
     for rows in _chunks(logits):
-        capped = _capped(logits[rows].to(log_z.dtype), cap)
-        part = (capped - log_z[rows, None]).exp_().mul_(of_all[rows, None])
-        part[:, valid:] = 0
-        # before rounding to the logits' dtype: the two terms cancel where the model is sure of itself
-        part.scatter_add_(1, local[rows, None], -of_target[rows, None])
-        grad[rows] = part if cap is None else part.mul_(1 - (capped / cap).square_())
+        grad[rows] = chunk(rows)
     return grad
 
 

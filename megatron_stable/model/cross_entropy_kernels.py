@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,20 +17,18 @@ from torch import Tensor
 
 from megatron_stable.model.cross_entropy import Columns, Steps
 
-INSTALLED = find_spec("triton") is not None  # it comes with PyTorch for CUDA, and not with that for CPUs
-
-if INSTALLED:
+try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
-    LOWEST = tl.constexpr(-1.0e30)  # of a maximum over nothing: minus infinity would make inf - inf of it
-else:
+except ImportError:  # it comes with PyTorch for CUDA, and not with that for CPUs
+    INSTALLED = False
 
     def jit(kernel: Any) -> Any:
         """As it is: nobody will start it."""
         return kernel
-
+else:
+    INSTALLED, jit = True, triton.jit
+    LOWEST = tl.constexpr(-1.0e30)  # of a maximum over nothing: minus infinity would make inf - inf of it
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # logits that a program holds at a time: 16 for each of the threads of 8 warps, two loads of 16 bytes
