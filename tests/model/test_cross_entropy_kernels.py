@@ -44,11 +44,13 @@ class Case(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """With a row that is sure of its target, one whose exp would overflow, and padding larger than all."""
+        """With a row that is sure of its target, one whose exp would overflow, one whose maximum comes last, and padding
+        larger than all."""
         generator = torch.Generator().manual_seed(0)
         logits = 5 * torch.randn(self.rows, self.columns, dtype=torch.float64, generator=generator)
         logits[0, self.targets[0]] += 25.0
         logits[1] += 300.0
+        logits[2, self.valid - 1] += 25.0
         logits[:, self.valid :] = 1000.0
         return logits.to(self.dtype)
 
