@@ -44,8 +44,8 @@ class Case(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """With a row that is sure of its target, one whose exp would overflow, one whose maximum comes last, and padding
-        larger than all."""
+        """Of the first rows one is sure of its target, one's exp would overflow, one's maximum comes last; the padding
+        is larger than all."""
         generator = torch.Generator().manual_seed(0)
         logits = 5 * torch.randn(self.rows, self.columns, dtype=torch.float64, generator=generator)
         logits[0, self.targets[0]] += 25.0
