@@ -31,7 +31,7 @@ BANDWIDTH = 4e12  # bytes per second: a H200's 4.8e12, less what a stream of loa
 BF16, Z_LOSS = 2, 1e-4
 KERNELS = 3 * BF16  # a load forward; a load and a store backward
 WRITE_ONLY = {"copy_", "fill_", "zero_"}  # do not read what they write to
-SPARSE = {"gather", "scatter_add_"}  # touch as many elements as they have indices
+SPARSE = {"gather", "scatter_add_"}  # touch as many elements as they have indices; counted as wide as these
 
 
 class Traffic(TorchDispatchMode):

@@ -18,8 +18,8 @@ from megatron_stable.config.schema import Config
 from megatron_stable.model.transformer import padded_vocabulary, recomputes
 from megatron_stable.training.flops import flops_per_token
 
-# what the loss reads and writes, forward and backward, as benchmarks/cross_entropy.py counts it: on CUDA, passes over the
-# logits; on a CPU, bytes per logit of half precision, and the cap's share
+# what the loss reads and writes, forward and backward, as benchmarks/cross_entropy.py counts it: on CUDA, passes over
+# the logits; on a CPU, bytes per logit of half precision, and the cap's share
 LOSS_PASSES, LOSS_TRAFFIC, CAP_TRAFFIC = 3, 64, 84
 # kernels that an operation of the tape starts, forward and backward together
 KERNELS = 4
