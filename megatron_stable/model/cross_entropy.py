@@ -50,10 +50,10 @@ def _statistics(logits: Tensor, targets: Tensor, columns: Columns) -> Tensor:
     valid, cap = columns.valid, columns.cap
     found = logits.new_zeros(3, len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
     top, total, target = found
+    lowest = torch.finfo(found.dtype).min  # of no columns, or where all are -inf, as inf - inf is not 0
+    top.fill_(lowest)
     if valid:
-        top.copy_(_capped(logits[:, :valid].amax(1).to(top.dtype), cap))
-    else:
-        top.fill_(-torch.inf)  # beside the maximum of any other rank, its exp is 0
+        top.copy_(_capped(logits[:, :valid].amax(1).to(top.dtype), cap).clamp_(min=lowest))
     for rows in _chunks(logits):
         total[rows] = (_capped(logits[rows, :valid].to(top.dtype), cap) - top[rows, None]).exp_().sum(1)
     local, mine = _local(targets, columns)

@@ -28,7 +28,7 @@ except ImportError:  # it comes with PyTorch for CUDA, and not with that for CPU
         return kernel
 else:
     INSTALLED, jit = True, triton.jit
-    LOWEST = tl.constexpr(-1.0e30)  # of a maximum over nothing: minus infinity would make inf - inf of it
+    LOWEST = tl.constexpr(-1.0e30)  # of no columns, or where all are -inf, as inf - inf is not 0
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 4096  # logits that a program holds at a time: 16 for each of the threads of 8 warps, two loads of 16 bytes
@@ -53,7 +53,7 @@ def _statistics_of_a_row(  # type: ignore[no-untyped-def]
         y = tl.load(logits + i, mask=i < columns, other=0.0).to(tl.float32)
         if cap is not None:
             y = cap * _tanh(y / cap)
-        y = tl.where(i < valid, y, LOWEST)
+        y = tl.where(i < valid, y, -float("inf"))
         new = tl.maximum(top, tl.max(y, 0))
         total = total * tl.exp(top - new) + tl.sum(tl.exp(y - new), 0)
         top = new

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_stable.model import cross_entropy_kernels as kernels
 
-pytestmark = pytest.mark.skipif(not kernels.INSTALLED, reason="Triton is not installed: pip install triton")
+pytestmark = [
+    pytest.mark.skipif(not kernels.INSTALLED, reason="Triton is not installed: pip install triton"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets"),
+]
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])
@@ -37,3 +42,10 @@ def test_a_gpu_s_code_loads_16_bytes_at_a_time_and_spills_nothing(
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in said, said
     assert compiled.asm["ptx"].count("ld.global.v4") == kernels.BLOCK // 256 * (2 if logits == "*bf16" else 4) // 16
+
+
+def test_where_triton_does_not_work_it_is_said_once() -> None:
+    kernels.usable.cache_clear()
+    with pytest.warns(UserWarning, match="computed by PyTorch, slowly and with more memory, as Triton"):
+        assert not kernels.usable(torch.device("cpu"))  # which it compiles nothing for
+    assert not kernels.usable(torch.device("cpu"))

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_stable.model import cross_entropy
-from megatron_stable.model.loss import language_model_loss, vocab_parallel_cross_entropy
+from megatron_stable.model.cross_entropy import PYTORCH, Columns
+from megatron_stable.model.loss import combined, language_model_loss, vocab_parallel_cross_entropy
 from megatron_stable.parallel.topology import TensorParallel, Topology
 from tests.harness.ranks import Ranks
 
@@ -89,6 +90,20 @@ def test_values_and_gradients_equal_float64(ranks: Ranks, tensor: int, dtype: to
     relative = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2**-8}[dtype]
     absolute = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 2e-5}[dtype]
     torch.testing.assert_close(found[..., :VOCAB].double(), grad, rtol=relative, atol=absolute)
+
+
+def test_a_rank_whose_logits_are_minus_infinity_counts_for_nothing() -> None:
+    """As those of fp16 are that fell below -65504; of the last of the ranks all columns are padding."""
+    logits, targets = inputs(torch.float16).logits.flatten(0, 1), torch.full((15,), VOCAB - 1)
+    logits[:, :32] = -torch.inf
+    each = [
+        PYTORCH.statistics(part, targets, Columns(32 * rank, max(0, min(32, VOCAB - 32 * rank)), None))
+        for rank, part in enumerate(logits.split(32, 1))
+    ]
+    top, total, target = combined(torch.stack(each))
+    wide = logits[:, :VOCAB].double()
+    torch.testing.assert_close((top + total.log()).double(), wide.logsumexp(1), rtol=1e-6, atol=0)
+    assert torch.equal(target.double(), wide[:, -1])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 14, 15, 16])
