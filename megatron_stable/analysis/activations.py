@@ -2,7 +2,8 @@
 
 It follows ``model/`` module by module. What a kernel keeps depends on the device: on CUDA norms and dropout are fused,
 and attention keeps queries, keys, values, output and one fp32 number per query and head (FlashAttention, arXiv
-2205.14135); on a CPU RMSNorm and dropout are not fused, and attention with a cap keeps the s x s scores.
+2205.14135), and the loss writes its gradient over the logits; on a CPU RMSNorm and dropout are not fused, attention
+with a cap keeps the s x s scores, and the logits' gradient lies beside them.
 ``tests/analysis/test_activations.py`` holds this against autograd, on the CPU.
 """
 
@@ -15,7 +16,7 @@ from megatron_stable.config.attention import limits
 from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
 from megatron_stable.model.backends import FASTEST, NEEDS_CUDA
-from megatron_stable.model.loss import CHUNK
+from megatron_stable.model.cross_entropy import CHUNK
 from megatron_stable.model.transformer import padded_vocabulary, recomputes
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -282,14 +283,18 @@ class Layers:
         return tape.put(size, x, saves=(x,), weight=weight, scratch=copies * self.whole)
 
     def loss(self, tape: Tape, logits: Value) -> None:
-        """Cross-entropy: keeps the logits; its backward works on a chunk of them in fp32 at a time."""
+        """Cross-entropy: keeps the logits. On CUDA their gradient takes their place; on a CPU backward works on a
+        chunk of them in fp32 at a time."""
+        per_token = Value(self.tokens * (FP32 + INT64))  # log Z, target
+        if self.device == "cuda":
+            tape.put(0.0, logits, saves=(logits, per_token), scratch=2 * self.tokens * FP32, through=True)
+            return
         columns = self._rows()
         chunk = min(self.tokens, max(1, CHUNK // max(1, int(columns)))) * columns * FP32
         rows = 2 if self.width != FP32 else 1
         if self.config.model.final_logit_cap is not None:
             rows += 2
-        small = Value(self.tokens * (2 * FP32 + INT64 + BOOL))
-        tape.put(0.0, logits, saves=(logits, small), scratch=rows * chunk)
+        tape.put(0.0, logits, saves=(logits, per_token), scratch=rows * chunk)
 
     def _rows(self) -> float:
         assert self.config.model.vocab_size is not None

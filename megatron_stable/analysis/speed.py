@@ -18,9 +18,9 @@ from megatron_stable.config.schema import Config
 from megatron_stable.model.transformer import padded_vocabulary, recomputes
 from megatron_stable.training.flops import flops_per_token
 
-# bytes read and written per logit by the loss, forward and backward, counted from model/loss.py: half precision; the
-# cap's share
-LOSS_TRAFFIC, CAP_TRAFFIC = 64, 84
+# what the loss reads and writes, forward and backward, as benchmarks/cross_entropy.py counts it: on CUDA, passes over
+# the logits; on a CPU, bytes per logit of half precision, and the cap's share
+LOSS_PASSES, LOSS_TRAFFIC, CAP_TRAFFIC = 3, 64, 84
 # kernels that an operation of the tape starts, forward and backward together
 KERNELS = 4
 # bytes per parameter: a gradient's way into its fp32 sum, per micro batch; an update, of the replica's own part
@@ -137,7 +137,10 @@ def _micro_batch(
     traffic = sum(_moved(tape)) * passes * (COMPILED if model.compile else 1.0)
     parts["element-wise"] = traffic / memory_speed
     if "head" in names:
-        per_logit = LOSS_TRAFFIC * (1 if half else 1.25) + (CAP_TRAFFIC if model.final_logit_cap is not None else 0)
+        if on.device == "cuda":
+            per_logit: float = LOSS_PASSES * layers.width
+        else:
+            per_logit = LOSS_TRAFFIC * (1 if half else 1.25) + (CAP_TRAFFIC if model.final_logit_cap is not None else 0)
         parts["loss"] = rows * tokens * per_logit / memory_speed
     parts["gradient sums"] = own.parameters * ACCUMULATION / memory_speed
     in_node = tp <= on.gpus_per_node

@@ -3,23 +3,19 @@ them; mu-loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
-from megatron_stable.model.elementwise import soft_cap
+from megatron_stable.model.cross_entropy import PYTORCH, Columns, Steps
 from megatron_stable.parallel.collectives import reduce_from
 from megatron_stable.parallel.topology import TensorParallel
-
-CHUNK = 2**24  # logits in fp32 at a time
-
-
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK // max(1, logits.shape[1]))
-    return (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -31,46 +27,54 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, tp: TensorParallel, valid: int, cap: float | None
+        ctx: Any, logits: Tensor, targets: Tensor, tp: TensorParallel, columns: Columns, steps: Steps
     ) -> tuple[Tensor, Tensor]:
-        n, columns = logits.shape
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        local = targets - tp.rank * columns
-        mine = (local >= 0) & (local < columns)
-        local = local.masked_fill(~mine, 0)
-        top = logits[:, :valid].amax(1).to(wide) if valid else logits.new_full((n,), -torch.inf, dtype=wide)
-        if tp.active:
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=tp.group)
-        top = _capped(top, cap)
-        sums = logits.new_empty(2, n, dtype=wide)  # sum of exponentials; logit of the target
-        for rows in _chunks(logits):
-            sums[0, rows] = (_capped(logits[rows, :valid].to(wide), cap) - top[rows, None]).exp_().sum(1)
-        sums[1] = _capped(logits.gather(1, local[:, None])[:, 0].to(wide), cap).masked_fill(~mine, 0)
-        if tp.active:
-            dist.all_reduce(sums, group=tp.group)
-        log_z = sums[0].log() + top
-        ctx.save_for_backward(logits, log_z, local, mine)
-        ctx.valid, ctx.cap = valid, cap
-        return log_z - sums[1], log_z
+        top, total, target = _over_ranks(steps.statistics(logits, targets, columns), tp)
+        log_z = top + total.log()
+        ctx.save_for_backward(logits, targets, log_z)
+        ctx.columns, ctx.steps, ctx.overwritten = columns, steps, False
+        return log_z - target, log_z
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_nll: Tensor, grad_log_z: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, log_z, local, mine = ctx.saved_tensors
-        grad = torch.empty_like(logits)
-        both = (grad_nll + grad_log_z)[:, None]
-        target = grad_nll.masked_fill(~mine, 0)[:, None]
-        for rows in _chunks(logits):
-            capped = _capped(logits[rows].to(log_z.dtype), ctx.cap)
-            part = (capped - log_z[rows, None]).exp_().mul_(both[rows])
-            part[:, ctx.valid :] = 0
-            # before rounding to the logits' dtype: the two terms cancel where the model is sure of itself
-            part.scatter_add_(1, local[rows, None], -target[rows])
-            grad[rows] = part if ctx.cap is None else part.mul_(1 - (capped / ctx.cap).square_())
+        if ctx.overwritten:
+            raise RuntimeError("the cross-entropy has no second backward: the first wrote the gradient over the logits")
+        logits, targets, log_z = ctx.saved_tensors
+        grad = ctx.steps.gradient(logits, targets, log_z, grad_nll, grad_nll + grad_log_z, ctx.columns)
+        if ctx.steps.in_place:
+            ctx.overwritten = True
+            increment_version(logits)  # whoever else saved them for backward is told by autograd
         return grad, None, None, None, None
 
 
-def _capped(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else soft_cap(logits, cap)
+def _over_ranks(statistics: Tensor, tp: TensorParallel) -> Tensor:
+    """Statistics ``[3, n]`` of each rank's columns -> of all columns."""
+    if not tp.active:
+        return statistics
+    each = statistics.new_empty(tp.size, *statistics.shape)
+    dist.all_gather_into_tensor(each.flatten(0, 1), statistics, group=tp.group)
+    return combined(each)
+
+
+def combined(each: Tensor) -> Tensor:
+    """``[tp, 3, n]`` -> ``[3, n]``: largest maximum, sum of exponentials relative to it, the target's logit.
+
+    All ranks add the same numbers in the same order, and so have the same bits.
+    """
+    tops, totals, targets = each.unbind(1)
+    top = tops.amax(0)
+    return torch.stack([top, (totals * (tops - top).exp()).sum(0), targets.sum(0)])
+
+
+def _steps_for(logits: Tensor) -> Steps:
+    """Triton's kernels on CUDA, where they run; else PyTorch's operators."""
+    if logits.is_contiguous() and (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        from megatron_stable.model import cross_entropy_kernels as kernels  # imports Triton, which takes a second
+
+        if logits.dtype in kernels.DTYPES and kernels.usable(logits.device):
+            return kernels.TRITON
+    return PYTORCH
 
 
 def vocab_parallel_cross_entropy(
@@ -81,6 +85,9 @@ def vocab_parallel_cross_entropy(
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and log-partition function of logits sharded over the vocabulary.
+
+    On CUDA, backward writes the gradient over the logits, in bf16, fp16 and fp32: nobody may read them once it has
+    begun, and there is no second backward.
 
     Args:
         logits: ``[..., v/tp]``: this rank's columns of the (padded) vocabulary, any floating dtype.
@@ -96,7 +103,9 @@ def vocab_parallel_cross_entropy(
     tp = tp or TensorParallel()
     columns = logits.shape[-1]
     valid = columns if vocab_size is None else min(columns, max(0, vocab_size - tp.rank * columns))
-    nll, log_z = _CrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), tp, valid, cap)
+    flat = logits.flatten(0, -2)
+    own = Columns(tp.rank * columns, valid, cap)
+    nll, log_z = _CrossEntropy.apply(flat, targets.flatten(), tp, own, _steps_for(flat))
     return nll.view_as(targets), log_z.view_as(targets)
 
 
@@ -134,7 +143,8 @@ def language_model_loss(
     see: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Losses:
     """Mean cross-entropy, ``z_loss`` x mean log(Z)^2 (PaLM, arXiv 2204.02311) over ``[b, s]`` targets, and ``mu`` x
-    :func:`mu_loss`, which needs the output embedding's weight. ``see`` is shown the logits and their log Z."""
+    :func:`mu_loss`, which needs the output embedding's weight. ``see`` is shown the logits and their log Z, to be read
+    at once: on CUDA, backward overwrites the logits."""
     nll, log_z = vocab_parallel_cross_entropy(logits, targets, tp, vocab_size, cap)
     if see is not None:
         see(logits, log_z)

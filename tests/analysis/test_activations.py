@@ -100,3 +100,16 @@ def test_the_backend_is_that_of_the_device() -> None:
     assert (backend(capped, "cpu"), backend(capped, "cuda")) == ("math", "flex")
     assert (backend(clipped, "cpu"), backend(clipped, "cuda")) == ("math", "math")
     assert backend(make_config(SHAPE), "cuda") == "sdpa"
+
+
+def test_a_gpu_keeps_the_logits_gradient_where_the_logits_were() -> None:
+    """Of n tokens, bf16: beside the logits log Z and the target of each token, in backward two weights of each in fp32;
+    a CPU has the gradient, and two fp32 copies of a chunk, which here is all."""
+    config = make_config(SHAPE, precision={"dtype": "bf16"}, batch={"global_size": 2, "micro_size": 2})
+    n, columns = 2 * 128, 384
+    most = {}
+    for device in ("cuda", "cpu"):
+        tape, logits = Tape(), Value(2.0 * n * columns)
+        Layers(config, device).loss(tape, logits)
+        most[device] = tape.most(beside=(logits,))
+    assert most == {"cuda": n * (12 + 8), "cpu": n * 12 + n * columns * (2 + 2 * 4)}

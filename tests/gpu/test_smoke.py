@@ -134,14 +134,24 @@ def test_loss_and_its_gradient_equal_torch_s() -> None:
 
     logits = (3 * torch.randn(512, 1024, device="cuda")).bfloat16().requires_grad_()
     targets = torch.randint(VOCAB, (512,), device="cuda")
+    wide = logits.detach().double()[:, :VOCAB].requires_grad_()  # before backward, which writes over the logits
     nll, log_z = vocab_parallel_cross_entropy(logits, targets, None, VOCAB)
     (gradient,) = torch.autograd.grad((nll + 0.1 * log_z.square()).sum(), logits)
-    wide = logits.detach().double()[:, :VOCAB].requires_grad_()
     reference = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
     torch.testing.assert_close(nll.double(), reference, rtol=1e-5, atol=1e-5)
     (wanted,) = torch.autograd.grad((reference + 0.1 * wide.logsumexp(-1).square()).sum(), wide)
     torch.testing.assert_close(gradient[:, :VOCAB].double(), wanted, rtol=2**-8, atol=1e-5)
     assert (gradient[:, VOCAB:] == 0).all()
+
+
+def test_a_step_computes_its_loss_by_the_kernels(topology: Any) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        train(make_config("bf16"), topology, 1)
+    started = {event.key for event in seen.key_averages()}
+    assert started, "the profiler saw nothing"
+    assert {"_statistics_of_a_row", "_gradient_of_a_block"} <= started
 
 
 @pytest.mark.parametrize("compiled", [False, True])
