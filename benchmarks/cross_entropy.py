@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_stable.model.cross_entropy import PYTORCH, Columns, Steps
 from megatron_stable.model.cross_entropy_kernels import TRITON, usable
 from megatron_stable.model.elementwise import soft_cap
-from megatron_stable.model.loss import _CrossEntropy
+from megatron_stable.model.loss import CrossEntropy
 from megatron_stable.parallel.topology import TensorParallel
 
 VOCABULARIES, CAPS = (2**16, 2**18), (None, 30.0)
@@ -70,7 +70,7 @@ class Traffic(TorchDispatchMode):
 def forward_backward(logits: Tensor, targets: Tensor, cap: float | None, steps: Steps) -> Tensor:
     """The gradient of the mean cross-entropy and z-loss."""
     columns = Columns(0, logits.shape[1], cap)
-    nll, log_z = _CrossEntropy.apply(logits, targets, TensorParallel(), columns, steps)
+    nll, log_z = CrossEntropy.apply(logits, targets, TensorParallel(), columns, steps, True)
     return torch.autograd.grad(nll.mean() + Z_LOSS * log_z.square().mean(), logits)[0]
 
 

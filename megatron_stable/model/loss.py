@@ -18,7 +18,7 @@ from megatron_stable.parallel.collectives import reduce_from
 from megatron_stable.parallel.topology import TensorParallel
 
 
-class _CrossEntropy(torch.autograd.Function):
+class CrossEntropy(torch.autograd.Function):
     """``[n, v/tp]`` logits, ``[n]`` targets -> (-log p(target) ``[n]``, log Z ``[n]``), both in fp32 or better.
 
     d logits = softmax * (d nll + d log Z) - onehot(target) * d nll, so that any function of the two, such as the
@@ -27,25 +27,28 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, tp: TensorParallel, columns: Columns, steps: Steps
+        ctx: Any, logits: Tensor, targets: Tensor, tp: TensorParallel, columns: Columns, steps: Steps, overwrite: bool
     ) -> tuple[Tensor, Tensor]:
         top, total, target = _over_ranks(steps.statistics(logits, targets, columns), tp)
         log_z = top + total.log()
         ctx.save_for_backward(logits, targets, log_z)
         ctx.columns, ctx.steps, ctx.overwritten = columns, steps, False
+        ctx.overwrite = overwrite and steps.in_place
         return log_z - target, log_z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_nll: Tensor, grad_log_z: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_nll: Tensor, grad_log_z: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         if ctx.overwritten:
             raise RuntimeError("the cross-entropy has no second backward: the first wrote the gradient over the logits")
         logits, targets, log_z = ctx.saved_tensors
+        if ctx.steps.in_place and not ctx.overwrite:
+            logits = logits.clone()
         grad = ctx.steps.gradient(logits, targets, log_z, grad_nll, grad_nll + grad_log_z, ctx.columns)
-        if ctx.steps.in_place:
+        if ctx.overwrite:
             ctx.overwritten = True
             increment_version(logits)  # whoever else saved them for backward is told by autograd
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _over_ranks(statistics: Tensor, tp: TensorParallel) -> Tensor:
@@ -83,11 +86,9 @@ def vocab_parallel_cross_entropy(
     tp: TensorParallel | None = None,
     vocab_size: int | None = None,
     cap: float | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and log-partition function of logits sharded over the vocabulary.
-
-    On CUDA, backward writes the gradient over the logits, in bf16, fp16 and fp32: nobody may read them once it has
-    begun, and there is no second backward.
 
     Args:
         logits: ``[..., v/tp]``: this rank's columns of the (padded) vocabulary, any floating dtype.
@@ -95,6 +96,8 @@ def vocab_parallel_cross_entropy(
         tp: The tensor-parallel group; ``None``: all columns are here.
         vocab_size: Columns from here on are padding and take no part; ``None``: there is no padding.
         cap: Take c x tanh(logit / c) for each logit; ``None``: the logits as they are.
+        overwrite: Let backward write the gradient over the logits where kernels compute it, on CUDA. That saves as much
+            memory again as the logits take; nobody may read them once it has begun, and there is no second backward.
 
     Returns:
         ``(nll, log_z)``, both of the targets' shape, in nats, fp32 (fp64 for fp64 logits), alike on all TP ranks.
@@ -105,7 +108,7 @@ def vocab_parallel_cross_entropy(
     valid = columns if vocab_size is None else min(columns, max(0, vocab_size - tp.rank * columns))
     flat = logits.flatten(0, -2)
     own = Columns(tp.rank * columns, valid, cap)
-    nll, log_z = _CrossEntropy.apply(flat, targets.flatten(), tp, own, _steps_for(flat))
+    nll, log_z = CrossEntropy.apply(flat, targets.flatten(), tp, own, _steps_for(flat), overwrite)
     return nll.view_as(targets), log_z.view_as(targets)
 
 
@@ -145,7 +148,7 @@ def language_model_loss(
     """Mean cross-entropy, ``z_loss`` x mean log(Z)^2 (PaLM, arXiv 2204.02311) over ``[b, s]`` targets, and ``mu`` x
     :func:`mu_loss`, which needs the output embedding's weight. ``see`` is shown the logits and their log Z, to be read
     at once: on CUDA, backward overwrites the logits."""
-    nll, log_z = vocab_parallel_cross_entropy(logits, targets, tp, vocab_size, cap)
+    nll, log_z = vocab_parallel_cross_entropy(logits, targets, tp, vocab_size, cap, overwrite=True)
     if see is not None:
         see(logits, log_z)
     centre = nll.new_zeros(())

@@ -51,7 +51,7 @@ def test_values_and_gradient_equal_float64(dtype: torch.dtype, cap: float | None
     logits, targets = draw(ROWS, PADDED, dtype)
     wanted = expected(logits, targets, cap)
     logits.requires_grad_()
-    nll, log_z = vocab_parallel_cross_entropy(logits, targets, None, VOCAB, cap)
+    nll, log_z = vocab_parallel_cross_entropy(logits, targets, None, VOCAB, cap, overwrite=True)
     (grad,) = torch.autograd.grad((nll + Z * log_z.square()).sum(), logits)
     assert grad.data_ptr() == logits.data_ptr(), "the kernels were not taken"
     compare((nll.detach(), log_z.detach(), grad), wanted, dtype)
@@ -87,7 +87,7 @@ def test_rows_beyond_32_bits() -> None:
     logits[-1:] = last
     wanted = expected(last, targets, None)
     logits.requires_grad_()
-    nll, log_z = vocab_parallel_cross_entropy(logits, targets.expand(rows), None, VOCAB)
+    nll, log_z = vocab_parallel_cross_entropy(logits, targets.expand(rows), None, VOCAB, overwrite=True)
     (grad,) = torch.autograd.grad((nll + Z * log_z.square()).sum(), logits)
     compare((nll[-1:].detach(), log_z[-1:].detach(), grad[-1:]), wanted, torch.bfloat16)
 
@@ -99,7 +99,7 @@ def test_nothing_as_large_as_the_logits_is_allocated(dtype: torch.dtype) -> None
     assert usable(logits.device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    nll, log_z = vocab_parallel_cross_entropy(logits, targets, None, VOCAB)
+    nll, log_z = vocab_parallel_cross_entropy(logits, targets, None, VOCAB, overwrite=True)
     torch.autograd.grad((nll + Z * log_z.square()).sum(), logits)
     assert torch.cuda.max_memory_allocated() - before < 0.01 * logits.nbytes
 

@@ -91,7 +91,7 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def through_autograd(case: Case) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Whether the gradient lies where the logits were is the last."""
     logits = case.logits.requires_grad_()
-    nll, log_z = vocab_parallel_cross_entropy(logits, case.targets, None, case.valid, case.cap)
+    nll, log_z = vocab_parallel_cross_entropy(logits, case.targets, None, case.valid, case.cap, overwrite=True)
     (grad,) = torch.autograd.grad((case.weights[0] * nll + case.weights[1] * log_z.square()).sum(), logits)
     return nll.detach(), log_z.detach(), grad, grad.data_ptr() == logits.data_ptr()
 
@@ -157,7 +157,7 @@ def errors(again: str) -> str:
     case = Case(torch.float32, 128, 77)
     logits = case.logits.requires_grad_()
     other = logits.square().sum()  # keeps the logits for its backward
-    nll, _ = vocab_parallel_cross_entropy(logits, case.targets, None, case.valid)
+    nll, _ = vocab_parallel_cross_entropy(logits, case.targets, None, case.valid, overwrite=True)
     loss = nll.sum()
     torch.autograd.grad(loss, logits, retain_graph=True)
     try:
@@ -165,6 +165,20 @@ def errors(again: str) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def kept(case: Case) -> list[bool]:
+    """Without leave to overwrite: whether the logits are as before, and a second backward as the first."""
+    logits = case.logits.requires_grad_()
+    before = logits.detach().clone()
+    nll, log_z = vocab_parallel_cross_entropy(logits, case.targets, None, case.valid, case.cap)
+    loss = (nll + log_z.square()).sum()
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    return [torch.equal(logits, before), torch.equal(first, second), first.data_ptr() != logits.data_ptr()]
+
+
+def test_logits_stay_unless_they_may_be_overwritten(interpreter: ProcessPoolExecutor) -> None:
+    assert interpreter.submit(kept, Case(torch.float32, 128, 77, 30.0)).result() == [True, True, True]
 
 
 def test_there_is_no_second_backward(interpreter: ProcessPoolExecutor) -> None:
