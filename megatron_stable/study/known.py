@@ -36,7 +36,9 @@ OUTPUT_EMBEDDINGS = Source("arXiv 2601.02031", "code")
 GPT3, DEEPSEEK, CHINCHILLA, WELM = (
     Source(f"arXiv {paper}", "second-hand") for paper in ("2005.14165", "2401.02954", "2203.15556", "2209.10372")
 )
-OURS, METHODS = Source("docs/methods/qk_norm.md", "measured"), Source("docs/studies/rybakov.md", "measured")
+OURS, METHODS, SIZES = (
+    Source(f"docs/{page}.md", "measured") for page in ("methods/qk_norm", "studies/rybakov", "studies/wortsman")
+)
 
 
 def _nearest(at: At) -> str:
@@ -65,6 +67,11 @@ _QK_NORM = (
         "3 blocks of width 64 train at up to 0.51 with it, 0.068 without, and at no more with qkv_norm or qk_norm_cap; "
         "three seeds",
         METHODS,
+    ),
+    Finding(
+        "from 25k to 788k parameters the largest stable learning rate falls from 0.3 to 0.1 without it, and stays at "
+        "0.3 with it; three seeds",
+        SIZES,
     ),
     Finding(
         "against it alone: only together with norms on the outputs, as in recipe olmo2, did it slow the growth of the "
@@ -281,6 +288,12 @@ EVIDENCE: tuple[Entry, ...] = (
                 OUTPUT_EMBEDDINGS,
             ),
             Finding("OLMo 2's configurations have 1e-5", OLMO2_CODE, supports=False),
+            Finding(
+                "no difference in best loss or LR sensitivity within 200 steps, at 25k to 788k parameters",
+                SIZES,
+                "",
+                False,
+            ),
         ),
         "optimizer.mu_centering=true does the same without a coefficient (arXiv 2601.02031)",
         lambda at: not (at.config.loss.mu_loss or at.config.optimizer.mu_centering),
