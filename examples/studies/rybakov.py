@@ -1,6 +1,6 @@
 """Which methods train at which learning rate: Rybakov et al., arXiv 2410.16682, on a small proxy.
 
-    python examples/studies/rybakov.py                  # trains 453 runs, then writes
+    python examples/studies/rybakov.py                  # trains 444 runs, then writes
     python examples/studies/rybakov.py --from-tables    # writes figures and page from the tables in docs/studies
 
 What it writes: docs/studies/rybakov.md, and docs/studies/rybakov with tables and figures. A sweep that was stopped goes
