@@ -40,6 +40,10 @@ STEPPING = 30.0  # seconds for the steps of a case
 UNKNOWN = (nan, nan, nan)
 
 
+class TooLong(BaseException):
+    """The time of a case is up; no ``Exception``, as compilers catch these and go on by another way."""
+
+
 class Case(NamedTuple):
     """What is measured.
 
@@ -145,7 +149,7 @@ class Yardstick:
                         fill(master, place(master).init)
                         weight.copy_(master)
                 self.bare.step(micro_batches)
-            except (torch.OutOfMemoryError, TimeoutError):
+            except (torch.OutOfMemoryError, TooLong):
                 self.drop()
                 raise
             except Exception as error:

@@ -189,3 +189,11 @@ def test_compiled_cases_are_measured(tmp_path: Path) -> None:
     _, lines = smoke(tmp_path, "--cases", "compiled", "--no-checks")
     (row,) = lines
     assert not row["error"] and row["compile_seconds"] > 0.1 and isfinite(row["ratio"][1])
+
+
+@pytest.mark.full
+def test_a_compilation_that_takes_too_long_is_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    _, (compiled, plain) = smoke(tmp_path, "--cases", "compiled|recomputed", "--no-checks", "--limit", "4")
+    assert compiled["error"] == "TooLong: broken off after 4 s"
+    assert not plain["error"] and plain["pairs"] >= 2
