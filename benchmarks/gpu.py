@@ -39,7 +39,7 @@ os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import torch
 import torch.distributed as dist
-from gpu_steps import MODELS, Case, Row, TooLong, Yardstick, free, make_config, measure, told
+from gpu_steps import MODELS, Case, Row, TooLong, Yardstick, free, make_config, measure, smaller, told
 from kernel_kinds import Profile, report
 from step import Bare, batches
 
@@ -181,8 +181,7 @@ def run(cases: list[Case], args: argparse.Namespace, device: torch.device, note:
         except (Exception, TooLong) as error:
             traceback.print_exc()
             row = Row(case.name, told(error))
-            if isinstance(error, torch.OutOfMemoryError) and case.sequences > 1:
-                queue.insert(0, case._replace(micro=case.sequences // 2))
+            queue[:0] = smaller(case, error)
         free(device)
         rows.append(row)
         print(row, flush=True)
@@ -201,14 +200,14 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     figure = canvas(9, 1.2 + 0.32 * len(rows), layout="constrained")
     axes = figure.subplots()
     tidy(axes)
-    for place_, row in enumerate(rows):
+    for y, row in enumerate(rows):
         low, middle, high = row.ratio
         if middle == middle:
-            axes.barh(place_, middle, color=COLORS[0], height=0.65)
-            axes.plot([low, high], [place_, place_], color=INK, linewidth=1.2)
+            axes.barh(y, middle, color=COLORS[0], height=0.65)
+            axes.plot([low, high], [y, y], color=INK, linewidth=1.2)
         said = row.error[:80] or f"{middle:.2f} · {row.tokens_per_second:,.0f}/s"
         axes.annotate(
-            plain(said), (high if middle == middle else 0, place_), xytext=(4, 0), textcoords="offset points",
+            plain(said), (high if middle == middle else 0, y), xytext=(4, 0), textcoords="offset points",
             va="center", fontsize=8, color=MUTED if row.error else INK,
         )  # fmt: skip
     axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))

@@ -257,6 +257,12 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def smaller(case: Case, error: BaseException) -> list[Case]:
+    """The case with half the micro batch, if it did not fit into the device's memory and there is less."""
+    fits_not = isinstance(error, torch.OutOfMemoryError) and case.sequences > 1
+    return [case._replace(micro=case.sequences // 2)] if fits_not else []
+
+
 def told(error: BaseException) -> str:
     """The first line of an error's first cause."""
     while error.__cause__ is not None:

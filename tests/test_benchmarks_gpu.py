@@ -13,6 +13,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import pytest
+import torch
+from gpu_steps import Case, make_config, masked_flops, smaller, told
 from kernel_kinds import Span, busy, classify, own_times, report, spans, summary
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -138,6 +140,23 @@ def test_operators_count_without_those_that_they_call() -> None:
 def test_kernels_of_a_stream_that_overlap_share_the_time() -> None:
     found = [Span("a", "kernel", 0.0, 10.0, (0, 7)), Span("b", "kernel", 8.0, 12.0, (0, 7))]
     assert sum(own_times(found)) == busy(found) == 12.0
+
+
+def test_causal_attention_counts_the_keys_that_a_query_sees() -> None:
+    model = make_config(Case("tiny"), "fp32").model
+    s, width = model.sequence_length, model.heads * model.head_dim
+    seen = sum(4 * width * (query + 1) for query in range(s)) / s  # forward: q k and p v, a multiplication and a sum
+    whole = 4 * width * s
+    # the diagonal, which half of the square halves, is all that is between them
+    assert masked_flops(model) == pytest.approx(3 * model.layers * (whole - seen), rel=1.1 / s)
+
+
+def test_what_does_not_fit_is_tried_with_half_the_micro_batch() -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+    (half,) = smaller(Case("830m", accumulation=8), full)
+    assert (half.sequences, half.accumulation) == (2, 8)
+    assert smaller(Case("830m", micro=1), full) == smaller(Case("830m"), RuntimeError()) == []
+    assert told(full) == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
 
 
 def smoke(tmp_path: Path, *options: str) -> tuple[str, list[dict[str, Any]]]:
