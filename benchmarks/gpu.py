@@ -57,23 +57,23 @@ CASES = [
     Case("830m", compiled=False),
     Case("830m", "baseline"),
     Case("830m", "qk_norm_cap"),
-    Case("830m", accumulation=8),
-    Case("830m", recompute="full"),
     Case("830m", attention="sdpa:CUDNN"),
+    Case("830m", recompute="full"),
+    Case("302m"),
+    Case("85m"),
     Case("830m/256k", "qk_norm_cap"),
+    Case("830m", accumulation=8),
     Case("830m", "qkv_norm"),
     Case("830m", "sigma_reparam"),
     Case("830m", attention="flex"),
-    Case("302m"),
-    Case("302m", compiled=False),
-    Case("85m"),
-    Case("85m", compiled=False),
     Case("830m", "olmo2"),
     Case("830m", "gemma2"),
     Case("830m", "qk_norm_cap", attention="flash"),
+    Case("830m", attention="math", recompute="full", micro=1),
+    Case("302m", compiled=False),
     Case("302m", "qk_norm_cap"),
     Case("302m", recompute="full"),
-    Case("830m", attention="math", recompute="full", micro=1),
+    Case("85m", compiled=False),
 ]
 SMOKE = [
     Case("tiny", compiled=False),
@@ -250,6 +250,8 @@ def main() -> int:
     for name in dict.fromkeys(case.model for case in cases):
         print(f"- {name}: {parameter_count(ModelConfig(**MODELS[name][0]))[0] / 1e6:,.3g} M parameters")
     print(flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     out = args.json.open("w") if args.json else None
 
     def note(**values: Any) -> None:
@@ -260,8 +262,9 @@ def main() -> int:
     rows = run(cases, args, device, note)
     if args.chart and rows:
         draw(rows, args.chart, title)
+    said = "" if correct else "; **the device computes something else**"
+    print(f"\n{time.monotonic() - BEGAN:.0f} s in all{said}", flush=True)
     dist.destroy_process_group()
-    print(f"\n{time.monotonic() - BEGAN:.0f} s in all{'' if correct else '; **the device computes something else**'}")
     return int(not correct or not any(not row.error for row in rows))
 
 
