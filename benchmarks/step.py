@@ -55,12 +55,17 @@ def make_config(args: argparse.Namespace, data: int = 1, tensor: int = 1) -> Con
 
 
 class Bare:
-    """The loop one would write by hand."""
+    """The loop one would write by hand.
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    Args:
+        draw: Whether to draw the initial weights; else masters and weights are NaN, and to be filled.
+    """
+
+    def __init__(self, config: Config, device: torch.device, draw: bool = True) -> None:
         self.config, self.device = config, device
         self.dtype = DTYPES[config.precision.dtype]
-        self.model = Transformer(layer_list(config.model, TensorParallel(), config.run.seed, device.type)).to(device)
+        layers = layer_list(config.model, TensorParallel(), config.run.seed, device.type, draw)
+        self.model = Transformer(layers).to(device)
         self.weights = list(self.model.parameters())
         if self.dtype == torch.float32:
             self.masters = self.weights
@@ -74,8 +79,9 @@ class Bare:
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-4
 
-    def step(self, micro_batches: list[Tensor]) -> None:
-        config = self.config
+    def step(self, micro_batches: list[Tensor]) -> Tensor:
+        """The mean cross-entropy before the update, which stays on the device."""
+        config, mean = self.config, torch.zeros((), device=self.device)
         for tokens in micro_batches:
             tokens = tokens.to(self.device)
             logits = self.model(tokens[:, :-1].contiguous())
@@ -83,6 +89,7 @@ class Bare:
             losses = language_model_loss(
                 logits, tokens[:, 1:].contiguous(), TensorParallel(), config.model.vocab_size, config.loss.z_loss
             )
+            mean += losses.cross_entropy.detach() / len(micro_batches)
             (sum(losses[1:], start=losses[0]) / len(micro_batches)).backward()
             if self.masters is not self.weights:
                 for master, weight in zip(self.masters, self.weights, strict=True):
@@ -95,9 +102,10 @@ class Bare:
         if self.masters is not self.weights:
             with torch.no_grad():
                 torch._foreach_copy_(self.weights, self.masters)
+        return mean
 
 
-def timed(step: Callable[[], None], device: torch.device) -> float:
+def timed(step: Callable[[], object], device: torch.device) -> float:
     """Seconds of one step."""
     began = time.perf_counter()
     step()
