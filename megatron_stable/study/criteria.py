@@ -60,7 +60,7 @@ def lack_of(row: Row, best: Best) -> float | None:
     loss, first = row.get("loss"), row.get("initial_loss")
     if loss is None:
         return 1.0
-    if row[RATE] < best.rate:
+    if float(row[RATE]) < best.rate:
         return 0.0
     return None if first is None or not best.score < first else (loss - best.score) / (first - best.score)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from shutil import which
 
 import pytest
 
@@ -42,7 +43,7 @@ def test_what_cannot_be_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([path, "--commands", 2, "--jobs", 2, "--retries", 0], "--jobs and --retries have no effect with --commands"),
         ([path, "--option", "a=b"], "--option is for --slurm"),
         ([path, "--slurm", 1, "--option", "a"], "write KEY=VALUE"),
-        ([path, "--slurm", 1, "--option", "slurm_partitoin=a"], "slurm_partitoin"),
+        ([path, "--slurm", 1, "--option", "slurm_partitoin=a"], "slurm_partitoin" if which("srun") else "srun"),
         ([tmp_path / "none.yaml"], "no such file"),
         ([no_data], "2 problems"),
     ):
