@@ -179,7 +179,7 @@ def test_layout_that_cannot_be(
 def test_the_command_gives_the_message_and_the_exit_code(folder: Path) -> None:
     np.zeros(1).tofile(folder / "data.idx")
     code, output = finish(pretrain(settings(folder)))
-    assert code == 5
+    assert code == 5, output
     assert len(error_lines(output)) == 1 and "Traceback" not in output and "[INFO]" not in output
     line = output.splitlines()[-1]
     assert line.startswith("error: ") and "data.idx" in line
