@@ -168,11 +168,11 @@ def page(study: Study, drawn: Iterable[str]) -> str:
 
 The paper (2.4M to 4.8B parameters, 100,000 steps of 131,000 tokens) finds that what makes large models unstable can be
 seen in small ones at high learning rates, and foretold from them. Here: {runs} runs of {smallest / 1e3:.0f}k to
-{largest / 1e3:.0f}k parameters, {first["run.steps"]} steps of {batch_of(first)}, three seeds; its defaults otherwise (per-head QK-norm,
-z-loss 1e-4, independent weight decay 1e-4, cosine decay, initialisation), with a warm-up of a tenth instead of a
-twentieth. The text is the source of Python's standard library, with a vocabulary of 512.
-[sensitivity.md](../sensitivity.md) and [forecast.md](../forecast.md) define every
-number. In brackets of claims: from the least to the greatest seed.
+{largest / 1e3:.0f}k parameters, {first["run.steps"]} steps of {batch_of(first)}, three seeds; its defaults otherwise
+(per-head QK-norm, z-loss 1e-4, independent weight decay 1e-4, cosine decay, initialisation), with a warm-up of a tenth
+instead of a twentieth. The text is the source of Python's standard library, with a vocabulary of 512.
+[sensitivity.md](../sensitivity.md) and [forecast.md](../forecast.md) define every number. In brackets of claims: from
+the least to the greatest seed.
 
 ```console
 python examples/studies/wortsman.py                  # train, then write this page
