@@ -100,6 +100,11 @@ def beyond(found: Spread, bound: float, above: bool) -> str:
     return "agrees" if (low > bound) == above else "disagrees"
 
 
+def not_below(found: Spread, bound: float) -> str:
+    """What numbers say of a claim that they are not below a bound."""
+    return "agrees" if found[1] >= bound else "disagrees" if found[2] < bound else "open: the seeds do not agree"
+
+
 def within(found: Spread, low: float, high: float) -> str:
     """What numbers say of a claim of no difference, to within so much."""
     if low <= found[1] and found[2] <= high:

@@ -92,16 +92,17 @@ def prediction_table(tests: Sequence[BackTest]) -> list[str]:
     for test in tests:
         for outcome in test.outcomes:
             cell, logit = outcome.cell, outcome.cell.values.get("max_logit")
+            runs = [run for run in test.came if run.rate == cell.rate]
             body.append(
                 (
                     test.group.where["method"],
                     f"{cell.rate:g}",
                     "–" if cell.risk is None else percent(cell.risk),
                     cell.verdict,
-                    f"{outcome.diverged * len(outcome.logits):.0f} of {len(outcome.logits)}",
+                    f"{sum(run.diverged for run in runs)} of {len(runs)}",
                     "right" if outcome.right else "wrong",
                     shown(logit) if logit else "–",
-                    ", ".join(f"{each:.3g}" for each in outcome.logits),
+                    ", ".join(f"{each:.3g}" for each in outcome.logits) or "–",
                 )
             )
     heads = (
@@ -212,6 +213,8 @@ At the size `small`, with QK-norm and z-loss. `decay` and `coupled decay` are 50
 - Sizes beyond a million parameters, and trainings of more than a few hundred steps: what appears late, or only in large
   models, does not appear. Adam's ε of 1e-8 is far below every gradient here, so ε was raised to where the paper's
   models had it, beside the gradients.
+- Runs that are near their end: after some 200,000 tokens the loss still falls steeply, so that whatever gives a model more
+  or larger updates (steps, smaller batches, a better learning rate for its width) changes it, and LR sensitivity with it.
 - Fast spikes (§4 of the paper), the Adafactor-style parametrization, pointwise attention.
 - That the logit of {CRITICAL:g} is critical for all sizes: the level belongs to the step at which it is read.
 """
