@@ -213,8 +213,9 @@ At the size `small`, with QK-norm and z-loss. `decay` and `coupled decay` are 50
 - Sizes beyond a million parameters, and trainings of more than a few hundred steps: what appears late, or only in large
   models, does not appear. Adam's ε of 1e-8 is far below every gradient here, so ε was raised to where the paper's
   models had it, beside the gradients.
-- Runs that are near their end: after some 200,000 tokens the loss still falls steeply, so that whatever gives a model more
-  or larger updates (steps, smaller batches, a better learning rate for its width) changes it, and LR sensitivity with it.
+- Runs that are near their end: after some 200,000 tokens the loss still falls steeply, so that whatever gives a model
+  more or larger updates (steps, smaller batches, a better learning rate for its width) changes it, and LR sensitivity
+  with it.
 - Fast spikes (§4 of the paper), the Adafactor-style parametrization, pointwise attention.
 - That the logit of {CRITICAL:g} is critical for all sizes: the level belongs to the step at which it is read.
 """
