@@ -34,6 +34,7 @@ from common import (
 
 from megatron_stable.study.criteria import OTHERS, RISE, best_of, diverged
 from megatron_stable.study.figures import figures
+from megatron_stable.study.outputs import outputs
 from megatron_stable.study.page import in_words as sensitivity_in_words
 from megatron_stable.study.page import largest_in_words
 from megatron_stable.study.reading import Sweep, open_sweep
@@ -198,6 +199,8 @@ def how(sweep: Sweep) -> str:
 def page(sweep: Sweep, prose: Sweep) -> str:
     """docs/studies/rybakov.md."""
     found = [*claims(sweep, prose)]
+    baseline = by(sweep.groups, "model.recipe")["baseline"]
+    drawn = [*figures(sweep), *outputs([baseline], sweep.probes)]
     first, seeds = sweep.rows[0], len({row["run.seed"] for row in sweep.rows})
     return f"""# Methods against divergence: arXiv 2410.16682 on a small model
 
@@ -239,7 +242,7 @@ Three of the recipes on Moby-Dick instead of code, with a tokenizer of its own:
 {lines(recipes_table(prose))}
 ## Figures
 
-{lines(save(figures(sweep), sweep.probes.parent)).rstrip()}
+{lines(save(drawn, sweep.probes.parent)).rstrip()}
 """
 
 

@@ -32,7 +32,7 @@ def test_page_and_figures_come_from_the_committed_tables(name: str, tmp_path: Pa
     page = (tmp_path / "docs" / "studies" / f"{name}.md").read_text(encoding="utf-8")
     assert page == (PAGES / f"{name}.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
-    assert len(shown) >= 4
+    assert len(shown) >= 3
     for picture in shown:
         for folder in (tmp_path / "docs" / "studies", PAGES):
             assert (folder / picture).read_bytes().startswith(b"\x89PNG")
