@@ -1,6 +1,6 @@
 """What apex's AdamW and RMSNorm take beside PyTorch's, on a GPU where NVIDIA's apex is installed.
 
-python benchmarks/apex.py [--elements 268435456]
+python benchmarks/apex_kernels.py [--elements 268435456]
 
 One flat tensor for AdamW, as a rank has it under ZeRO-1; 8 x 4096 positions of 4096 features in bf16 for the norm,
 forward and backward. Milliseconds, mean of 20 after 5.
