@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from common import table
 
-from megatron_stable.study.sensitivity import Group, lr_sensitivity, score, verdicts_of
+from megatron_stable.study.sensitivity import Group, lr_sensitivity, places, score, verdicts_of
 
 Spread = tuple[float, float, float]  # over seeds: median, least, greatest
 
@@ -51,16 +51,15 @@ def by(groups: Iterable[Group], axis: str) -> dict[str, Group]:
     return {value if isinstance(value, str) else f"{value:g}": group for value, group in values}
 
 
-def places(group: Group) -> dict[Any, int]:
+def last_stable(group: Group) -> dict[Any, int]:
     """By seed, the place in the grid of the largest learning rate up to which all are stable; -1: not the first."""
-    verdicts = zip(group.curves, verdicts_of(group), strict=True)
-    return {seed: (curve.index(True) if True in curve else len(curve)) - 1 for seed, curve in verdicts}
+    return {seed: int(place) for seed, place in zip(group.curves, places(verdicts_of(group))[0], strict=True)}
 
 
 def largest(group: Group, rates: Sequence[float]) -> dict[Any, float]:
     """By seed, the largest stable learning rate; where it is below the grid, as far below as the next is above."""
     return {
-        seed: rates[place] if place >= 0 else rates[0] ** 2 / rates[1] for seed, place in places(group).items()
+        seed: rates[place] if place >= 0 else rates[0] ** 2 / rates[1] for seed, place in last_stable(group).items()
     }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from megatron_stable.analysis.drawing import png
 from megatron_stable.analysis.report.figures import Drawn
 from megatron_stable.data.standard_library import write_standard_library
 from megatron_stable.study.grid import read_grid
+from megatron_stable.study.page import in_words, largest_in_words
+from megatron_stable.study.sensitivity import Group, best, largest_stable, sensitivity
 from megatron_stable.study.table import MEASURED, RATE, RESULTS, SEED, TIMES, Row, axes, labels, read_table, write_table
 
 HERE = Path(__file__).parent
@@ -29,6 +31,7 @@ DATA, PROSE = TRAINED / "data", TRAINED / "prose"
 VOCABULARY, VALIDATION = 512, 0.05
 DIGITS = 5  # significant, of numbers in tables that are committed
 DPI = 110
+Words = Callable[[Group], Sequence[str]]
 SCALED = (".model.hidden", ".model.sequence_length", ".optimizer.base_width")
 KEPT = (
     "run.steps",
@@ -198,6 +201,22 @@ def write(output: Path, page: str) -> None:
     path = output.with_suffix(".md")
     path.write_text(page, encoding="utf-8")
     print(path)
+
+
+def groups_table(found: Iterable[Group], rates: Sequence[float], heads: Sequence[str], of: Words) -> list[str]:
+    """A line for each group of a sweep: what it is, in columns of the study's own, and what came of it."""
+    body = []
+    for group in found:
+        lowest = best(group)
+        body.append(
+            (
+                *of(group),
+                largest_in_words(largest_stable(group), rates),
+                f"{lowest.loss:.3f} at {lowest.rate:g}" if lowest else "–",
+                in_words(sensitivity(group)),
+            )
+        )
+    return table((*heads, "largest stable learning rate", "best loss", "LR sensitivity"), body)
 
 
 def batch_of(row: Row) -> str:

@@ -15,10 +15,11 @@ from operator import truediv
 from pathlib import Path
 from statistics import fmean, median
 
-from claims import Claim, Spread, by, claims_table, in_words, largest, paired, places, spread, tally
+from claims import Claim, Spread, by, claims_table, in_words, largest, last_stable, paired, spread, tally
 from common import (
     DOCS,
     batch_of,
+    groups_table,
     keep,
     lines,
     options,
@@ -35,10 +36,8 @@ from common import (
 from megatron_stable.study.criteria import OTHERS, RISE, best_of, diverged
 from megatron_stable.study.figures import figures
 from megatron_stable.study.outputs import outputs
-from megatron_stable.study.page import in_words as sensitivity_in_words
-from megatron_stable.study.page import largest_in_words
 from megatron_stable.study.reading import Sweep, open_sweep
-from megatron_stable.study.sensitivity import Group, best, largest_stable, robustness, score, sensitivity, verdicts_of
+from megatron_stable.study.sensitivity import Group, robustness, score, verdicts_of
 
 LINEARS, LAYERS = ("qkv", "proj", "fc1", "fc2"), 3
 TAGS = {f"output_norm/{linear}/layer_{layer:02}" for linear in LINEARS for layer in range(LAYERS)}
@@ -64,7 +63,7 @@ def claims(sweep: Sweep, prose: Sweep) -> Iterator[Claim]:
     ):  # fmt: skip
         found = paired(largest(recipes[name], sweep.rates), largest(recipes["qk_norm"], sweep.rates), truediv)
         said = f"the largest stable learning rate of {name} is {paper:.2g} × that of qk_norm"
-        least = "≥ " * (max(places(recipes[name]).values()) == len(sweep.rates) - 1)  # the grid ends there
+        least = "≥ " * (max(last_stable(recipes[name]).values()) == len(sweep.rates) - 1)  # the grid ends there
         yield Claim(f"#{number}", said, f"{least}{in_words(found)} ×", _compared(found, paper, step))
     other = by(prose.groups, "model.recipe")
     found = paired(largest(other["qkv_norm"], prose.rates), largest(other["qk_norm"], prose.rates), truediv)
@@ -88,7 +87,7 @@ def _compared(found: Spread, paper: float, step: float) -> str:
 
 def _order(recipes: Mapping[str, Group]) -> Claim:
     """#2: the order of the largest stable rates."""
-    ours = {name: fmean(places(recipes[name]).values()) for names in ORDER for name in names}
+    ours = {name: fmean(last_stable(recipes[name]).values()) for names in ORDER for name in names}
     rank = {name: i for i, names in enumerate(ORDER) for name in names}
     pairs = [(one, other) for one in rank for other in rank if rank[one] < rank[other]]
     right = sum(ours[one] < ours[other] for one, other in pairs)
@@ -119,7 +118,7 @@ def _low_rate(recipes: Mapping[str, Group], name: str, rate: float) -> Claim:
 
 def _growth(group: Group, tables: Path) -> Claim:
     """#5: outputs of runs at the first learning rate that diverges, over those at the last that trains, by seed."""
-    lasts, norms = places(group), {tag: series(tables, tag) for tag in TAGS}
+    lasts, norms = last_stable(group), {tag: series(tables, tag) for tag in TAGS}
     most: dict[str, list[float]] = {linear: [] for linear in LINEARS}
     firsts = []
     for seed, curve in group.curves.items():
@@ -152,19 +151,13 @@ def _growth(group: Group, tables: Path) -> Claim:
 
 def recipes_table(sweep: Sweep) -> list[str]:
     """A line for each recipe."""
-    body = []
-    for name, group in by(sweep.groups, "model.recipe").items():
-        lowest = best(group)
-        body.append(
-            (
-                f"`{name}`",
-                PAPER[name],
-                largest_in_words(largest_stable(group), sweep.rates),
-                f"{lowest.loss:.3f} at {lowest.rate:g}" if lowest else "–",
-                sensitivity_in_words(sensitivity(group)),
-            )
-        )
-    return table(("recipe", "largest stable rate, paper", "ours", "best loss", "LR sensitivity"), body)
+    heads = ("recipe", "largest stable learning rate, paper")
+    return groups_table(sweep.groups, sweep.rates, heads, lambda group: (f"`{recipe(group)}`", PAPER[recipe(group)]))
+
+
+def recipe(group: Group) -> str:
+    """Of a group's runs."""
+    return str(group.values["model.recipe"])
 
 
 def verdicts_table(sweep: Sweep) -> list[str]:
@@ -191,8 +184,8 @@ def how(sweep: Sweep) -> str:
     runs = [row for group in sweep.groups for row in group.rows if diverged(row, best_of(group.rows))]
     lost = sum((row["rise"] or 0) >= RISE for row in runs)
     return (
-        f"Of {len(runs)} runs that diverged, {lost} had lost a tenth of what they had learnt; the others stopped "
-        "learning early, and stayed there."
+        f"Of {len(runs)} runs that diverged, {lost} had lost a tenth of what they had learnt; the others lack a third of "
+        "what the best one learns."
     )
 
 
@@ -220,8 +213,8 @@ megatron-stable report docs/studies/rybakov/table.csv --output report.html
 
 ## Claims
 
-Numbers with # are those of the published results that this project checks. Learning rates of the grid are 1.5 × apart,
-so ratios of them come in such steps; they are taken seed by seed. ≥: the grid ends first. {tally(found)}.
+Numbers with # count the published results that [the studies](README.md) check. Learning rates of the grid are 1.5 ×
+apart, so ratios of them come in such steps; they are taken seed by seed. ≥: the grid ends first. {tally(found)}.
 
 {lines(claims_table(found))}
 ## Recipes

@@ -23,6 +23,7 @@ from common import (
     VOCABULARY,
     asked,
     batch_of,
+    groups_table,
     keep,
     lines,
     options,
@@ -45,9 +46,7 @@ from megatron_stable.study.forecast import percent, shown
 from megatron_stable.study.forecast_figures import figures as forecast_figures
 from megatron_stable.study.grid import read_grid
 from megatron_stable.study.observations import groups, read_measured
-from megatron_stable.study.page import in_words, largest_in_words
 from megatron_stable.study.reading import Sweep, open_sweep
-from megatron_stable.study.sensitivity import Group, best, largest_stable, sensitivity
 
 SIZES, KNOBS, FORCED, DRIFT = "sizes", "knobs", "forced", "drift"  # below docs/studies/wortsman
 PREDICTION, BIGRAM = "prediction.json", "bigram.json"
@@ -112,21 +111,14 @@ def prediction_table(tests: Sequence[BackTest]) -> list[str]:
     return table(heads, body)
 
 
-def groups_table(found: Iterable[Group], rates: Sequence[float], *names: str) -> list[str]:
-    """A line for each group of a sweep."""
-    body = []
-    for group in found:
-        lowest = best(group)
-        body.append(
-            (
-                *(str(group.values[name]) for name in names),
-                f"{group.parameters:,}",
-                largest_in_words(largest_stable(group), rates),
-                f"{lowest.loss:.3f} at {lowest.rate:g}" if lowest else "–",
-                in_words(sensitivity(group)),
-            )
-        )
-    return table((*names, "parameters", "largest stable learning rate", "best loss", "LR sensitivity"), body)
+def sizes_and_knobs(sweep: Sweep, *axes: str) -> list[str]:
+    """A line for each group of a sweep, by its values on some axes."""
+    return groups_table(
+        sweep.groups,
+        sweep.rates,
+        (*axes, "parameters"),
+        lambda group: (*(str(group.values[axis]) for axis in axes), f"{group.parameters:,}"),
+    )
 
 
 def knob_figures(knobs: Sweep) -> Iterator[Drawn]:
@@ -185,7 +177,8 @@ megatron-stable forecast docs/studies/wortsman/sizes/table.csv --leave-out-large
 ## Claims
 
 Comparisons are made seed by seed. A claim that one thing is above another *agrees* where it holds for every seed, and
-is *open* where seeds differ. {tally(found)}.
+is *open* where seeds differ. Numbers with # count the published results that [the studies](README.md) check.
+{tally(found)}.
 
 {lines(claims_table(found))}
 ## What was foretold of the largest size
@@ -197,13 +190,13 @@ seeds did, or neither. Logits: of the first block, at the end of warm-up.
 {lines(prediction_table(study.tests))}
 ## Sizes
 
-{lines(groups_table(sizes.groups, sizes.rates, "size", "method"))}
+{lines(sizes_and_knobs(sizes, "size", "method"))}
 ## Knobs
 
 At the size `small`, with QK-norm and z-loss. `decay` and `coupled decay` are 500 times the paper's, as the run has
 1/500 of its steps; the coupled one takes as much off the weights as the other at a learning rate of 0.01.
 
-{lines(groups_table(study.knobs.groups, study.knobs.rates, "variant"))}
+{lines(sizes_and_knobs(study.knobs, "variant"))}
 ## Figures
 
 {lines(drawn).rstrip()}

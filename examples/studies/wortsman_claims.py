@@ -18,10 +18,10 @@ from claims import (
     each_in_words,
     in_words,
     largest,
+    last_stable,
     lows,
     not_below,
     paired,
-    places,
     sensitivities,
     spread,
     together,
@@ -65,7 +65,7 @@ class Study(NamedTuple):
 
 
 def claims(study: Study) -> Iterator[Claim]:
-    """All of them, by their number in the literature notes of the project."""
+    """All of them, in the order of their numbers in docs/studies."""
     knobs = by(study.knobs.groups, "variant")
     yield from _coincide(study, knobs)
     yield from _critical(study)
@@ -104,7 +104,7 @@ def _coincide(study: Study, knobs: Mapping[str, Group]) -> Iterator[Claim]:
 
 def _apart(one: Group, other: Group) -> Spread | None:
     """The largest difference of losses at learning rates a step or more below the largest that is stable for both."""
-    last = min(*places(one).values(), *places(other).values())
+    last = min(*last_stable(one).values(), *last_stable(other).values())
     found = []
     for place in range(last):
         here, there = (_scores(group, place) for group in (one, other))
@@ -279,7 +279,7 @@ def _parametrization(study: Study, knobs: Mapping[str, Group]) -> Iterator[Claim
     yield Claim(
         source,
         "muParam holds the best learning rate where it is as width grows",
-        f"best when 4 x as wide over best: {each_in_words(moved)}",
+        f"best learning rate when 4 x as wide, over the narrow model's: {each_in_words(moved)}",
         together("agrees" if away[name] < away["standard"] else "disagrees" for name in wide),
     )
     gains = {name: paired(lows(group), lows(large)) for name, group in wide.items()}
@@ -289,7 +289,7 @@ def _parametrization(study: Study, knobs: Mapping[str, Group]) -> Iterator[Claim
     ratios = {name: paired(sensitivities(group), sensitivities(large), truediv) for name, group in wide.items()}
     verdict = together("agrees" if found[2] >= 1 / UNCHANGED else "disagrees" for found in ratios.values())
     yield Claim(source, "muParam does not lower LR sensitivity", f"{each_in_words(ratios)}", verdict)
-    seeds = places(wide["mu_full"]).values()
+    seeds = last_stable(wide["mu_full"]).values()
     trained = sum(place == len(rates) - 1 for place in seeds)
     yield Claim(
         "#15, App. E",
@@ -321,7 +321,7 @@ def _gradients(study: Study, knobs: Mapping[str, Group]) -> Iterator[Claim]:
     falls = {
         size: paired(_rms(group, place), _rms(group, 0), truediv)
         for size, group in both.items()
-        if (place := min(places(group).values())) > 0
+        if (place := min(last_stable(group).values())) > 0
     }
     verdict = together(beyond(found, 1.0, above=False) for found in falls.values())
     measured = f"at the largest stable one over that at {rates[0]:g}: {each_in_words(falls)}"

@@ -168,7 +168,7 @@ def best(group: Group) -> Best | None:
 def largest_stable(group: Group, criterion: Criterion = HOLDS) -> Largest:
     """The largest stable learning rate of a group."""
     verdicts = verdicts_of(group, criterion)
-    at_least, at_most = _places(verdicts)
+    at_least, at_most = places(verdicts)
     low, high = bootstrap(at_least, _middle), bootstrap(at_most, _middle)
     return Largest(
         (int(_middle(at_least)), int(_middle(at_most))),
@@ -184,7 +184,7 @@ def verdicts_of(group: Group, criterion: Criterion = HOLDS) -> list[list[bool | 
     return [[None if row is None else criterion.judge(row, best) for row in curve] for curve in group.curves.values()]
 
 
-def _places(verdicts: Sequence[Sequence[bool | None]]) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+def places(verdicts: Sequence[Sequence[bool | None]]) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
     """Least and greatest place of each seed's last rate before the first that diverged: what is stable all the way."""
     known = [next((i for i, verdict in enumerate(curve) if verdict is not False), len(curve)) - 1 for curve in verdicts]
     possible = [curve.index(True) - 1 if True in curve else len(curve) for curve in verdicts]
@@ -236,7 +236,7 @@ class Robustness(NamedTuple):
 def robustness(groups: Sequence[Group], criterion: Criterion) -> Robustness:
     """Judge the groups by another criterion, and compare."""
     here, there = (
-        [tuple(int(_middle(each)) for each in _places(verdicts_of(group, rule))) for group in groups]
+        [tuple(int(_middle(each)) for each in places(verdicts_of(group, rule))) for group in groups]
         for rule in (HOLDS, criterion)
     )
     pairs = [(i, j) for i in range(len(groups)) for j in range(len(groups)) if here[i][1] < here[j][0]]

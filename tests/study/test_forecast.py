@@ -221,6 +221,14 @@ def test_figures_show_laws_target_and_critical_level(both: list[Group]) -> None:
             assert word in drawn[name], (name, word)
 
 
+def test_a_figure_of_a_back_test_shows_what_came(both: list[Group]) -> None:
+    test = back_test(both[0])
+    assert {run.size for run in test.came} == {both[0].sizes[-1]} and test.came
+    lines = [figures(test.forecast, came)["max_logit"].axes[0].get_lines() for came in ([], test.came)]
+    marked = [{x for line in each if line.get_markerfacecolor() == "none" for x in line.get_xdata()} for each in lines]
+    assert marked == [set(), {both[0].sizes[-1]}]
+
+
 PUBLISHED = """
 16  3.961 3.881 3.850 3.841 3.857   3.961 3.878 3.848 3.836 3.841   3.961 3.881 3.849 3.839 3.843
 29  3.688 3.614 3.591 3.592 3.596   3.687 3.613 3.585 3.586 3.580   3.688 3.613 3.588 3.590 3.586
