@@ -184,8 +184,8 @@ def how(sweep: Sweep) -> str:
     runs = [row for group in sweep.groups for row in group.rows if diverged(row, best_of(group.rows))]
     lost = sum((row["rise"] or 0) >= RISE for row in runs)
     return (
-        f"Of {len(runs)} runs that diverged, {lost} had lost a tenth of what they had learnt; the others lack a third of "
-        "what the best one learns."
+        f"Of {len(runs)} runs that diverged, {lost} had lost a tenth of what they had learnt; the others lack a third "
+        "of what the best one learns."
     )
 
 
