@@ -84,6 +84,8 @@ def logits_by_torch(params: model.Parameters, tokens: Tensor, cfg: ModelConfig) 
             y = F.silu(gate) * F.linear(y, weight[1], None if bias is None else bias[1])
         elif cfg.activation == "gelu":
             y = F.gelu(F.linear(y, weight, bias), approximate="tanh")
+        elif cfg.activation == "gelu_erf":
+            y = F.gelu(F.linear(y, weight, bias))
         else:
             y = F.relu(F.linear(y, weight, bias)).square()
         x = x + F.linear(y, params[f"{name}.fc2.weight"], params.get(f"{name}.fc2.bias"))
@@ -98,7 +100,7 @@ def logits_by_torch(params: model.Parameters, tokens: Tensor, cfg: ModelConfig) 
         for (norm, bias), (positions, kv_heads), (activation, qk_norm, tied) in itertools.product(
             [("layernorm", False), ("layernorm", True), ("rmsnorm", True)],
             [("rope", None), ("learned", 2), ("none", 1), ("rope", 2)],
-            [("gelu", False, True), ("squared_relu", True, False), ("swiglu", True, True)],
+            [("gelu", False, True), ("gelu_erf", True, True), ("squared_relu", True, False), ("swiglu", True, True)],
         )
     ],
 )

@@ -211,7 +211,7 @@ class Layers:
             y = tape.put(size, gated, up, saves=(gated, both))
         else:
             inner = self.column(tape, x, features)
-            if model.activation == "gelu":
+            if model.activation in ("gelu", "gelu_erf"):
                 y = tape.put(size, inner, saves=(inner,))
             else:
                 positive = tape.put(size, inner)

@@ -89,8 +89,9 @@ class ModelConfig(Section):
     """Position information: rotary (arXiv 2104.09864), a learned table, or none."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary frequencies."""
-    activation: Literal["gelu", "squared_relu", "swiglu"] = "gelu"
-    """Non-linearity of the MLP; squared_relu: arXiv 2109.08668, swiglu: arXiv 2002.05202."""
+    activation: Literal["gelu", "gelu_erf", "squared_relu", "swiglu"] = "gelu"
+    """Non-linearity of the MLP; gelu: in its tanh form, gelu_erf: as it is defined (GPT-NeoX, nanoGPT; arXiv
+    1606.08415; on a CPU the faster), squared_relu: arXiv 2109.08668, swiglu: arXiv 2002.05202."""
     bias: bool = False
     """Biases in linear layers and LayerNorm."""
     tied_embeddings: bool = False

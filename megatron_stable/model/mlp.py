@@ -19,6 +19,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """GELU as it is defined, by the error function."""
+    return F.gelu(x)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """ReLU squared (Primer, arXiv 2109.08668)."""
     return F.relu(x).square()
@@ -30,7 +35,7 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-ACTIVATIONS = {"gelu": gelu, "squared_relu": squared_relu, "swiglu": swiglu}
+ACTIVATIONS = {"gelu": gelu, "gelu_erf": gelu_erf, "squared_relu": squared_relu, "swiglu": swiglu}
 
 
 class MLP(nn.Module):

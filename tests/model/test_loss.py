@@ -62,7 +62,7 @@ def compute(tp: TensorParallel, dtype: torch.dtype, chunk: int) -> tuple[Tensor,
     given = inputs(dtype)
     columns = PADDED // tp.size
     logits = given.logits[..., tp.rank * columns : (tp.rank + 1) * columns].clone().requires_grad_()
-    with mock.patch.object(cross_entropy, "CHUNK", chunk):
+    with mock.patch.object(cross_entropy, "IN_CACHE", chunk):
         nll, log_z = vocab_parallel_cross_entropy(logits, given.targets, tp, VOCAB)
         (given.of_nll * nll + given.of_log_z * log_z.square()).sum().backward()
     assert logits.grad is not None
@@ -177,7 +177,7 @@ def recorded() -> tuple[int, int, list[int], int]:
     n, columns = 64, 512 // tp.size
     logits = torch.randn(4, n // 4, columns, dtype=torch.bfloat16).requires_grad_()
     targets = torch.randint(500, (4, n // 4), generator=torch.Generator().manual_seed(0))
-    with mock.patch.object(cross_entropy, "CHUNK", 8 * columns), Recorder(logits) as recorder:
+    with mock.patch.object(cross_entropy, "IN_CACHE", 8 * columns), Recorder(logits) as recorder:
         torch.autograd.grad(sum(language_model_loss(logits, targets, tp, 500, 1e-3)), logits)
     return recorder.fp32, recorder.large, recorder.sent, logits.numel()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model import sigma
 from megatron_stable.model.mlp import ACTIVATIONS
 from megatron_stable.model.norms import Norm
-from megatron_stable.model.positions import EmbeddingOutput, rotate
+from megatron_stable.model.positions import EmbeddingOutput, rotary_table, rotate
 from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.topology import TensorParallel
@@ -51,6 +51,7 @@ MODELS = {
     "bias_learned_squared_relu": {"bias": True, "positions": "learned", "activation": "squared_relu", "kv_heads": 1},
     "swiglu_rmsnorm_gqa_tied": {"activation": "swiglu", "norm": "rmsnorm", "kv_heads": 2, "tied_embeddings": True},
     "swiglu_bias_no_positions": {"activation": "swiglu", "bias": True, "positions": "none", "rope_theta": 100.0},
+    "gelu_erf": {"activation": "gelu_erf"},
     "theta_and_eps": {"rope_theta": 50.0, "norm_eps": 0.1, "bias": True},
 }
 
@@ -111,6 +112,37 @@ def test_rotation_far_into_the_sequence_is_rounded_only_once(dtype: torch.dtype)
     assert ((found.double() - wanted).abs() / length).max() < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rotation_has_the_bits_of_the_plain_equation(dtype: torch.dtype) -> None:
+    qkv = torch.randn(2, 13, 3, 3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    direction = torch.randn(2, 13, 3, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        cos, sin = rotary_table(13, 8, 100.0, x.device).unsqueeze(2)
+        first, second = x.chunk(2, -1)
+        return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+    def with_gradient(turn: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x = qkv[..., 0, :].detach().requires_grad_()  # strided, as within attention
+        y = turn(x)
+        return y, torch.autograd.grad(y, x, direction)[0]
+
+    (found, gradient), (wanted, wanted_gradient) = with_gradient(lambda x: rotate(x, 100.0)), with_gradient(plain)
+    assert torch.equal(found, wanted)
+    if dtype == torch.float32:
+        assert torch.equal(gradient, wanted_gradient)
+    else:  # which that equation rounds twice, and adds in half precision
+        x = torch.zeros(direction.shape, dtype=torch.float64, requires_grad=True)
+        (exact,) = torch.autograd.grad(reference.rotate(x, 100.0), x, direction.double())
+        assert (gradient - exact).abs().max() < (wanted_gradient - exact).abs().max()
+
+
+def test_rotation_has_a_second_derivative() -> None:
+    x = torch.randn(1, 3, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rotate(x, 3.0), x, atol=1e-6)
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, 3.0), x, atol=1e-6)
+
+
 def test_scores_depend_on_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
     turned_q, turned_k = (rotate(x.expand(1, 20, 1, 16), 100.0)[0, :, 0] for x in (q, k))
@@ -142,6 +174,7 @@ def test_activations_are_their_formulas() -> None:
     x = torch.linspace(-4, 4, 41, dtype=torch.float64)
     tanh = torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
     torch.testing.assert_close(ACTIVATIONS["gelu"](x), 0.5 * x * (1 + tanh))
+    torch.testing.assert_close(ACTIVATIONS["gelu_erf"](x), x * 0.5 * torch.erfc(-x / 2**0.5))
     torch.testing.assert_close(ACTIVATIONS["squared_relu"](x), torch.where(x > 0, x * x, torch.zeros_like(x)))
     gate, up = x, x.flip(0) + 1
     torch.testing.assert_close(ACTIVATIONS["swiglu"](torch.cat((gate, up))), gate / (1 + (-gate).exp()) * up)

@@ -196,6 +196,8 @@ def mlp(params: Parameters, name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
         y = linear(params, f"{name}.fc1", x)
         if cfg.activation == "squared_relu":
             y = y.clamp(min=0) ** 2
+        elif cfg.activation == "gelu_erf":
+            y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
         else:
             y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
     return linear(params, f"{name}.fc2", y)
