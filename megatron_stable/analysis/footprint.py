@@ -17,7 +17,7 @@ from megatron_stable.model.transformer import layer_list
 from megatron_stable.parallel.stages import stage_bounds
 from megatron_stable.parallel.topology import TensorParallel
 
-FP32, MASTER_AND_MOMENTS = 4, 12  # bytes per parameter; Adam's two moments
+FP32, MOMENTS, MASTER_AND_MOMENTS = 4, 8, 12  # bytes per parameter; Adam's two moments
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -78,7 +78,7 @@ def footprints(config: Config, world: int) -> list[Footprint]:
                 parameters,
                 weights=width * parameters * (shared if stage == 3 else 1),
                 gradients=FP32 * parameters * (shared if stage >= 2 else 1),
-                optimizer=MASTER_AND_MOMENTS * parameters * shared,
+                optimizer=(MOMENTS if weights_are_masters(config) else MASTER_AND_MOMENTS) * parameters * shared,
                 buckets=_bucket(config),
                 dp_bytes=(1 - shared) * parameters * (reduced * times + width * gathered),
                 tp_bytes=passes * stream * (1 - 1 / parallel.tensor) * micro_batches,
@@ -94,13 +94,18 @@ def footprints(config: Config, world: int) -> list[Footprint]:
 def _bucket(config: Config) -> float:
     """Bytes of DeepSpeed's buffer for reduction, which each of its optimizers makes in another dtype.
 
-    ZeRO-1: of the sums; under bf16 none, as the flat gradient is reduced in place. ZeRO-2: of the model. ZeRO-3: of
-    what is sent.
+    ZeRO-1: of the sums; none where the flat gradient is reduced in place. ZeRO-2: of the model. ZeRO-3: of what is sent.
     """
     dtype, stage = config.precision.dtype, config.parallel.zero_stage
     if stage == 1:
-        return 0 if dtype == "bf16" else FP32 * BUCKET
+        return 0 if dtype == "bf16" or weights_are_masters(config) else FP32 * BUCKET
     return WIDTH[dtype if stage == 2 else config.precision.reduce_dtype] * BUCKET
+
+
+def weights_are_masters(config: Config) -> bool:
+    """Whether the optimizer updates the weights themselves."""
+    parallel = config.parallel
+    return config.precision.dtype == "fp32" and parallel.zero_stage == 1 and parallel.pipeline == 1
 
 
 def _stages(model: ModelConfig, tensor: int, pipeline: int) -> tuple[list[int], list[int]]:

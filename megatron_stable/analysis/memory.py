@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_stable.analysis.activations import Layers
-from megatron_stable.analysis.footprint import Footprint, footprints
+from megatron_stable.analysis.footprint import Footprint, footprints, weights_are_masters
 from megatron_stable.analysis.tape import Tape, Value
 from megatron_stable.config.schema import Config
 from megatron_stable.model.transformer import layer_list
@@ -131,7 +131,7 @@ def _stage(
     copies = FP32 / layers.width if layers.width < FP32 else 0.0
     zero = config.parallel.zero_stage
     # under fp16 ZeRO-1 adds gradients to their sums when all are there; under fp32 the first ones are the sums
-    begins = zero == 1 and config.precision.dtype == "fp32" and micro_batches == 1
+    begins = zero == 1 and config.precision.dtype == "fp32" and micro_batches == 1 and not weights_are_masters(config)
     grows = begins or (zero == 1 and config.precision.dtype == "fp16")
     working = tape.most(copies, grows, (logits, received)) - kept
     if begins:  # at the end of the backward pass there is nothing but gradients

@@ -24,7 +24,7 @@ from megatron_stable.engine.loss_scaler import LateUpdate, LossScalerState
 from megatron_stable.engine.outcome import J, Outcome, Refused, StepMetrics
 from megatron_stable.engine.pipeline import TransformerPipeline, even_groups
 from megatron_stable.engine.probes import Probes
-from megatron_stable.engine.reduction import ReducingOptimizer, counts, sum_partial_first
+from megatron_stable.engine.reduction import FullPrecision, HalfPrecision, ReducingOptimizer, counts, sum_partial_first
 from megatron_stable.engine.shards import (
     ShardState,
     flats,
@@ -91,7 +91,9 @@ class Engine:
         shards = local_shards(self.deepspeed, self.module)
         held = [(weight, s) for weight, s in zip(self.module.parameters(), shards, strict=True) if s.numel]
         if config.precision.dtype == "bf16" and config.parallel.zero_stage == 1:
-            ReducingOptimizer.take_over(self.deepspeed, held, topology)
+            HalfPrecision.take_over(self.deepspeed, held, topology)
+        if config.precision.dtype == "fp32" and config.parallel.zero_stage == 1 and not pipelined:
+            FullPrecision.take_over(self.deepspeed, held, topology)
         sum_partial_first(self.deepspeed, held, topology)
         self._gammas = {s.place.name: s.of(s.flat) for s in shards if s.numel and s.place.name.endswith(".gamma")}
         self.optimizer.bind(

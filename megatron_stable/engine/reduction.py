@@ -1,6 +1,6 @@
 """What becomes of a step's gradients between the last backward pass and the update.
 
-DeepSpeed's ZeRO-1 under bf16 all-reduces every gradient to every replica and then looks at its own part. Here each
+DeepSpeed's ZeRO-1 all-reduces every gradient to every replica and then looks at its own part. Here each
 replica gets the sum of its own part only, which sends half as much, and all that follows (norm, clipping, update) is
 done once over all ranks instead of once per replica::
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megatron_stable.engine.shards import reduced_gradient
@@ -27,8 +28,23 @@ from megatron_stable.parallel.topology import Topology
 Held = Sequence[tuple[nn.Parameter, LocalShard]]  # what this rank holds of which parameters
 
 
-class ReducingOptimizer(BF16_Optimizer):
-    """DeepSpeed's optimizer for ZeRO-1 under bf16, with the gradients reduced to those who need them."""
+class ReducingOptimizer:
+    """What one of DeepSpeed's optimizers for ZeRO-1 becomes: gradients are reduced to those who need them.
+
+    Attributes:
+        fp32_groups_flat_partition: Of each parameter group, the part of the masters that this replica updates.
+        fp32_groups_gradients_flat: The gradients of the whole group.
+        fp32_groups_gradient_flat_partition: The part of these that this replica needs, a view.
+    """
+
+    optimizer: Any
+    held: list[LocalShard]
+    counted: Tensor
+    dtype_sent: torch.dtype
+    data_group: dist.ProcessGroup
+    fp32_groups_flat_partition: list[Tensor]
+    fp32_groups_gradients_flat: list[Tensor]
+    fp32_groups_gradient_flat_partition: list[Tensor]
 
     @classmethod
     def take_over(cls, engine: Any, held: Held, topology: Topology) -> None:
@@ -73,9 +89,72 @@ class ReducingOptimizer(BF16_Optimizer):
         dist.all_reduce(square)
         return square.sqrt()
 
+
+class HalfPrecision(ReducingOptimizer, BF16_Optimizer):
+    """DeepSpeed's optimizer for ZeRO-1 under bf16."""
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """What DeepSpeed calls after each step, which has cleared the sums already."""
         self.clear_lp_grads(set_to_none)
+
+
+class FullPrecision(ReducingOptimizer, DeepSpeedZeroOptimizer):
+    """DeepSpeed's optimizer for ZeRO-1 in fp32, where a master is the weight itself.
+
+    DeepSpeed keeps masters apart from weights that equal them, and takes gradients through a bucket, its reduction and
+    back before it makes them flat: passes over memory 15 times as large as the weights, of which 2 are left.
+    """
+
+    totals: dict[nn.Parameter, Tensor]  # where each weight's gradient is in the flat one
+    seen: set[nn.Parameter]  # that have one already in this step
+
+    @classmethod
+    def take_over(cls, engine: Any, held: Held, topology: Topology) -> None:
+        """The same for one pipeline stage in fp32."""
+        super().take_over(engine, held, topology)
+        optimizer, rank = engine.optimizer, topology.data_rank
+        masters = optimizer.fp32_groups_flat_partition = optimizer.single_partition_of_fp32_groups
+        for master, parts in zip(masters, optimizer.parallel_partitioned_bit16_groups, strict=True):
+            master.data = parts[rank]
+        for weight, shard in held:  # where DeepSpeed keeps the masters that it has made
+            weight._hp_mapping.hp_fragment = shard.of(shard.flat.data)  # type: ignore[attr-defined]
+        wholes = optimizer.fp32_groups_gradients_flat = [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat]
+        optimizer.fp32_groups_gradient_flat_partition = [whole.chunk(topology.data_size)[rank] for whole in wholes]
+        optimizer.totals, optimizer.seen = {}, set()
+        for whole, flat, weights in zip(wholes, optimizer.bit16_groups_flat, optimizer.bit16_groups, strict=True):
+            for weight in weights:
+                begin = weight.storage_offset() - flat.storage_offset()
+                optimizer.totals[weight] = whole[begin : begin + weight.numel()].view_as(weight)
+                # ends with the engine
+                optimizer._grad_acc_hooks.append(weight.register_post_accumulate_grad_hook(optimizer.accumulate))
+
+    @torch.no_grad()
+    def accumulate(self, weight: Any) -> None:
+        """Add a weight's gradient to the sum over micro batches, of which the first overwrites it, and let go of it."""
+        total = self.totals[weight]
+        (total.add_ if weight in self.seen else total.copy_)(weight.grad)
+        self.seen.add(weight)
+        weight.grad = None
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """What DeepSpeed calls after a step's last micro batch. Collective."""
+        for weight in self.totals.keys() - self.seen:
+            self.totals[weight].zero_()
+        self.reduce()
+
+    def update_lp_params(self) -> None:
+        """Give each replica the weights that the others have updated. Collective."""
+        if dist.get_world_size(self.data_group) == 1:
+            return
+        for whole, part in zip(self.bit16_groups_flat, self.fp32_groups_flat_partition, strict=True):
+            dist.all_gather_into_tensor(whole, part.data, group=self.data_group)
+
+    def clear_hp_grads(self) -> None:
+        """Begin the sums anew."""
+        self.seen = set()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """What DeepSpeed calls after each step, when weights have no gradients any more."""
 
 
 def counts(weight: nn.Parameter, topology: Topology) -> bool:

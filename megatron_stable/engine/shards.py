@@ -94,8 +94,8 @@ def gradients(engine: Any) -> list[Tensor]:
 def reduced_gradient(engine: Any, shard: LocalShard) -> Tensor:
     """A shard's gradient after reduction over the replicas and before the update: a view of where DeepSpeed has it."""
     number = next(i for i, (_, flat) in enumerate(flats(engine)) if flat is shard.flat)
-    if engine.bfloat16_enabled() and engine.zero_optimization_stage() == 1:
-        return shard.of(engine.optimizer.fp32_groups_gradient_flat_partition[number])
+    if (parts := getattr(engine.optimizer, "fp32_groups_gradient_flat_partition", None)) is not None:
+        return shard.of(parts[number])
     begin = 0
     for piece in engine.optimizer.averaged_gradients[number]:  # laid out like the flat, one piece per parameter
         if begin == shard.offset:

@@ -31,6 +31,14 @@ BF16_ZERO_1 = (
     "clear_hp_grads",
     "clear_lp_grads",
 )
+FP32_ZERO_1 = (
+    "bit16_groups",
+    "bit16_groups_flat",
+    "parallel_partitioned_bit16_groups",
+    "single_partition_of_fp32_groups",
+    "reduce_gradients",
+    "_grad_acc_hooks",
+)
 ZERO_1_2 = ("averaged_gradients", "update_lp_params")
 ZERO_3 = (
     "averaged_gradients",
@@ -47,7 +55,7 @@ SCALER = (
     "dynamic", "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis", "update_scale",
     "raise_error_at_min_scale",
 )  # fmt: skip
-FRAGMENT = ("lp_fragment_address", "hp_fragment_address")
+FRAGMENT = ("lp_fragment_address", "hp_fragment_address", "hp_fragment")
 
 
 def require_pipeline() -> None:
@@ -73,6 +81,8 @@ def _used(engine: Any, module: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]
     stage, bf16, optimizer = engine.zero_optimization_stage(), engine.bfloat16_enabled(), engine.optimizer
     yield optimizer, (*(() if bf16 and stage == 1 else ("_global_grad_norm",)), "optimizer", "step")
     yield optimizer, ZERO_3 if stage == 3 else BF16_ZERO_1 if bf16 and stage == 1 else ZERO_1_2
+    if stage == 1 and not bf16 and not engine.fp16_enabled():
+        yield optimizer, FP32_ZERO_1
     for weight in module.parameters():
         if stage == 3:
             yield weight, ("ds_tensor", "ds_numel")

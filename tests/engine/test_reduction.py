@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_stable.config.schema import Config
 from tests.engine.layouts import assemble, engine_on_rank, global_batches, make_config, micro_batches, train_on_ranks
@@ -100,10 +101,44 @@ def bytes_on_rank(values: dict[str, Any]) -> dict[str, int]:
     return sent
 
 
-def test_each_replica_receives_its_own_part_only(ranks: Ranks) -> None:
-    for sent in ranks.run(2, bytes_on_rank, bf16(1).model_dump(mode="json")):
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_each_replica_receives_its_own_part_only(ranks: Ranks, dtype: str) -> None:
+    for sent in ranks.run(2, bytes_on_rank, bf16(1, dtype=dtype).model_dump(mode="json")):
         assert "all_reduce" not in sent
         assert sent["reduce_scatter_tensor"] == pytest.approx(4 * sent["parameters"], rel=0.01)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the elements of copies of tensors of certain sizes."""
+
+    def __init__(self, sizes: set[int]) -> None:
+        super().__init__()
+        self.sizes, self.count = sizes, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function._schema.name in ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::cat"):
+            self.count += out.numel() if out.numel() in self.sizes else 0
+        return out
+
+
+def copied_on_rank(values: dict[str, Any]) -> tuple[int, int, bool]:
+    """On a rank: elements of gradients and weights that a step copies; how many elements the matrices have; whether
+    masters and weights are the same memory."""
+    with engine_on_rank(values) as engine:
+        weights = list(engine.module.parameters())
+        masters = [state.shard.flat for state in engine.shards()]
+        matrices = [weight.numel() for weight in weights if weight.dim() > 1]
+        with Copies({*matrices, *(master.numel() for master in masters)}) as copies:
+            engine.train_step(1, micro_batches(global_batches(1)[0], engine.config, engine.topology), 1e-3)
+        own = {weight.untyped_storage().data_ptr() for weight in weights}
+        return copies.count, sum(matrices), {master.untyped_storage().data_ptr() for master in masters} <= own
+
+
+def test_in_fp32_gradients_are_copied_once_and_weights_never(ranks: Ranks) -> None:
+    ((copied, elements, shared),) = ranks.run(1, copied_on_rank, bf16(1, dtype="fp32").model_dump(mode="json"))
+    assert copied == elements
+    assert shared
 
 
 def poisoned_on_rank(values: dict[str, Any], rank: int) -> tuple[bool, bool]:

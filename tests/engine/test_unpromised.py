@@ -18,6 +18,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PIPELINE": {"parallel": {"pipeline": 2, "zero_stage": 1}},
     "ENGINE": {},
     "BF16_ZERO_1": {"precision": {"dtype": "bf16"}, "parallel": {"zero_stage": 1}},
+    "FP32_ZERO_1": {"precision": {"dtype": "fp32"}, "parallel": {"zero_stage": 1}},
     "ZERO_1_2": {"parallel": {"zero_stage": 2}},
     "ZERO_3": {"parallel": {"zero_stage": 3}},
     "FRAGMENT": {"parallel": {"zero_stage": 1}},
