@@ -146,7 +146,9 @@ def one_rank(args: argparse.Namespace) -> None:
     def step(engines: bool) -> float:
         began = time.process_time()
         seconds = timed(
-            (lambda: engine.train_step(next(steps), micro_batches, 1e-4)) if engines else (lambda: bare.step(micro_batches)),
+            (lambda: engine.train_step(next(steps), micro_batches, 1e-4))
+            if engines
+            else (lambda: bare.step(micro_batches)),
             engine.device,
         )
         spent[engines] += time.process_time() - began
@@ -162,9 +164,9 @@ def one_rank(args: argparse.Namespace) -> None:
     show("bare PyTorch loop, 1 rank", tokens / statistics.median(theirs), None, config)
     show("engine, 1 rank", rate, statistics.median(ratios), config)
     print(
-        f"    ratio engine / bare, pair by pair: median {statistics.median(ratios):.3f}, 10%..90% {low:.3f}..{high:.3f}; "
-        f"by the host's processor time {spent[False] / spent[True]:.3f}"
+        f"    ratio engine / bare, pair by pair: median {statistics.median(ratios):.3f}, 10%..90% {low:.3f}..{high:.3f}"
     )
+    print(f"    by the host's processor time: {spent[False] / spent[True]:.3f}")
 
 
 def show(what: str, rate: float, ratio: float | None, config: Config) -> None:

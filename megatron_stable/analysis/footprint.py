@@ -94,7 +94,8 @@ def footprints(config: Config, world: int) -> list[Footprint]:
 def _bucket(config: Config) -> float:
     """Bytes of DeepSpeed's buffer for reduction, which each of its optimizers makes in another dtype.
 
-    ZeRO-1: of the sums; none where the flat gradient is reduced in place. ZeRO-2: of the model. ZeRO-3: of what is sent.
+    ZeRO-1: of the sums; none where the flat gradient is reduced in place. ZeRO-2: of the model. ZeRO-3: of what is
+    sent.
     """
     dtype, stage = config.precision.dtype, config.parallel.zero_stage
     if stage == 1:

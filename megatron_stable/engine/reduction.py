@@ -38,13 +38,15 @@ class ReducingOptimizer:
     """
 
     optimizer: Any
-    held: list[LocalShard]
+    held: list[Any]  # LocalShard
     counted: Tensor
     dtype_sent: torch.dtype
     data_group: dist.ProcessGroup
     fp32_groups_flat_partition: list[Tensor]
     fp32_groups_gradients_flat: list[Tensor]
     fp32_groups_gradient_flat_partition: list[Tensor]
+    update_lp_params: Callable[[], None]
+    clear_hp_grads: Callable[[], None]
 
     @classmethod
     def take_over(cls, engine: Any, held: Held, topology: Topology) -> None:
