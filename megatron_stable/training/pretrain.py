@@ -102,6 +102,7 @@ def _train_in_world(
     from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.wandb import require_wandb
     from megatron_stable.stability.events import Resume, Start, Stop
+    from megatron_stable.training.host_memory import keep_freed_memory
     from megatron_stable.training.kernels import choose_kernels
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
@@ -132,6 +133,8 @@ def _train_in_world(
                 )
         callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
         callbacks.message(f"attention backend {backend.name}: {backend.reason}")
+        if not torch.cuda.is_available():
+            keep_freed_memory()
         if (kernels := choose_kernels(config.run)) is not None:
             callbacks.message(kernels)
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
