@@ -24,7 +24,7 @@ from megatron_stable.engine.loss_scaler import LateUpdate, LossScalerState
 from megatron_stable.engine.outcome import J, Outcome, Refused, StepMetrics
 from megatron_stable.engine.pipeline import TransformerPipeline, even_groups
 from megatron_stable.engine.probes import Probes
-from megatron_stable.engine.reduction import ReducingOptimizer, counts, sum_partial_first
+from megatron_stable.engine.reduction import ReducingOptimizer, counts, spare_unscaling, sum_partial_first
 from megatron_stable.engine.shards import (
     ShardState,
     flats,
@@ -93,6 +93,7 @@ class Engine:
         if config.precision.dtype == "bf16" and config.parallel.zero_stage == 1:
             ReducingOptimizer.take_over(self.deepspeed, held, topology)
         sum_partial_first(self.deepspeed, held, topology)
+        spare_unscaling(self.deepspeed)
         self._gammas = {s.place.name: s.of(s.flat) for s in shards if s.numel and s.place.name.endswith(".gamma")}
         self.optimizer.bind(
             flats(self.deepspeed),

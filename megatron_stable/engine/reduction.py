@@ -2,7 +2,8 @@
 
 DeepSpeed's ZeRO-1 under bf16 all-reduces every gradient to every replica and then looks at its own part. Here each
 replica gets the sum of its own part only, which sends half as much, and all that follows (norm, clipping, update) is
-done once over all ranks instead of once per replica::
+done once over all ranks instead of once per replica. A step's first micro batch overwrites the sums and the others add
+to them, in one pass each and in place of a third that would zero them::
 
     flat of a group, fp32   [ part of replica 0 | part of replica 1 | … ]   summed over micro batches by each replica
                                    │ reduce-scatter over DP, in place
@@ -42,8 +43,27 @@ class ReducingOptimizer(BF16_Optimizer):
         optimizer.data_group = topology.data_group
         engine.buffered_allreduce_fallback = lambda *_, **__: optimizer.reduce()
 
+    @torch.no_grad()
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, group_idx: int, param_idx: int) -> None:
+        """What DeepSpeed calls with each gradient as backward makes it: add it to its sum, and let go of it."""
+        total, seen = self.fp32_groups_gradients[group_idx][param_idx], self.fp32_groups_has_gradients[group_idx]
+        assert lp_param.grad is not None
+        add = total.add_ if seen[param_idx] else total.copy_
+        add(lp_param.grad.view_as(total))
+        seen[param_idx] = True
+        lp_param._hp_grad = total  # type: ignore[attr-defined]  # which stages sum for tied weights
+        lp_param.grad = None
+
+    def clear_hp_grads(self) -> None:
+        """Begin the sums anew; what they hold is overwritten."""
+        self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
+
     def reduce(self) -> None:
         """Average the gradients over the replicas. Collective."""
+        for group, seen in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
+            for total, overwritten in zip(group, seen, strict=True):
+                if not overwritten:  # by any micro batch
+                    total.zero_()
         replicas = dist.get_world_size(self.data_group)
         if replicas == 1:
             return
@@ -76,6 +96,12 @@ class ReducingOptimizer(BF16_Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """What DeepSpeed calls after each step, which has cleared the sums already."""
         self.clear_lp_grads(set_to_none)
+
+
+def spare_unscaling(engine: Any) -> None:
+    """Keep DeepSpeed's ZeRO-3 from dividing all gradients by a loss scale that is 1, in a pass over them."""
+    if engine.zero_optimization_stage() == 3 and not engine.fp16_enabled():
+        engine.optimizer.unscale_and_clip_grads = lambda *_, **__: None
 
 
 def counts(weight: nn.Parameter, topology: Topology) -> bool:

@@ -27,6 +27,9 @@ BF16_ZERO_1 = (
     "fp32_groups_gradients_flat",
     "fp32_groups_gradient_flat_partition",
     "fp32_groups_flat_partition",
+    "fp32_groups_gradients",
+    "fp32_groups_has_gradients",
+    "accumulate_hp_grads_and_remove_lp",
     "update_lp_params",
     "clear_hp_grads",
     "clear_lp_grads",
@@ -42,6 +45,7 @@ ZERO_3 = (
     "persistent_parameters",
     "fp16_groups",
     "_reassign_or_swap_out_partitioned_parameters",
+    "unscale_and_clip_grads",
 )
 SCALER = (
     "dynamic", "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis", "update_scale",

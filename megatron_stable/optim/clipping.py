@@ -1,8 +1,8 @@
 """Clipping rules: to a fixed global norm, and those that adapt to the run.
 
 Each rule sees the global gradient norm once per step. What scales the whole gradient is handed on, as the fused update
-reads each gradient anyway and divides it in passing; what scales parameters apart is applied flat by flat. The fixed rule
-stays on the device; those that adapt keep their statistics on the host, which costs them a read per step.
+reads each gradient anyway and divides it in passing; what scales parameters apart is applied flat by flat. The fixed
+rule stays on the device; those that adapt keep their statistics on the host, which costs them a read per step.
 """
 
 from __future__ import annotations

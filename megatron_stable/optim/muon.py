@@ -6,8 +6,8 @@ of the momentum and get their parts of the result back::
     shards --all-to-all--> whole matrices, each on one rank --Newton-Schulz--> --all-to-all--> shards
 
 They go in rounds, so that a rank holds ``ROUND`` elements of matrices at a time, or one matrix that is larger; some
-five copies of these, fp32, are what an exchange takes. Those of a round that have the same shape, transposed or not, are
-iterated together: small matrices leave a GPU idle, one after another.
+five copies of these, fp32, are what an exchange takes. Those of a round that have the same shape, transposed or not,
+are iterated together: small matrices, one after another, leave a GPU idle.
 """
 
 from __future__ import annotations

@@ -232,7 +232,8 @@ class Optimizer(torch.optim.Optimizer):
         if divisor is None or not flats:
             return None
         if isinstance(divisor, float):
-            divisor = flats[0].grad.new_full((), divisor)  # a kernel that fills it; a copy would wait for the device
+            # filled by a kernel; a copy from the host would wait for the device
+            divisor = torch.full((), divisor, device=flats[0].grad.device)
         divisor = divisor.to(flats[0].grad.device)
         fused = not self._cuts_spikes
         first = [flat.grad for flat in flats if not fused or flat.group["rule"] != "adamw"]
