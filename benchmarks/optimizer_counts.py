@@ -33,7 +33,8 @@ from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.shards import Place
 from megatron_stable.parallel.topology import TensorParallel
 
-HIDDEN, SEQUENCE, VOCABULARY = 512, 16, 512  # of the narrow ones
+MEMORY, ACHIEVED = 3.35e12, 400e12  # an H100's bytes per second; floating-point operations per second, 40 % of its peak
+HIDDEN, SEQUENCE, VOCABULARY = 128, 16, 512  # of the narrow ones
 # what a function is part of, for whatever it does and calls
 PASSES = {
     "accumulate_hp_grads_and_remove_lp": "accumulate",
@@ -86,11 +87,10 @@ class Layout(NamedTuple):
         )
 
 
-LAYOUTS = (
+LAYOUTS = (  # 30b has the layers and the layout of 10b
     Layout("830m", 1),
     Layout("830m", 8),
     Layout("10b", 1024, 4, 2),
-    Layout("30b", 1024, 4, 2),
 )
 
 
@@ -254,6 +254,11 @@ def main() -> None:
         print(f"\n{layout.size}, {layout.ranks} ranks ({grid}), {layout.dtype}, ZeRO-{layout.zero_stage}\n")
         print("| pass | bytes per parameter of the rank | operators | collectives |\n|---|---|---|---|")
         print("\n".join(rows(layout)), flush=True)
+    print("\nBytes saved per parameter and micro batch, as a share of the time of 6 operations per token; predicted.\n")
+    print("| tokens | 8 bytes | 4 bytes |\n|---|---|---|")
+    for tokens in (4096, 8192, 16384):
+        share = [size / MEMORY / (6 * tokens / ACHIEVED) for size in (8, 4)]
+        print("| {} | {:.1%} | {:.1%} |".format(tokens, *share))
     print("\n| Muon, one rank | matrices | rounds | operators | one at a time |\n|---|---|---|---|---|")
     for size in ("830m", "10b"):
         print("| {} | {} | {} | {} | {} |".format(size, *muon_counts(size)), flush=True)

@@ -71,7 +71,9 @@ class ReducingOptimizer(BF16_Optimizer):
             sent = whole.to(self.dtype_sent)  # itself, in fp32
             own = part if sent is whole else part.to(sent.dtype)
             dist.reduce_scatter_tensor(own, sent, group=self.data_group)
-            part.copy_(own).div_(replicas)
+            if own is not part:
+                part.copy_(own)
+            part.div_(replicas)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
