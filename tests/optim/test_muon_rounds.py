@@ -1,4 +1,4 @@
-"""Muon gathers its matrices in rounds: bounded, and without a trace in the update."""
+"""Muon gathers its matrices in rounds, and iterates those of a round together: bounded, and without a trace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def train_in_rounds(values: dict[str, Any], elements: int) -> dict[str, Any]:
 def test_rounds_leave_no_trace(ranks: Ranks) -> None:
     config = make_config(parallel={"tensor": 2}, optimizer={"name": "muon"}).model_dump(mode="json")
     whole, one_by_one = (assemble(ranks.run(2, train_in_rounds, config, elements)) for elements in (2**25, 1))
-    assert all(torch.equal(whole[name], one_by_one[name]) for name in whole)
+    for name, weight in whole.items():  # up to the last bits, which may depend on how many are multiplied at once
+        torch.testing.assert_close(one_by_one[name], weight, rtol=1e-6, atol=1e-6)
 
 
 def test_maps_of_one_shape_are_iterated_together() -> None:
