@@ -28,8 +28,8 @@ STEPS, RATE = 4, 3e-3
 # bounds on the relative error of losses, of gradient norms, and of how far each parameter has moved.
 # fp32: an update is about 1e-3 of a weight, which is known to 6e-8. bf16 has 8 bits of mantissa and fp16 11: a product
 # is off by up to 2^-9 = 2e-3 and 2^-12 = 2e-4, a gradient goes through some dozens, and a lost or doubled reduction
-# over two ranks, the smallest error of a layout, is off by 0.5. The largest of a norm in bf16 is 0.010, whose third digit
-# depends on the last bit of updates.
+# over two ranks, the smallest error of a layout, is off by 0.5. The largest of a norm in bf16 is 0.010, and its third
+# digit depends on the last bits of updates.
 BOUNDS = {"fp32": (1e-5, 1e-5, 1e-3), "bf16": (2e-3, 1.5e-2, 0.15), "fp16": (3e-4, 3e-3, 0.03)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODELS: dict[str, dict[str, Any]] = {

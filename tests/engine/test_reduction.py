@@ -215,3 +215,29 @@ def test_the_first_micro_batch_begins_the_sums(ranks: Ranks) -> None:
     assert writes.count("aten::add_") == parameters * (GLOBAL - 1)
     assert any(found[0]) and found[2] == found[0]
     assert not any(found[1])
+
+
+def passes_on_rank(values: dict[str, Any]) -> int:
+    """On a rank: how often a step multiplies all that one of its flats has of the gradient."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with engine_on_rank(values) as engine:
+        sizes = {flat.numel() for flat in engine.deepspeed.optimizer.fp32_partitioned_groups_flat}
+        found: list[int] = []
+
+        class Multiplied(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                found.extend([1] * (func._schema.name == "aten::mul_" and args[0].numel() in sizes))
+                return func(*args, **(kwargs or {}))
+
+        with Multiplied():
+            engine.train_step(1, micro_batches(global_batches(1)[0], engine.config, engine.topology), 1e-3)
+    return len(found)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_zero_3_divides_by_a_loss_scale_where_there_is_one(ranks: Ranks, dtype: str) -> None:
+    precision = {"dtype": dtype, "initial_scale_power": 8}
+    config = make_config(parallel={"zero_stage": 3}, precision=precision)
+    (found,) = ranks.run(1, passes_on_rank, config.model_dump(mode="json"))
+    assert (found > 0) == (dtype == "fp16")
