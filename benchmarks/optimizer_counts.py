@@ -15,6 +15,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -167,6 +168,7 @@ def count(layout: Layout, micro_batches: int) -> dict[str, Any]:
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(layout.ranks))
     deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     dist.init_process_group("fake", rank=0, world_size=layout.ranks, store=FakeStore())
     deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
     config = layout.config(micro_batches)
