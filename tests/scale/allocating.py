@@ -40,9 +40,6 @@ def allocate_on_rank(values: dict[str, Any], bucket: int | None = None, alone: b
         engine = Engine(config, topology)
         batch, length = config.batch.micro_size, config.model.sequence_length
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.dtype]
-        if alone and topology.stage > 0:  # the stage before would have said what it sends
-            stream = batch, length // (topology.tensor_size if config.parallel.sequence else 1), config.model.hidden
-            engine.deepspeed._recv_tensor_meta = lambda stage: torch.zeros(stream, dtype=dtype)
 
         def train(step: int) -> None:
             tokens = (batch, length + 1)
