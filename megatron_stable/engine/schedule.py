@@ -54,13 +54,14 @@ class Line:
         # of what TP ranks have alike, each sends a slice
         self.tp = None if topology.tp.sequence_sharded else topology.tp.group
         self.slices, self.slice = (topology.tp.size, topology.tp.rank) if self.tp is not None else (1, 0)
-        self._sending: dist.Work | None = None
+        self._sending: tuple[dist.Work | None, Tensor] | None = None
 
     def send(self, tensor: Tensor) -> None:
         """Send on; the tensor must stay as it is."""
         if self.to is not None:
             self.settle()
-            self._sending = dist.isend(self._own(tensor.contiguous()), self.to, self.group)
+            tensor = tensor.contiguous()
+            self._sending = dist.isend(self._own(tensor), self.to, self.group), tensor
 
     def receive(self) -> Tensor:
         """The next tensor, when it is here."""
@@ -72,9 +73,10 @@ class Line:
 
     def settle(self) -> None:
         """Wait until what was sent has been received."""
-        if self._sending is not None:
-            self._sending.wait()
-            self._sending = None
+        work, _ = self._sending or (None, None)
+        if work is not None:
+            work.wait()
+        self._sending = None
 
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.view(-1).chunk(self.slices)[self.slice]

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_stable.engine.schedule import one_forward_one_backward
 from tests.engine.layouts import engine_on_rank, global_batches, make_config, micro_batches
 from tests.harness.ranks import Ranks
 
@@ -78,32 +77,118 @@ def test_the_same_bits_as_by_deepspeeds_schedule(ranks: Ranks, name: str) -> Non
             assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
 
 
-def alive(values: dict[str, Any], deepspeeds: bool = False) -> dict[str, Any]:
-    """On a rank: how many logits are there when others are made and after the step, and how many stages' inputs."""
+def alive(values: dict[str, Any]) -> dict[str, Any]:
+    """On a rank: the most logits, and inputs of its first block, that live at once in a step; those that live on."""
+    from megatron_stable.model.block import Block
+
     with engine_on_rank(values) as engine:
-        if deepspeeds:
-            use_deepspeeds(engine)
-        module, made, inputs, counts = engine.module, [], [], {"logits": [], "inputs": []}
-        loss = module.loss_fn
+        module, loss = engine.module, engine.module.loss_fn
+        made: dict[str, list[weakref.ref[Any]]] = {"logits": [], "inputs": []}
+        most = dict.fromkeys(made, 0)
 
-        def living(things: list[Any]) -> int:
+        def living(kind: str) -> int:
             gc.collect()
-            return sum(thing() is not None for thing in things)
+            return sum(thing() is not None for thing in made[kind])
 
-        def seen(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            made.append(weakref.ref(logits.untyped_storage()))
-            counts["logits"].append(living(made))
+        def note(kind: str, tensor: torch.Tensor) -> None:
+            made[kind].append(weakref.ref(tensor.untyped_storage()))
+            most[kind] = max(most[kind], living(kind))
+
+        def loss_fn(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            note("logits", logits)
             return loss(logits, targets)
 
-        def entered(module: Any, given: Any) -> None:
-            inputs.append(weakref.ref(given[0]))
-            counts["inputs"].append(living(inputs))
-
-        module.loss_fn = seen
-        module.register_forward_pre_hook(entered)
+        module.loss_fn = loss_fn
+        block = next(layer for layer in module.modules() if isinstance(layer, Block))
+        block.register_forward_pre_hook(lambda block, given: note("inputs", given[0]))
         tokens = micro_batches(global_batches(1)[0], engine.config, engine.topology)
         engine.train_step(1, tokens, 1e-3)
-        most = {name: max(numbers, default=0) for name, numbers in counts.items()}
-        after = living(made) + living(inputs)
+        trained = living("logits") + living("inputs")
         engine.evaluate([tokens])
-        return {**most, "after": after, "logits evaluated": living(made)}
+        return {**most, "afterwards": trained + living("logits")}
+
+
+@pytest.mark.parametrize("micro_size", [1, 4])
+def test_a_stage_holds_the_micro_batches_of_1f1b_and_logits_of_one(ranks: Ranks, micro_size: int) -> None:
+    values = values_of(parallel={"pipeline": 4}, batch={"micro_size": micro_size})
+    for stage, found in enumerate(ranks.run(4, alive, values)):
+        expected = {"logits": int(stage == 3), "inputs": min(4 - stage, 8 // micro_size), "afterwards": 0}
+        assert found == expected
+
+
+def held_up(values: dict[str, Any]) -> None:
+    """On a rank: the last stage takes the first activation when the first stage has made the second one."""
+    with engine_on_rank(values) as engine:
+        store = dist.distributed_c10d._get_default_store()
+        if engine.topology.last_stage:
+            receive: Callable[[], torch.Tensor] = engine.schedule.down.receive
+
+            def late() -> torch.Tensor:
+                store.wait(["two are made"])
+                return receive()
+
+            engine.schedule.down.receive = late
+        else:
+            forwards: list[torch.Tensor] = []
+
+            def count(module: Any, given: Any, out: torch.Tensor) -> None:
+                forwards.append(out)
+                if len(forwards) == 2:
+                    store.set("two are made", "")
+
+            engine.module.register_forward_hook(count)
+        engine.train_step(1, micro_batches(global_batches(1)[0], engine.config, engine.topology), 1e-3)
+
+
+def test_who_sends_goes_on(ranks: Ranks) -> None:
+    ranks.run(2, held_up, values_of(parallel={"pipeline": 2}), timeout=30.0)
+
+
+def traffic_on_rank(values: dict[str, Any]) -> dict[str, Any]:
+    """On a rank of many that are not there: what a step and an evaluation send, to whom."""
+    from tests.scale.counting import Sent, imagine_stages
+
+    with engine_on_rank(values) as engine:
+        config, peers = engine.config, set()
+        isend = dist.isend
+        imagine_stages()
+
+        def noted(tensor: torch.Tensor, dst: int, group: Any = None) -> Any:
+            peers.add(dst)
+            return isend(tensor, dst, group)
+
+        dist.isend = noted
+        length = config.model.sequence_length + 1
+        tokens = [torch.zeros(config.batch.micro_size, length, dtype=torch.long)] * engine.accumulation
+        with Sent() as sent:
+            engine.train_step(1, tokens, 1e-3)
+        with Sent() as evaluated:
+            engine.evaluate([tokens])
+        size = sum(n for (name, _), n in sent.bytes.items() if name == "send")
+        return {"peers": peers, "bytes": size, "trained": dict(sent.calls), "evaluated": dict(evaluated.calls)}
+
+
+def test_of_1024_ranks_each_sends_to_its_neighbours_alone(ranks: Ranks) -> None:
+    """What is sent, and how many ranks are waited for, over all stages: one norm a step, one loss an evaluation."""
+    micro_batches, tensor, stages = 4, 2, 4
+    for world in (128, 1024):
+        stage, replicas = world // stages, world // stages // tensor
+        values = values_of(
+            {"hidden": 256},
+            "bf16",
+            parallel={"tensor": tensor, "pipeline": stages, "sequence": True},
+            batch={"global_size": micro_batches * replicas},
+            logging={"probes_every": 0},
+        )
+        only = (0, stage + 1, world - 1)
+        for rank, found in zip(only, ranks.run(world, traffic_on_rank, values, only=only), strict=True):
+            neighbours = {rank - stage, rank + stage} & set(range(world))
+            sends = {("send", stages): micro_batches} if rank < world - stage else {}  # activations
+            assert found["peers"] == neighbours
+            assert found["bytes"] == micro_batches * len(neighbours) * 2 * (16 // tensor) * 256
+            assert not {(name, n) for name, n in found["trained"] if n not in (tensor, replicas, stages, world)}
+            beyond = {(name, n): calls for (name, n), calls in found["trained"].items() if n in (stages, world)}
+            gradients = {("send", world): micro_batches} if rank >= stage else {}
+            assert beyond == {**sends, **gradients, ("allreduce_", world): 1}
+            beyond = {(name, n): calls for (name, n), calls in found["evaluated"].items() if n != tensor}
+            assert beyond == {**sends, ("allreduce_", world): 1}

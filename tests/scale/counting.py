@@ -40,6 +40,8 @@ def count_on_rank(values: dict[str, Any], steps: int = 2, alone: bool = True) ->
     config = Config.model_validate(values)
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
     engine = Engine(config, topology)
+    if alone:
+        imagine_stages()
     batch, length = config.batch.micro_size, config.model.sequence_length
     held: dict[str, int] = {}
 
@@ -62,6 +64,11 @@ def count_on_rank(values: dict[str, Any], steps: int = 2, alone: bool = True) ->
         "calls": dict(sent.calls),
         "groups": groups,
     }
+
+
+def imagine_stages() -> None:
+    """Nothing arrives from stages that are not there: let it be zeros."""
+    dist.recv = lambda tensor, *_, **__: tensor.zero_()
 
 
 def _held(engine: Any) -> dict[str, int]:
