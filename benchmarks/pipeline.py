@@ -1,4 +1,4 @@
-"""What a pipeline costs: how much of a step stages idle, by our schedule, by DeepSpeed's and by the formula; what is sent.
+"""What a pipeline costs: how much of a step its stages idle, by our schedule and by DeepSpeed's; what is sent.
 
     python benchmarks/pipeline.py            # all of it, on two cores
     python benchmarks/pipeline.py --counts   # only what needs no processes
@@ -31,13 +31,13 @@ os.environ.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe import p2p, schedule
-from scale import BATCH, LAYOUTS, NETWORK, config_of
+from scale import ACHIEVED, BATCH, LAYOUTS, NETWORK, config_of
 
 from megatron_stable.analysis.memory import memory
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.schedule import one_forward_one_backward
-from megatron_stable.model.transformer import padded_vocabulary
+from megatron_stable.model.transformer import parameter_count
 from megatron_stable.optim.schedule import learning_rate
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import join_world
@@ -119,26 +119,31 @@ def played(
 
 
 def counted() -> None:
-    """Of a rank of the fullest stages, what the pipeline sends and holds."""
+    """What the pipeline sends and holds, and how long stages idle if passes are as fast as ``scale`` has it."""
     print(
-        "| size | ranks | TP x PP | micro batches | bubble | message | messages a step, most | logits: ours | DeepSpeed's |"
+        "| size | ranks | TP x PP | micro batches | message | of a forward pass | sent a step, most | logits: ours",
+        end="",
     )
-    print("|" + 9 * "---|")
+    print(" | DeepSpeed's | idle: formula | played: ours | DeepSpeed's |\n|" + 12 * "---|")
     for size in ("10b", "30b"):
         for ranks, (tensor, pipeline) in LAYOUTS[size].items():
             if pipeline == 1:
                 continue
             config = config_of(size, tensor, pipeline)
-            micro_batches = BATCH[size] * tensor * pipeline // ranks
-            model = config.model
-            message = 2 * model.sequence_length * model.hidden / tensor
+            micro_batches, model = BATCH[size] * tensor * pipeline // ranks, config.model
+            size_sent = 2 * model.sequence_length * model.hidden / tensor
+            message = size_sent / NETWORK
+            forward = 2 * parameter_count(model)[1] * model.sequence_length / (tensor * pipeline * ACHIEVED)
+            sent = micro_batches * min(2, pipeline - 1)
             logits = memory(config, ranks)[-1].logits
-            assert logits == 2 * model.sequence_length * padded_vocabulary(model.vocab_size or 0, tensor) / tensor
+            idle = [played(each, pipeline, micro_batches, forward, message) for each in (ours, deepspeeds)]
+            print(f"| {size} | {ranks} | {tensor} x {pipeline} | {micro_batches}", end="")
+            print(f" | {size_sent / 1e6:.1f} MB, {message * 1e3:.2f} ms | {message / forward:.1%}", end="")
             print(
-                f"| {size} | {ranks} | {tensor} x {pipeline} | {micro_batches} "
-                f"| {formula(pipeline, micro_batches):.1%} | {message / 1e6:.1f} MB, {message / NETWORK * 1e3:.2f} ms | {micro_batches * min(2, pipeline - 1)} "
-                f"| {logits / 1e6:.0f} MB | {2 * logits / 1e6:.0f} MB, a third for a moment |"
+                f" | {sent}, {sent * size_sent / 1e6:,.0f} MB | {logits / 1e6:.0f} MB | {2 * logits / 1e6:.0f} MB",
+                end="",
             )
+            print(f" | {formula(pipeline, micro_batches):.2%} | {idle[0]:.2%} | {idle[1]:.2%} |")
 
 
 def play() -> None:
@@ -249,11 +254,9 @@ def rank_main(stages: int, micro_batches: int, sleep: float, hidden: int, length
         ratios = sorted((pairs[:, 1, 1] / pairs[:, 0, 1]).tolist())
         low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
         work = f"{sleep * 1e3:.0f} ms, twice" if sleep else f"{hidden} wide"
-        print(
-            f"| {stages} | {micro_batches} | {work} | {4 * length * hidden / 1e6:.3f} MB "
-            f"| {formula(stages, micro_batches):.1%} | {mine:.1%} | {other:.1%} | {statistics.median(ratios):.3f} ({low:.3f}–{high:.3f}) |",
-            flush=True,
-        )
+        print(f"| {stages} | {micro_batches} | {work} | {4 * length * hidden / 1e6:.3f} MB", end="")
+        print(f" | {formula(stages, micro_batches):.1%} | {mine:.1%} | {other:.1%}", end="")
+        print(f" | {statistics.median(ratios):.3f} ({low:.3f}–{high:.3f}) |", flush=True)
 
 
 def measure(steps: int) -> None:
@@ -262,10 +265,9 @@ def measure(steps: int) -> None:
     rows = [  # (stages, micro batches, sleep, hidden, length)
         (2, 4, 0.0, 256, 256),
         (2, 8, 0.0, 256, 256),
-        (2, 8, 0.02, 64, 16),
-        (4, 2, 0.02, 64, 16),
-        (4, 8, 0.02, 64, 16),
-        (4, 8, 0.02, 64, 16384 // 4),
+        (2, 8, 0.1, 64, 16),
+        (4, 2, 0.1, 64, 16),
+        (4, 8, 0.1, 64, 16),
     ]
     for row in rows:
         with socket.socket() as probe:

@@ -22,6 +22,7 @@ INPUT = {
     "broadcast_": 0,
     "send": 0,
     "alltoall_base_": 1,
+    "barrier": 0,
 }
 
 
