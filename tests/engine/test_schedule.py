@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "pp3, dropout": (3, {"model": {"dropout": 0.1}, "parallel": {"pipeline": 3}}),
 }
-OFTEN = list(LAYOUTS)[:6]
+OFTEN = list(LAYOUTS)[1:6]  # the others are in the full product
 
 
 def values_of(model: dict[str, Any] | None = None, dtype: str = "fp32", **sections: Any) -> dict[str, Any]:
@@ -170,25 +170,24 @@ def traffic_on_rank(values: dict[str, Any]) -> dict[str, Any]:
 
 def test_of_1024_ranks_each_sends_to_its_neighbours_alone(ranks: Ranks) -> None:
     """What is sent, and how many ranks are waited for, over all stages: one norm a step, one loss an evaluation."""
-    micro_batches, tensor, stages = 4, 2, 4
-    for world in (128, 1024):
-        stage, replicas = world // stages, world // stages // tensor
-        values = values_of(
-            {"hidden": 256},
-            "bf16",
-            parallel={"tensor": tensor, "pipeline": stages, "sequence": True},
-            batch={"global_size": micro_batches * replicas},
-            logging={"probes_every": 0},
-        )
-        only = (0, stage + 1, world - 1)
-        for rank, found in zip(only, ranks.run(world, traffic_on_rank, values, only=only), strict=True):
-            neighbours = {rank - stage, rank + stage} & set(range(world))
-            sends = {("send", stages): micro_batches} if rank < world - stage else {}  # activations
-            assert found["peers"] == neighbours
-            assert found["bytes"] == micro_batches * len(neighbours) * 2 * (16 // tensor) * 256
-            assert not {(name, n) for name, n in found["trained"] if n not in (tensor, replicas, stages, world)}
-            beyond = {(name, n): calls for (name, n), calls in found["trained"].items() if n in (stages, world)}
-            gradients = {("send", world): micro_batches} if rank >= stage else {}
-            assert beyond == {**sends, **gradients, ("allreduce_", world): 1}
-            beyond = {(name, n): calls for (name, n), calls in found["evaluated"].items() if n != tensor}
-            assert beyond == {**sends, ("allreduce_", world): 1}
+    world, micro_batches, tensor, stages = 1024, 4, 2, 4
+    stage, replicas = world // stages, world // stages // tensor
+    values = values_of(
+        {"hidden": 256},
+        "bf16",
+        parallel={"tensor": tensor, "pipeline": stages, "sequence": True},
+        batch={"global_size": micro_batches * replicas},
+        logging={"probes_every": 0},
+    )
+    only = (0, stage + 1, world - 1)
+    for rank, found in zip(only, ranks.run(world, traffic_on_rank, values, only=only), strict=True):
+        neighbours = {rank - stage, rank + stage} & set(range(world))
+        sends = {("send", stages): micro_batches} if rank < world - stage else {}  # activations
+        assert found["peers"] == neighbours
+        assert found["bytes"] == micro_batches * len(neighbours) * 2 * (16 // tensor) * 256
+        assert not {(name, n) for name, n in found["trained"] if n not in (tensor, replicas, stages, world)}
+        beyond = {(name, n): calls for (name, n), calls in found["trained"].items() if n in (stages, world)}
+        gradients = {("send", world): micro_batches} if rank >= stage else {}
+        assert beyond == {**sends, **gradients, ("allreduce_", world): 1}
+        beyond = {(name, n): calls for (name, n), calls in found["evaluated"].items() if n != tensor}
+        assert beyond == {**sends, ("allreduce_", world): 1}
