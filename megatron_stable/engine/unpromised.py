@@ -16,6 +16,12 @@ from megatron_stable.errors import ConfigError
 
 KNOWN = ">=0.19.8,<0.20"  # the versions that the tests have seen; setup.py accepts the same
 PIPELINE = ("_partition_layers", "_set_bounds", "get_tied_weights_and_groups")
+PIPELINE_ENGINE = (
+    "_exec_reduce_tied_grads",
+    "_exec_reduce_grads",
+    "_exec_optimizer_step",
+    "_running_engine_backward",
+)
 ENGINE = (
     "zero_optimization_stage",
     "bfloat16_enabled",
@@ -74,6 +80,8 @@ def require_engine(engine: Any, module: nn.Module) -> None:
 
 def _used(engine: Any, module: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
     yield engine, (*ENGINE, "optimizer")
+    if isinstance(module, PipelineModule):
+        yield engine, PIPELINE_ENGINE
     stage, bf16, optimizer = engine.zero_optimization_stage(), engine.bfloat16_enabled(), engine.optimizer
     yield optimizer, (*(() if bf16 and stage == 1 else ("_global_grad_norm",)), "optimizer", "step")
     yield optimizer, ZERO_3 if stage == 3 else BF16_ZERO_1 if bf16 and stage == 1 else ZERO_1_2

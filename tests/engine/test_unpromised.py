@@ -16,6 +16,7 @@ from tests.harness.ranks import Ranks
 ROOT = Path(__file__).parents[2]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "PIPELINE": {"parallel": {"pipeline": 2, "zero_stage": 1}},
+    "PIPELINE_ENGINE": {"parallel": {"pipeline": 2, "zero_stage": 1}},
     "ENGINE": {},
     "BF16_ZERO_1": {"precision": {"dtype": "bf16"}, "parallel": {"zero_stage": 1}},
     "ZERO_1_2": {"parallel": {"zero_stage": 2}},
