@@ -82,7 +82,13 @@ def main() -> None:
         micro = row.micro_size or max(1, 16384 // row.length)
         config = Config.model_validate(
             {
-                "model": {"size": None, "sequence_length": row.length, **SHAPES[row.shape], **row.model},
+                "model": {
+                    "size": None,
+                    "sequence_length": row.length,
+                    "compile": False,
+                    **SHAPES[row.shape],
+                    **row.model,
+                },
                 "parallel": {"zero_stage": row.zero_stage},
                 "precision": {"dtype": "bf16"},
                 "batch": {"global_size": 8 * 8 * micro, "micro_size": micro},

@@ -43,7 +43,7 @@ class Kernels(NamedTuple):
     """What is taken from apex.
 
     Attributes:
-        adam: ``amp_C.multi_tensor_adam``.
+        adam: ``amp_C.multi_tensor_adam_capturable``, the one that scales gradients.
         rms_norm: ``(input, weight, shape, eps) -> output``, differentiable; statistics in fp32.
     """
 
@@ -99,19 +99,26 @@ def taken() -> Kernels | None:
     return _taken
 
 
-def adamw_(kernels: Kernels, tensors: list[list[Tensor]], step: int, group: dict[str, Any]) -> None:
+def adamw_(
+    kernels: Kernels, tensors: list[list[Tensor]], step: int, group: dict[str, Any], divisor: Tensor | None = None
+) -> None:
     """AdamW (arXiv 1711.05101) by apex: theta <- theta - lr (m' / (sqrt(v') + eps) + decay theta), m' and v' corrected.
 
     Args:
         tensors: Gradients, weights, first and second moments; fp32, of fewer than ``MOST`` elements each.
         step: Number of this update, from 1.
         group: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        divisor: fp32, on the device: what gradients are divided by, in place; ``None``: 1.
     """
     import torch
 
-    unused = torch.zeros(1, dtype=torch.int32, device=tensors[0][0].device)  # a flag that AdamW does not read
-    rule = group["lr"], *group["betas"], group["eps"], step, 1, 1, group["weight_decay"]  # decoupled, corrected
-    kernels.adam(CHUNK, unused, tensors, *rule)
+    like = tensors[0][0]
+    skip = like.new_zeros(1, dtype=torch.int32)
+    inverse = like.new_ones(1) if divisor is None else divisor.reciprocal().view(1)
+    rate, count = like.new_full((1,), group["lr"]), like.new_full((1,), step, dtype=torch.int32)
+    decoupled = corrected = 1
+    rule = rate, *group["betas"], group["eps"], count, decoupled, corrected, group["weight_decay"], inverse
+    kernels.adam(CHUNK, skip, tensors, *rule)
 
 
 def _import() -> Kernels:
@@ -120,7 +127,7 @@ def _import() -> Kernels:
 
     normalization: Any = import_module("apex.normalization.fused_layer_norm")
     import_module("fused_layer_norm_cuda")
-    return Kernels(import_module("amp_C").multi_tensor_adam, rms_norm)
+    return Kernels(import_module("amp_C").multi_tensor_adam_capturable, rms_norm)
 
 
 def _same_adam(kernels: Kernels, device: torch.device) -> bool:
@@ -134,11 +141,11 @@ def _same_adam(kernels: Kernels, device: torch.device) -> bool:
     moments = [torch.zeros_like(ours) for _ in range(4)]
     count = torch.zeros((), device=device)
     group = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    for step in (1, 2, 3):
+    for step, divisor in enumerate((None, torch.full((), 1.7, device=device), None), start=1):
         grad = draw()
-        adamw_(kernels, [[grad.clone()], [theirs], [moments[0]], [moments[1]]], step, group)
+        adamw_(kernels, [[grad.clone()], [theirs], [moments[0]], [moments[1]]], step, group, divisor)
         adamw(
-            [ours], [grad], [moments[2]], [moments[3]], [], [count],
+            [ours], [grad], [moments[2]], [moments[3]], [], [count], grad_scale=divisor,
             fused=True, amsgrad=False, beta1=0.9, beta2=0.95, lr=0.1, weight_decay=0.1, eps=1e-8, maximize=False,
         )  # fmt: skip
     pairs = ((theirs, ours), (moments[0], moments[2]), (moments[1], moments[3]))

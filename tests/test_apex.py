@@ -85,9 +85,11 @@ def test_one_that_breaks_on_import_is_not_taken(folder: Path) -> None:
 # the two names that the adapter takes, computing on a CPU what the kernels compute on a GPU, by apex's formulas
 AMP_C = """
 import torch
-def multi_tensor_adam(chunk, flag, lists, lr, beta1, beta2, eps, step, mode, correct, decay):
-    assert mode == 1 and correct == 1 and flag.dtype == torch.int32
+def multi_tensor_adam_capturable(chunk, skip, lists, lr, beta1, beta2, eps, step, mode, correct, decay, inverse):
+    assert mode == 1 and correct == 1 and skip.dtype == step.dtype == torch.int32 and skip.item() == 0
+    assert lr.dtype == inverse.dtype == torch.float32
     for g, p, m, v in zip(*lists):
+        g.mul_(INVERSE)
         m.copy_(beta1 * m + (1 - beta1) * g)
         v.copy_(beta2 * v + (1 - beta2) * g * g)
         unbiased = m / (1 - beta1**step), v / (1 - beta2**step)
@@ -100,10 +102,10 @@ def fused_rms_norm_affine(x, weight, shape, eps, memory_efficient=False):
 """
 
 
-def computing(folder: Path, decay: str) -> None:
+def computing(folder: Path, decay: str, inverse: str = "inverse") -> None:
     nvidia(folder, tuple(apex.EXTENSIONS.values()))
     (folder / "apex" / "__init__.py").write_text("")
-    (folder / "amp_C.py").write_text(AMP_C.replace("DECAY", decay))
+    (folder / "amp_C.py").write_text(AMP_C.replace("DECAY", decay).replace("INVERSE", inverse))
     (folder / "fused_layer_norm_cuda.py").write_text("")
     (folder / "apex" / "normalization" / "fused_layer_norm.py").write_text(NORMALIZATION)
 
@@ -116,8 +118,9 @@ def test_kernels_with_apexs_formula_pass_the_comparison_and_wrong_ones_do_not(fo
 
 
 @pytest.mark.skipif(REAL, reason="NVIDIA's extensions would be imported")
-def test_kernels_that_compute_something_else_are_named(folder: Path) -> None:
-    computing(folder, "0.5 * decay")
+@pytest.mark.parametrize(("decay", "inverse"), [("0.5 * decay", "inverse"), ("decay", "1")])
+def test_kernels_that_compute_something_else_are_named(folder: Path, decay: str, inverse: str) -> None:
+    computing(folder, decay, inverse)
     found = apex.try_out(torch.device("cpu"))
     assert not found.usable and "computes AdamW otherwise than PyTorch" in found.sentence
     assert isinstance(sys.modules["amp_C"], ModuleType)

@@ -110,8 +110,8 @@ class Layers:
         """A column-parallel layer: hidden -> ``features``, of this rank."""
         model = self.config.model
         x = self._reparametrized(tape, x)
-        # under SP its backward gathers x and holds the gradient of all positions; transposed unless the batch is 1
-        copies = (3 if self.config.batch.micro_size > 1 else 2) if self.sequence else 0
+        # under SP its backward gathers x and holds the gradient of all positions
+        copies = 2 if self.sequence else 0
         weight = model.hidden * features * self.width
         y = tape.put(self.tokens * features * self.width, x, saves=(x,), weight=weight, scratch=copies * self.whole)
         return tape.put(y.size, y, through=True) if model.bias else y
@@ -122,8 +122,7 @@ class Layers:
         weight = features * self.config.model.hidden * self.width
         partial = tape.put(self.whole, x, saves=(x,), weight=weight)
         if self.sequence:
-            copy = self.whole if self.config.batch.micro_size > 1 else 0.0
-            return tape.put(self.stream, partial, scratch=copy)
+            return tape.put(self.stream, partial)
         return tape.put(self.whole, partial, through=True)
 
     def _reparametrized(self, tape: Tape, x: Value) -> Value:
@@ -278,7 +277,7 @@ class Layers:
     def head(self, tape: Tape, x: Value) -> Value:
         """Logits ``[b, s, v/tp]``."""
         model, size = self.config.model, self.tokens * self._rows() * self.width
-        copies = (3 if self.config.batch.micro_size > 1 else 2) if self.sequence else 0
+        copies = 2 if self.sequence else 0
         weight = self._rows() * model.hidden * self.width
         return tape.put(size, x, saves=(x,), weight=weight, scratch=copies * self.whole)
 

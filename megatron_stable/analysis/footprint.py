@@ -85,7 +85,7 @@ def footprints(config: Config, world: int) -> list[Footprint]:
                 pp_bytes=stream
                 * micro_batches
                 * ((not last) + (not first))
-                / parallel.tensor,  # under SP the shard, else DeepSpeed's slice, which the receiver gathers
+                / parallel.tensor,  # under SP the shard, else a slice, which the receiver gathers
             )
         )
     return found

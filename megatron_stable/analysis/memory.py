@@ -1,7 +1,7 @@
 """The memory of a rank of each pipeline stage at the fullest moment of a step, by kind.
 
 That moment is in the backward pass of a micro batch while all others that the schedule allows are in flight: under
-DeepSpeed's 1F1B (``pipe/schedule.py``, ``TrainSchedule``) min(micro batches, stages - stage).
+1F1B (``engine/schedule.py``) min(micro batches, stages - stage).
 """
 
 from __future__ import annotations
@@ -105,7 +105,6 @@ def _stage(
     layers, stages = Layers(config, device), config.parallel.pipeline
     first, last = number == 0, number == stages - 1
     tape, logits = Tape(), Value(0.0)
-    # two buffers of the pipeline's: what a stage has received, and the copy that it works on
     x = received = Value(0.0 if first else layers.stream)
     for name in names:
         if name == "embedding":
@@ -117,17 +116,12 @@ def _stage(
         elif name == "head":
             logits = layers.head(tape, x)
             layers.loss(tape, logits)
-    if not last:  # the gradient comes from the next stage, into a buffer that stays
+    if not last:  # the gradient comes from the next stage
         tape.put(0.0, x, through=True)
     kept = tape.kept(logits, received)
     in_flight = min(micro_batches, stages - number)
-    # what autograd saves of what was received is the copy
-    piped = 0.0
-    sharded = config.parallel.tensor if config.parallel.tensor > 1 and not layers.sequence else 1
-    if not first:
-        piped += (2 if sharded == 1 else 1) * in_flight * layers.stream + layers.stream / sharded
-    if not last:
-        piped += in_flight * layers.stream / sharded + layers.stream / sharded
+    # received and held for its gradient; on its way: the gradient before this one, and the output; received: a gradient
+    piped = layers.stream * ((in_flight + 1) * (not first) + 2 * (not last))
     copies = FP32 / layers.width if layers.width < FP32 else 0.0
     zero = config.parallel.zero_stage
     # under fp16 ZeRO-1 adds gradients to their sums when all are there; under fp32 the first ones are the sums
@@ -136,8 +130,6 @@ def _stage(
     working = tape.most(copies, grows, (logits, received)) - kept
     if begins:  # at the end of the backward pass there is nothing but gradients
         working = max(working, held.gradients - in_flight * kept - logits.size)
-    # the last stage's buffers keep logits until they are used again
-    of_logits = logits.size * (min(2, micro_batches) if stages > 1 else 1)
     return StageMemory(
         held.parameters,
         sum(name.startswith("blocks.") for name in names),
@@ -148,7 +140,7 @@ def _stage(
         held.buckets,
         kept,
         in_flight * kept + piped,
-        of_logits,
+        logits.size,
         working,
         FP32 * held.parameters / replicas
         if config.logging.probes_every and "updates" in config.logging.probes

@@ -16,6 +16,7 @@ from megatron_stable.analysis.memory import stage_layers
 from megatron_stable.analysis.tape import Tape, Value
 from megatron_stable.config.schema import Config
 from megatron_stable.model.transformer import padded_vocabulary, recomputes
+from megatron_stable.training.compilation import why_not
 from megatron_stable.training.flops import flops_per_token
 
 # what the loss reads and writes, forward and backward, as benchmarks/cross_entropy.py counts it: on CUDA, passes over
@@ -134,7 +135,9 @@ def _micro_batch(
         parts["attention"] = scores * (3.5 * len(blocks) + again) / peak / on.efficiency.attention
     else:  # the whole s x s in fp32
         parts["attention"] = 2 * scores * passes / on.peak_flops["fp32"] / on.efficiency.gemm_fp32
-    traffic = sum(_moved(tape)) * passes * (COMPILED if model.compile else 1.0)
+    compiles = why_not(config, on.device) is None if model.compile == "auto" else model.compile
+    fused = COMPILED if compiles else 1.0
+    traffic = sum(_moved(tape)) * passes * fused
     parts["element-wise"] = traffic / memory_speed
     if "head" in names:
         if on.device == "cuda":
@@ -149,7 +152,6 @@ def _micro_batch(
     apart = world // parallel.pipeline >= on.gpus_per_node
     link = on.link_between_nodes if apart else on.link_in_node
     parts["PP traffic"] = own.pp_bytes / micro_batches / link / on.efficiency.links
-    fused = COMPILED if model.compile else 1.0
     kernels = KERNELS * len(tape.operations) * len(blocks) * (1 + again / max(1, len(blocks)) / 3)
     parts["host"] = kernels * fused * on.launch_seconds if on.device == "cuda" else 0.0
     return parts

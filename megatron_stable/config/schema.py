@@ -31,7 +31,8 @@ class Section(BaseModel):
     @classmethod
     def _no_flag_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where the field is not a flag: to Python they are the numbers 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("true and false are not numbers")
         return value
 
@@ -155,8 +156,9 @@ class ModelConfig(Section):
     fp16)."""
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
     """Recompute activations in backward: none, full (every block), or k: every k-th block."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile each block with torch.compile; auto: on a GPU, where a small block has come out right on every rank, but
+    not under ZeRO-3 or `run.deterministic`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -30,9 +30,6 @@ def deepspeed_config(config: Config, data_size: int) -> dict[str, Any]:
         "gradient_clipping": 0.0,  # ours
         "steps_per_print": 2**62,  # never
     }
-    if config.parallel.sequence:
-        # between stages DeepSpeed sends each TP rank's slice of what it takes for equal activations: not so under SP
-        generated["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if precision.dtype == "bf16":
         generated["bf16"] = {
             "enabled": True,

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from megatron_stable.config.schema import Config
-from megatron_stable.engine.construction import training_layers
+from megatron_stable.engine.construction import DTYPES, training_layers
 from megatron_stable.engine.deepspeed_config import deepspeed_config
 from megatron_stable.engine.diagnosis import Diagnosis, diagnose
 from megatron_stable.engine.faults import Faults
@@ -24,7 +24,15 @@ from megatron_stable.engine.loss_scaler import LateUpdate, LossScalerState
 from megatron_stable.engine.outcome import J, Outcome, Refused, StepMetrics
 from megatron_stable.engine.pipeline import TransformerPipeline, even_groups
 from megatron_stable.engine.probes import Probes
-from megatron_stable.engine.reduction import FullPrecision, HalfPrecision, ReducingOptimizer, counts, sum_partial_first
+from megatron_stable.engine.reduction import (
+    FullPrecision,
+    HalfPrecision,
+    ReducingOptimizer,
+    counts,
+    spare_unscaling,
+    sum_partial_first,
+)
+from megatron_stable.engine.schedule import Schedule
 from megatron_stable.engine.shards import (
     ShardState,
     flats,
@@ -88,6 +96,7 @@ class Engine:
                     dist_init_required=False,
                 )
         require_engine(self.deepspeed, self.module)
+        self.schedule = Schedule(self.deepspeed, topology, self._stream(), self.accumulation) if pipelined else None
         shards = local_shards(self.deepspeed, self.module)
         held = [(weight, s) for weight, s in zip(self.module.parameters(), shards, strict=True) if s.numel]
         if config.precision.dtype == "bf16" and config.parallel.zero_stage == 1:
@@ -95,6 +104,7 @@ class Engine:
         if config.precision.dtype == "fp32" and config.parallel.zero_stage == 1 and not pipelined:
             FullPrecision.take_over(self.deepspeed, held, topology)
         sum_partial_first(self.deepspeed, held, topology)
+        spare_unscaling(self.deepspeed)
         self._gammas = {s.place.name: s.of(s.flat) for s in shards if s.numel and s.place.name.endswith(".gamma")}
         self.optimizer.bind(
             flats(self.deepspeed),
@@ -166,8 +176,8 @@ class Engine:
         if self._peaks is not None:
             self._peaks.reset()
         self._sums.zero_()
-        if self.topology.pipeline_size > 1:
-            self.deepspeed.train_batch(self._pairs(micro_batches))
+        if self.schedule is not None:
+            self.schedule.train(self._pairs(micro_batches))
         else:
             self.deepspeed.train()
             for inputs, targets in self._pairs(micro_batches):
@@ -249,8 +259,8 @@ class Engine:
         sigma.measure(self.module)
         for micro_batches in batches:
             self._sums.zero_()
-            if self.topology.pipeline_size > 1:
-                self.deepspeed.eval_batch(self._pairs(micro_batches), bcast_loss=False, reduce_output=None)
+            if self.schedule is not None:
+                self.schedule.evaluate(self._pairs(micro_batches))
             else:
                 self.deepspeed.eval()
                 for inputs, targets in self._pairs(micro_batches):
@@ -331,6 +341,12 @@ class Engine:
         for tokens in micro_batches:
             tokens = tokens.to(self.device, non_blocking=True)
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _stream(self) -> Tensor:
+        """Like what pipeline stages hand on: ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
+        model, shards = self.config.model, self.topology.tensor_size if self.topology.tp.sequence_sharded else 1
+        shape = self.config.batch.micro_size, model.sequence_length // shards, model.hidden
+        return torch.empty((), dtype=DTYPES[self.config.precision.dtype], device=self.device).expand(shape)
 
     def _average(self, value: Tensor) -> Tensor:
         """Mean over the replicas of a value that the last stage knows, made known to all ranks."""

@@ -44,7 +44,7 @@ class _TiedSpec(TiedLayerSpec):
 
 
 class TransformerPipeline(PipelineModule):
-    """The layers of this rank's stage, scheduled 1F1B by DeepSpeed.
+    """The layers of this rank's stage.
 
     Args:
         loss: ``(logits [b, s, v/tp], targets [b, s]) -> scalar``, called on the last stage.

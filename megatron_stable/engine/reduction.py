@@ -2,7 +2,8 @@
 
 DeepSpeed's ZeRO-1 all-reduces every gradient to every replica and then looks at its own part. Here each
 replica gets the sum of its own part only, which sends half as much, and all that follows (norm, clipping, update) is
-done once over all ranks instead of once per replica::
+done once over all ranks instead of once per replica. A step's first micro batch overwrites the sums and the others add
+to them, in one pass each and in place of a third that would zero them::
 
     flat of a group, fp32   [ part of replica 0 | part of replica 1 | … ]   summed over micro batches by each replica
                                    │ reduce-scatter over DP, in place
@@ -12,6 +13,7 @@ done once over all ranks instead of once per replica::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +48,8 @@ class ReducingOptimizer:
     fp32_groups_gradients_flat: list[Tensor]
     fp32_groups_gradient_flat_partition: list[Tensor]
     update_lp_params: Callable[[], None]
-    clear_hp_grads: Callable[[], None]
+    fp32_groups_gradients: list[list[Tensor]]  # of each weight, views
+    fp32_groups_has_gradients: list[list[bool]]
 
     @classmethod
     def take_over(cls, engine: Any, held: Held, topology: Topology) -> None:
@@ -60,8 +63,27 @@ class ReducingOptimizer:
         optimizer.data_group = topology.data_group
         engine.buffered_allreduce_fallback = lambda *_, **__: optimizer.reduce()
 
+    @torch.no_grad()
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, group_idx: int, param_idx: int) -> None:
+        """What DeepSpeed calls with each gradient as backward makes it: add it to its sum, and let go of it."""
+        total, seen = self.fp32_groups_gradients[group_idx][param_idx], self.fp32_groups_has_gradients[group_idx]
+        assert lp_param.grad is not None
+        add = total.add_ if seen[param_idx] else total.copy_
+        add(lp_param.grad.view_as(total))
+        seen[param_idx] = True
+        lp_param._hp_grad = total  # type: ignore[attr-defined]  # which stages sum for tied weights
+        lp_param.grad = None
+
+    def clear_hp_grads(self) -> None:
+        """Begin the sums anew; what they hold is overwritten."""
+        self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
+
     def reduce(self) -> None:
         """Average the gradients over the replicas. Collective."""
+        for group, seen in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
+            for total, overwritten in zip(group, seen, strict=True):
+                if not overwritten:  # by any micro batch
+                    total.zero_()
         replicas = dist.get_world_size(self.data_group)
         if replicas == 1:
             return
@@ -69,7 +91,9 @@ class ReducingOptimizer:
             sent = whole.to(self.dtype_sent)  # itself, in fp32
             own = part if sent is whole else part.to(sent.dtype)
             dist.reduce_scatter_tensor(own, sent, group=self.data_group)
-            part.copy_(own).div_(replicas)
+            if own is not part:
+                part.copy_(own)
+            part.div_(replicas)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -107,9 +131,6 @@ class FullPrecision(ReducingOptimizer, DeepSpeedZeroOptimizer):
     back before it makes them flat: passes over memory 15 times as large as the weights, of which 2 are left.
     """
 
-    totals: dict[nn.Parameter, Tensor]  # where each weight's gradient is in the flat one
-    seen: set[nn.Parameter]  # that have one already in this step
-
     @classmethod
     def take_over(cls, engine: Any, held: Held, topology: Topology) -> None:
         """The same for one pipeline stage in fp32."""
@@ -122,26 +143,19 @@ class FullPrecision(ReducingOptimizer, DeepSpeedZeroOptimizer):
             weight._hp_mapping.hp_fragment = shard.of(shard.flat.data)  # type: ignore[attr-defined]
         wholes = optimizer.fp32_groups_gradients_flat = [torch.zeros_like(flat) for flat in optimizer.bit16_groups_flat]
         optimizer.fp32_groups_gradient_flat_partition = [whole.chunk(topology.data_size)[rank] for whole in wholes]
-        optimizer.totals, optimizer.seen = {}, set()
-        for whole, flat, weights in zip(wholes, optimizer.bit16_groups_flat, optimizer.bit16_groups, strict=True):
-            for weight in weights:
-                begin = weight.storage_offset() - flat.storage_offset()
-                optimizer.totals[weight] = whole[begin : begin + weight.numel()].view_as(weight)
+        optimizer.fp32_groups_gradients = []
+        for i, (flat, weights) in enumerate(zip(optimizer.bit16_groups_flat, optimizer.bit16_groups, strict=True)):
+            begins = [weight.storage_offset() - flat.storage_offset() for weight in weights]
+            totals = [wholes[i][b : b + weight.numel()] for b, weight in zip(begins, weights, strict=True)]
+            optimizer.fp32_groups_gradients.append(totals)
+            for j, weight in enumerate(weights):
+                add = partial(optimizer.accumulate_hp_grads_and_remove_lp, group_idx=i, param_idx=j)
                 # ends with the engine
-                optimizer._grad_acc_hooks.append(weight.register_post_accumulate_grad_hook(optimizer.accumulate))
-
-    @torch.no_grad()
-    def accumulate(self, weight: Any) -> None:
-        """Add a weight's gradient to the sum over micro batches, of which the first overwrites it, and let go of it."""
-        total = self.totals[weight]
-        (total.add_ if weight in self.seen else total.copy_)(weight.grad)
-        self.seen.add(weight)
-        weight.grad = None
+                optimizer._grad_acc_hooks.append(weight.register_post_accumulate_grad_hook(add))
+        optimizer.clear_hp_grads()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """What DeepSpeed calls after a step's last micro batch. Collective."""
-        for weight in self.totals.keys() - self.seen:
-            self.totals[weight].zero_()
         self.reduce()
 
     def update_lp_params(self) -> None:
@@ -151,12 +165,14 @@ class FullPrecision(ReducingOptimizer, DeepSpeedZeroOptimizer):
         for whole, part in zip(self.bit16_groups_flat, self.fp32_groups_flat_partition, strict=True):
             dist.all_gather_into_tensor(whole, part.data, group=self.data_group)
 
-    def clear_hp_grads(self) -> None:
-        """Begin the sums anew."""
-        self.seen = set()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """What DeepSpeed calls after each step, when weights have no gradients any more."""
+
+
+def spare_unscaling(engine: Any) -> None:
+    """Keep DeepSpeed's ZeRO-3 from dividing all gradients by a loss scale that is 1, in a pass over them."""
+    if engine.zero_optimization_stage() == 3 and not engine.fp16_enabled():
+        engine.optimizer.unscale_and_clip_grads = lambda *_, **__: None
 
 
 def counts(weight: nn.Parameter, topology: Topology) -> bool:

@@ -16,6 +16,12 @@ from megatron_stable.errors import ConfigError
 
 KNOWN = ">=0.19.8,<0.20"  # the versions that the tests have seen; setup.py accepts the same
 PIPELINE = ("_partition_layers", "_set_bounds", "get_tied_weights_and_groups")
+PIPELINE_ENGINE = (
+    "_exec_reduce_tied_grads",
+    "_exec_reduce_grads",
+    "_exec_optimizer_step",
+    "_running_engine_backward",
+)
 ENGINE = (
     "zero_optimization_stage",
     "bfloat16_enabled",
@@ -27,6 +33,9 @@ BF16_ZERO_1 = (
     "fp32_groups_gradients_flat",
     "fp32_groups_gradient_flat_partition",
     "fp32_groups_flat_partition",
+    "fp32_groups_gradients",
+    "fp32_groups_has_gradients",
+    "accumulate_hp_grads_and_remove_lp",
     "update_lp_params",
     "clear_hp_grads",
     "clear_lp_grads",
@@ -50,6 +59,7 @@ ZERO_3 = (
     "persistent_parameters",
     "fp16_groups",
     "_reassign_or_swap_out_partitioned_parameters",
+    "unscale_and_clip_grads",
 )
 SCALER = (
     "dynamic", "cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis", "update_scale",
@@ -78,6 +88,8 @@ def require_engine(engine: Any, module: nn.Module) -> None:
 
 def _used(engine: Any, module: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
     yield engine, (*ENGINE, "optimizer")
+    if isinstance(module, PipelineModule):
+        yield engine, PIPELINE_ENGINE
     stage, bf16, optimizer = engine.zero_optimization_stage(), engine.bfloat16_enabled(), engine.optimizer
     yield optimizer, (*(() if bf16 and stage == 1 else ("_global_grad_norm",)), "optimizer", "step")
     yield optimizer, ZERO_3 if stage == 3 else BF16_ZERO_1 if bf16 and stage == 1 else ZERO_1_2

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_stable.config.schema import ModelConfig
@@ -70,7 +71,13 @@ class EmbeddingOutput(nn.Module):
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
         if self.weight is not None:
             if self.tp.sequence_sharded:
-                x = x + self.weight.unflatten(0, (self.tp.size, -1))[self.tp.rank]
+                x = x + F.embedding(self._positions(x), self.weight)
             else:
                 x = x + self.weight[: x.shape[1]]
         return dropout(x, self.dropout, self.training, self.tp)
+
+    def _positions(self, x: Tensor) -> Tensor:
+        """``[b, s/tp]``: where in their sequences this rank's tokens are."""
+        tokens, length = x.shape[0] * x.shape[1], x.shape[1] * self.tp.size
+        first = self.tp.rank * tokens
+        return torch.arange(first, first + tokens, device=x.device).remainder_(length).view(x.shape[:2])

@@ -119,7 +119,7 @@ def layer_list(
     def block(index: int) -> nn.Module:
         backend = choose_backend(config, device).name
         module = Block(config, tp, backend, recomputes(config, index), by)
-        if config.compile:
+        if config.compile is True:  # auto is for a run to decide, all ranks alike
             module.compile(dynamic=False)
         return module
 

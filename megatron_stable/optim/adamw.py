@@ -30,11 +30,12 @@ class Flat(NamedTuple):
     group: dict[str, Any]
 
 
-def adamw(flats: list[Flat], step: int) -> None:
+def adamw(flats: list[Flat], step: int, divisor: Tensor | None = None) -> None:
     """AdamW (arXiv 1711.05101) by a fused kernel, to which a flat is as good as its parameters: PyTorch's, or apex's.
 
     Args:
         step: Number of this update since the moments began, from 1; that of ``state["step"]`` afterwards.
+        divisor: fp32, on the device: what gradients are divided by, which the kernel does as it reads them, and stores.
     """
     alike: dict[int, list[Flat]] = {}
     for flat in flats:
@@ -44,7 +45,7 @@ def adamw(flats: list[Flat], step: int) -> None:
         if kernels is not None and all(flat.weight.is_cuda and flat.weight.numel() < apex.MOST for flat in members):
             tensors = [[flat.grad for flat in members], [flat.weight for flat in members]]
             tensors += [[flat.state[name] for flat in members] for name in MOMENTS]
-            apex.adamw_(kernels, tensors, step, group)
+            apex.adamw_(kernels, tensors, step, group, divisor)
             torch._foreach_add_([flat.state["step"] for flat in members], 1)
             continue
         torch_adamw(
@@ -55,6 +56,7 @@ def adamw(flats: list[Flat], step: int) -> None:
             [],
             [flat.state["step"] for flat in members],
             fused=True,
+            grad_scale=divisor,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

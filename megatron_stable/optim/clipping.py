@@ -1,7 +1,8 @@
 """Clipping rules: to a fixed global norm, and those that adapt to the run.
 
-Each rule sees the global gradient norm once per step, and then scales gradients flat by flat. The fixed one stays on
-the device; those that adapt keep their statistics on the host, which costs them a read per step.
+Each rule sees the global gradient norm once per step. What scales the whole gradient is handed on, as the fused update
+reads each gradient anyway and divides it in passing; what scales parameters apart is applied flat by flat. The fixed
+rule stays on the device; those that adapt keep their statistics on the host, which costs them a read per step.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ class Clipping(Protocol):
     def observe(self, norm: Tensor) -> None:
         """Take note of this step's global gradient norm, before any of its gradients is scaled."""
 
-    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
-        """Scale gradients in place. Collective over the pipeline stage."""
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> Tensor | float | None:
+        """Scale each parameter's gradient in place, where the rule does so. Collective over the pipeline stage.
+
+        Returns:
+            What all gradients are still to be divided by, at least 1; a tensor is on the device. ``None``: nothing.
+        """
 
     def state(self) -> ClippingState | None:
         """The statistics; ``None``: there are none. Collective."""
@@ -47,14 +52,13 @@ class GlobalNorm:
 
     def __init__(self, config: OptimizerConfig) -> None:
         self.limit = config.clip_grad or inf
-        self.factor: Tensor | None = None
+        self.divisor: Tensor | None = None
 
     def observe(self, norm: Tensor) -> None:
-        self.factor = (self.limit / (norm + 1e-6)).clamp(max=1.0).float() if isfinite(self.limit) else None
+        self.divisor = ((norm + 1e-6) / self.limit).clamp(min=1.0).float() if isfinite(self.limit) else None
 
-    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
-        if self.factor is not None and flats:
-            torch._foreach_mul_([flat.grad for flat in flats], self.factor.to(flats[0].grad.device))
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> Tensor | None:
+        return self.divisor
 
     def state(self) -> None:
         return None
@@ -78,7 +82,7 @@ class ZClip:
         self.warmup = 25 if config.clipping_warmup is None else config.clipping_warmup
         self.seen: list[float] = []  # norms of the warm-up
         self.mean = self.variance = 0.0
-        self.factor = 1.0
+        self.divisor: float | None = None
 
     def observe(self, norm: Tensor) -> None:
         self._observe(float(norm))
@@ -86,7 +90,7 @@ class ZClip:
     def _observe(self, norm: float) -> None:
         bound = norm
         if not isfinite(norm):  # whoever lets such a step pass, it must not enter the statistics
-            self.factor = 1.0
+            self.divisor = None
             return
         if len(self.seen) < self.warmup:
             self.seen.append(norm)
@@ -100,12 +104,10 @@ class ZClip:
             self.mean = self.decay * self.mean + (1 - self.decay) * bound
             self.variance = self.decay * self.variance + (1 - self.decay) * (bound - self.mean) ** 2
         bound = min(bound, self.limit)
-        self.factor = bound / (norm + 1e-6) if norm > bound else 1.0
+        self.divisor = (norm + 1e-6) / bound if norm > bound else None
 
-    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
-        if self.factor < 1.0:
-            for flat in flats:
-                flat.grad.mul_(self.factor)
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> float | None:
+        return self.divisor
 
     def state(self) -> ZClipState:
         return ZClipState(seen=tuple(self.seen), mean=self.mean, variance=self.variance)
@@ -134,7 +136,7 @@ class AdaGC:
         self.warmup = 100 if config.clipping_warmup is None else config.clipping_warmup
         self.pipeline_group = pipeline_group
         self.steps = 0
-        self.factor = 1.0  # of this step, in the warm-up
+        self.divisor = 1.0  # of this step, in the warm-up
         self.names: list[str] = []
         self.gamma: Tensor | None = None  # fp32 [parameters of the stage]; inf: none yet
         self._loaded: dict[str, float | None] = {}
@@ -142,9 +144,9 @@ class AdaGC:
     def observe(self, norm: Tensor) -> None:
         self.steps += 1
         if self.steps <= self.warmup:
-            self.factor = min(1.0, self.limit / (float(norm) + 1e-6))
+            self.divisor = max(1.0, (float(norm) + 1e-6) / self.limit)
 
-    def scale(self, flats: Sequence[Flat], partition: Partition) -> None:
+    def scale(self, flats: Sequence[Flat], partition: Partition) -> float | None:
         grads = {flat.weight: flat.grad for flat in flats}
 
         def square(shard: LocalShard) -> Tensor:
@@ -154,16 +156,15 @@ class AdaGC:
         norms = partition.sums(grads, square).sqrt().float()
         here = norms > 0  # and so in these flats
         if self.steps <= self.warmup:
-            for flat in flats:
-                flat.grad.mul_(self.factor)
-            self.gamma = torch.where(here, torch.minimum(gamma, norms * self.factor), gamma)
-            return
+            self.gamma = torch.where(here, torch.minimum(gamma, norms / self.divisor), gamma)
+            return self.divisor
         factors = torch.where(here, (self.threshold * gamma / norms).clamp_max(1.0), 1.0)
         for i, shard in partition.within(grads):
             shard.of(grads[shard.flat]).mul_(factors[i])
         clipped = norms * factors
         moved = torch.where(gamma.isinf(), clipped, self.decay * gamma + (1 - self.decay) * clipped)
         self.gamma = torch.where(here, moved, gamma)
+        return None
 
     def state(self) -> AdaGCState:
         gamma = [] if self.gamma is None else self.gamma.tolist()

@@ -6,12 +6,14 @@ of the momentum and get their parts of the result back::
     shards --all-to-all--> whole matrices, each on one rank --Newton-Schulz--> --all-to-all--> shards
 
 They go in rounds, so that a rank holds ``ROUND`` elements of matrices at a time, or one matrix that is larger; some
-five copies of these, fp32, are what an exchange takes.
+five copies of these, fp32, are what an exchange takes. Those of a round that have the same shape, transposed or not,
+are iterated together: small matrices, one after another, leave a GPU idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from math import prod, sqrt
 
 import torch
@@ -28,21 +30,19 @@ ROUND = 2**25  # elements
 COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # Keller Jordan's, as in torch.optim.Muon
 
 
-def newton_schulz(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """About U V^T for a matrix U S V^T: singular values are brought to roughly 0.7 .. 1.2, not exactly to 1.
+def newton_schulz(x: Tensor) -> Tensor:
+    """About U V^T for each matrix U S V^T: singular values are brought to roughly 0.7 .. 1.2, not exactly to 1.
 
     Args:
-        matrix: ``[n, m]``.
-        dtype: Precision of the iteration; it magnifies small singular values, and with them the rounding, up to 500 x.
+        x: ``[k, n, m]``, k matrices, n <= m being cheaper; overwritten. The iteration is in its precision, and
+            magnifies small singular values, and with them the rounding, up to 500 x.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).to(dtype)
-    x = x / x.norm().clamp_min(EPS)
+    x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min_(EPS)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def matrices(name: str, value: Tensor, model: ModelConfig) -> Iterator[Tensor]:
@@ -59,14 +59,28 @@ def matrices(name: str, value: Tensor, model: ModelConfig) -> Iterator[Tensor]:
         yield from value.view(-1, *value.shape[-2:])
 
 
-def orthogonal_update(name: str, momentum: Tensor, model: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """0.2 sqrt(max(n, m)) NewtonSchulz(M) for each map ``[n, m]``, whose RMS is that of Adam (arXiv 2502.16982)."""
-    update = torch.empty_like(momentum)
-    for source, target in zip(matrices(name, momentum, model), matrices(name, update, model), strict=True):
-        matrix = source.reshape(-1, source.shape[-1])
-        scaled = newton_schulz(matrix, dtype).to(target.dtype) * (0.2 * sqrt(max(matrix.shape)))
-        target.copy_(scaled.view(source.shape))
-    return update
+def orthogonalize_(wholes: Mapping[str, Tensor], model: ModelConfig, dtype: torch.dtype) -> None:
+    """M <- 0.2 sqrt(max(n, m)) NewtonSchulz(M) for each map ``[n, m]``, whose RMS is that of Adam (arXiv 2502.16982).
+
+    Args:
+        wholes: By name, momentum of full parameters, contiguous.
+        dtype: Precision of the iteration.
+    """
+    alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for name, whole in wholes.items():
+        for view in matrices(name, whole, model):
+            rows, columns = view.shape[:-1].numel(), view.shape[-1]
+            alike[min(rows, columns), max(rows, columns)].append(view)
+    for (short, long), views in alike.items():
+        batch = views[0].new_empty(len(views), short, long, dtype=dtype)
+        torch._foreach_copy_(_lying(batch, views), views)
+        torch._foreach_copy_(views, _lying(newton_schulz(batch), views))
+        torch._foreach_mul_(views, 0.2 * sqrt(long))
+
+
+def _lying(batch: Tensor, views: list[Tensor]) -> list[Tensor]:
+    """Each matrix of ``batch [k, n, m]``, n <= m, transposed where the map is, in the shape of its view."""
+    return [(m if m.shape[-1] == v.shape[-1] else m.T).view(v.shape) for m, v in zip(batch, views, strict=True)]
 
 
 def exchanges(partition: Partition, flat: Tensor) -> list[Exchange]:
@@ -186,7 +200,7 @@ def _sliced(place: Place, whole: Tensor) -> Tensor:
 
 
 def muon(flats: list[Flat], rounds: dict[Tensor, list[Exchange]], model: ModelConfig, dtype: torch.dtype) -> None:
-    """M <- mu M + (1 - mu) g;  W <- (1 - lr wd) W - lr O(mu M + (1 - mu) g), with O from :func:`orthogonal_update`.
+    """M <- mu M + (1 - mu) g;  W <- (1 - lr wd) W - lr O(mu M + (1 - mu) g), with O from :func:`orthogonalize_`.
 
     Nesterov's momentum, as torch.optim.Muon. Collective over the pipeline stage.
     """
@@ -196,7 +210,6 @@ def muon(flats: list[Flat], rounds: dict[Tensor, list[Exchange]], model: ModelCo
         update = grad.lerp_(momentum, decay)
         for exchange in rounds[weight]:
             wholes = exchange.gather(update)
-            for name in wholes:
-                wholes[name] = orthogonal_update(name, wholes[name], model, dtype)
+            orthogonalize_(wholes, model, dtype)
             exchange.scatter(wholes, update)
         weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])

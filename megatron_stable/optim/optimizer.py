@@ -7,8 +7,11 @@ parameters over the ranks of a pipeline stage::
 
     begin_step(rate) ── forward, backward … ── step() ── step() ── …
                                                │ once: approval, count of updates, statistics of the global norm
-                                               └ each: scale gradients, cut off spikes, update, centre the output,
+                                               └ each: clip gradients, cut off spikes, update, centre the output,
                                                        clip queries and keys
+
+A clipped gradient is the gradient divided by one number, which the fused update does in passing. Rules that read the
+gradient more than once, or compare it with what was before, have it divided first.
 """
 
 from __future__ import annotations
@@ -207,10 +210,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _update(self, flats: list[Flat]) -> None:
         partition = self._partition
-        self._clipping.scale(flats, partition)
+        divisor = self._clip(flats)
         flats = self._spam(flats)
         by_rule = {rule: [flat for flat in flats if flat.group["rule"] == rule] for rule in MOMENTS}
-        adamw.adamw(by_rule["adamw"], self.updates - self.moments_from)
+        adamw.adamw(by_rule["adamw"], self.updates - self.moments_from, divisor)
         adamw.stable_adamw(by_rule["stable_adamw"], partition)
         muon.muon(by_rule["muon"], self._exchanges, self.config.model, self._muon_dtype)
         if self.config.optimizer.mu_centering:
@@ -223,6 +226,27 @@ class Optimizer(torch.optim.Optimizer):
             threshold, alpha = self.config.optimizer.qk_clip, self.config.optimizer.qk_clip_alpha
             qk_clip_(partition, weights, self._peaks, self.config.model, threshold, alpha)
 
+    def _clip(self, flats: list[Flat]) -> Tensor | None:
+        """Clip all gradients but those that the fused update divides by what is returned."""
+        divisor = self._clipping.scale(flats, self._partition)
+        if divisor is None or not flats:
+            return None
+        if isinstance(divisor, float):
+            # filled by a kernel; a copy from the host would wait for the device
+            divisor = torch.full((), divisor, device=flats[0].grad.device)
+        divisor = divisor.to(flats[0].grad.device)
+        fused = not self._cuts_spikes
+        first = [flat.grad for flat in flats if not fused or flat.group["rule"] != "adamw"]
+        if first:
+            torch._foreach_div_(first, divisor)
+        return divisor if fused else None
+
+    @property
+    def _cuts_spikes(self) -> bool:
+        settings = self.config.optimizer
+        clips = spam.clips_spikes(self.updates, settings.momentum_reset_every, self.moments_from)
+        return settings.spike_threshold is not None and clips
+
     def _spam(self, flats: list[Flat]) -> list[Flat]:
         """Zero moments, cut off spikes, and lower the learning rate after a reset, where the configuration says so."""
         settings = self.config.optimizer
@@ -231,7 +255,7 @@ class Optimizer(torch.optim.Optimizer):
             if spam.resets(self.updates, every):
                 for moment in self.moments(flat.weight).values():
                     moment.zero_()
-            if threshold is not None and spam.clips_spikes(self.updates, every, self.moments_from):
+            if threshold is not None and self._cuts_spikes:
                 spam.clip_spikes_(flat.grad, flat.state["exp_avg_sq"], threshold)
         factor = spam.rate_factor(self.updates, every, settings.momentum_reset_warmup)
         if factor == 1.0:

@@ -1,16 +1,23 @@
 """The handful of collectives that tensor parallelism needs, each with its backward.
 
-================  =====================  =====================
-function          forward                backward
-================  =====================  =====================
-copy_to           identity               all-reduce
-reduce_from       all-reduce             identity
-scatter_sequence  reduce-scatter over s  all-gather over s
-================  =====================  =====================
+==============  ==============  ==========
+function        forward         backward
+==============  ==============  ==========
+copy_to         identity        all-reduce
+reduce_from     all-reduce      identity
+scatter_tokens  reduce-scatter  all-gather
+==============  ==============  ==========
 
 The first two are Megatron's f and g (arXiv 1909.08053); the third takes g's place under sequence parallelism (arXiv
 2205.05198), where f's is within ``layers.column_linear``.
 Without a TP group each is the identity and leaves no trace in the graph.
+
+Under SP the tokens of a micro batch are split in the order in which they lie in memory, sample after sample, and not
+each sequence by itself: what acts on tokens one by one does not mind, and gathering and scattering need no copy. A
+rank's ``[b, s/tp, ...]`` are so many tokens, and no rows of a sequence::
+
+    [b, s]   0 0 0 0 1 1 1 1 2 2 2 2      tokens by the sequence they belong to, b = 3, s = 4
+    tp = 2   rank 0 .... rank 1 ....      each [3, 2]
 """
 
 from __future__ import annotations
@@ -28,30 +35,29 @@ from megatron_stable.parallel.topology import TensorParallel
 Started = Callable[[], Tensor]  # waits for a collective that has begun, and gives what came of it
 
 
-def all_gather_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
-    """``[b, s/tp, ...]`` on each rank -> ``[b, s, ...]``, without autograd."""
-    return start_all_gather_sequence(x, tp)()
+def all_gather_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
+    """This rank's tokens ``[b, s/tp, ...]`` -> all of them, ``[b, s, ...]``, without autograd."""
+    return start_all_gather_tokens(x, tp)()
 
 
-def start_all_gather_sequence(x: Tensor, tp: TensorParallel) -> Started:
+def start_all_gather_tokens(x: Tensor, tp: TensorParallel) -> Started:
     """The same, in the background."""
-    parts = x.new_empty(tp.size, *x.shape)
-    work = dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=tp.group, async_op=_apart())
-    # [b, tp, s/tp, ...]: a view when b == 1
-    return partial(_finish, work, lambda: parts.transpose(0, 1).flatten(1, 2))
+    whole = x.new_empty(x.shape[0], tp.size * x.shape[1], *x.shape[2:])
+    work = dist.all_gather_into_tensor(whole.view(-1, *x.shape[1:]), x.contiguous(), group=tp.group, async_op=_apart())
+    return partial(_finish, work, lambda: whole)
 
 
-def reduce_scatter_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Sum ``[b, s, ...]`` over the ranks and keep this rank's ``[b, s/tp, ...]``, without autograd."""
-    return start_reduce_scatter_sequence(x, tp)()
+def reduce_scatter_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum ``[b, s, ...]`` over the ranks and keep this rank's tokens ``[b, s/tp, ...]``, without autograd."""
+    return start_reduce_scatter_tokens(x, tp)()
 
 
-def start_reduce_scatter_sequence(x: Tensor, tp: TensorParallel) -> Started:
+def start_reduce_scatter_tokens(x: Tensor, tp: TensorParallel) -> Started:
     """The same, in the background."""
-    parts = x.unflatten(1, (tp.size, -1)).transpose(0, 1).contiguous()  # [tp, b, s/tp, ...]
-    out = torch.empty_like(parts[0])
-    work = dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=tp.group, async_op=_apart())
-    return partial(_finish, work, lambda: out)
+    part = x.new_empty(x.shape[0], x.shape[1] // tp.size, *x.shape[2:])
+    whole = x.contiguous().view(-1, *part.shape[1:])
+    work = dist.reduce_scatter_tensor(part, whole, group=tp.group, async_op=_apart())
+    return partial(_finish, work, lambda: part)
 
 
 def start_all_reduce(x: Tensor, tp: TensorParallel) -> Started:
@@ -98,15 +104,15 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
-class _ScatterSequence(torch.autograd.Function):
+class _ScatterTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
         ctx.tp = tp
-        return reduce_scatter_sequence(x, tp)
+        return reduce_scatter_tokens(x, tp)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather_sequence(grad, ctx.tp), None
+        return all_gather_tokens(grad, ctx.tp), None
 
 
 def copy_to(x: Tensor, tp: TensorParallel) -> Tensor:
@@ -123,11 +129,11 @@ def reduce_from(x: Tensor, tp: TensorParallel) -> Tensor:
     return _ReduceFrom.apply(x, tp) if tp.active else x
 
 
-def scatter_sequence(x: Tensor, tp: TensorParallel) -> Tensor:
-    """Sum ``[b, s, ...]`` over the ranks and keep this rank's ``[b, s/tp, ...]``."""
-    return _ScatterSequence.apply(x, tp) if tp.active else x
+def scatter_tokens(x: Tensor, tp: TensorParallel) -> Tensor:
+    """Sum ``[b, s, ...]`` over the ranks and keep this rank's tokens ``[b, s/tp, ...]``."""
+    return _ScatterTokens.apply(x, tp) if tp.active else x
 
 
 def leave_region(x: Tensor, tp: TensorParallel) -> Tensor:
     """The end of a row-parallel layer: ``[b, s, h]`` partial sums -> ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
-    return scatter_sequence(x, tp) if tp.sequence else reduce_from(x, tp)
+    return scatter_tokens(x, tp) if tp.sequence else reduce_from(x, tp)

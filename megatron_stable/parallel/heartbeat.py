@@ -20,7 +20,12 @@ from typing import NamedTuple
 LEFT = -1  # the number of a rank that has left in order
 DEPTH = 20  # frames of a stack that are told
 PLUMBING = ("/torch/nn/modules/module.py", "/deepspeed/utils/nvtx.py")  # frames that say nothing
-WAITING = ("/torch/distributed/", "/deepspeed/comm/", "/megatron_stable/parallel/lifeline.py")
+WAITING = (
+    "/torch/distributed/",
+    "/deepspeed/comm/",
+    "/megatron_stable/parallel/lifeline.py",
+    "/megatron_stable/parallel/line.py",
+)
 NAMED = 4  # ranks that are named with their hosts, at most
 GO, STACKS, END = "go", "stacks", "end"  # rank 0's words
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_stable.parallel.collectives import (
-    all_gather_sequence,
+    all_gather_tokens,
     leave_region,
-    start_all_gather_sequence,
+    start_all_gather_tokens,
     start_all_reduce,
-    start_reduce_scatter_sequence,
+    start_reduce_scatter_tokens,
 )
 from megatron_stable.parallel.parameters import parameter
 from megatron_stable.parallel.shards import ZEROS, Init
@@ -36,15 +36,15 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tp = tp
-        return F.linear(all_gather_sequence(x, tp) if tp.sequence else x, weight)
+        return F.linear(all_gather_tokens(x, tp) if tp.sequence else x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         tp: TensorParallel = ctx.tp
-        gathering = start_all_gather_sequence(x, tp) if tp.sequence else None
+        gathering = start_all_gather_tokens(x, tp) if tp.sequence else None
         grad_x = grad @ weight
-        reducing = start_reduce_scatter_sequence(grad_x, tp) if tp.sequence else start_all_reduce(grad_x, tp)
+        reducing = start_reduce_scatter_tokens(grad_x, tp) if tp.sequence else start_all_reduce(grad_x, tp)
         if gathering is not None:
             x = gathering()
         grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)

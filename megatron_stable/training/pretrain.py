@@ -102,6 +102,7 @@ def _train_in_world(
     from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.wandb import require_wandb
     from megatron_stable.stability.events import Resume, Start, Stop
+    from megatron_stable.training.compilation import choose_compilation
     from megatron_stable.training.host_memory import keep_freed_memory
     from megatron_stable.training.kernels import choose_kernels
     from megatron_stable.training.progress import ProgressLine
@@ -137,8 +138,14 @@ def _train_in_world(
             keep_freed_memory()
         if (kernels := choose_kernels(config.run)) is not None:
             callbacks.message(kernels)
+        with lifeline.slow():
+            compiles, said = choose_compilation(config)
+        if said is not None:
+            callbacks.message(said)
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-        trainer = Trainer(config, topology, directory, callbacks, tokenizer)
+        model = config.model.model_copy(update={"compile": compiles})
+        decided = config.model_copy(update={"model": model})
+        trainer = Trainer(decided, topology, directory, callbacks, tokenizer)
         stack.push(partial(_at_orderly_end, trainer.engine.close))
         ranks, tokens = zip(*everywhere((Rank.myself(), directory.token)), strict=True)
         with lifeline.slow():

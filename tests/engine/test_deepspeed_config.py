@@ -51,13 +51,6 @@ def test_fp16_has_our_dynamic_loss_scale() -> None:
     }
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_activations_between_stages_are_whole_under_sequence_parallelism(sequence: bool) -> None:
-    generated = generate("bf16", parallel={"tensor": 2, "sequence": sequence})
-    partitioned = generated.get("pipeline", {}).get("pipe_partitioned", True)
-    assert partitioned != sequence and generated.get("pipeline", {}).get("grad_partitioned", True) != sequence
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_deepspeed_takes_it_as_meant(dtype: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_stable.config.schema import Config
-from tests.engine.layouts import assemble, engine_on_rank, global_batches, make_config, micro_batches, train_on_ranks
+from tests.engine.layouts import (
+    GLOBAL,
+    assemble,
+    engine_on_rank,
+    global_batches,
+    make_config,
+    micro_batches,
+    train_on_ranks,
+)
 from tests.harness.ranks import Ranks
 
 EXACT = 2e-6
@@ -185,3 +193,86 @@ def test_stages_keep_equal_copies_of_tied_embeddings(ranks: Ranks, reduce_dtype:
     first, *others = [copy for copies in found for copy in copies]
     assert len(others) == 7
     assert all(torch.equal(first, copy) for copy in others)
+
+
+def sums_on_rank(values: dict[str, Any]) -> tuple[list[str], list[list[float]]]:
+    """On a rank: what writes to the sums of gradients in a step, and its gradient of a norm after each of three steps,
+    of which the second does not reach it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from megatron_stable.engine.outcome import Refused
+    from megatron_stable.parallel.parameters import place
+
+    with engine_on_rank(values) as engine:
+        norm = next(w for w in engine.module.parameters() if place(w).name == "final_norm.weight")
+        (norm_sum,) = [
+            total
+            for group, totals in zip(
+                engine.deepspeed.optimizer.bf16_groups, engine.deepspeed.optimizer.fp32_groups_gradients, strict=True
+            )
+            for weight, total in zip(group, totals, strict=True)
+            if weight is norm
+        ]
+        ours = {flat.untyped_storage().data_ptr() for flat in engine.deepspeed.optimizer.fp32_groups_gradients_flat}
+
+        class Writes(TorchDispatchMode):
+            def __init__(self) -> None:
+                super().__init__()
+                self.names: list[str] = []
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                for argument, value in zip(func._schema.arguments, args, strict=False):
+                    if argument.alias_info is not None and argument.alias_info.is_write:
+                        tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+                        self.names += [func._schema.name] * any(t.untyped_storage().data_ptr() in ours for t in tensors)
+                return func(*args, **(kwargs or {}))
+
+        found: list[list[float]] = []
+
+        def approve(metrics: Any) -> Refused:
+            found.append(norm_sum.flatten().tolist())
+            return Refused(True)
+
+        batches = micro_batches(global_batches(1)[0], engine.config, engine.topology)
+        for step in (1, 2, 3):
+            norm.requires_grad_(step != 2)
+            with Writes() as writes:
+                engine.train_step(step, batches, 0.0, approve)
+    return writes.names, found
+
+
+def test_the_first_micro_batch_begins_the_sums(ranks: Ranks) -> None:
+    """Nobody zeroes them, and nothing of the step before is left, not even where no gradient comes."""
+    ((writes, found),) = ranks.run(1, sums_on_rank, bf16(1).model_dump(mode="json"))
+    assert set(writes) <= {"aten::copy_", "aten::add_", "aten::_fused_adamw_"} and "aten::add_" in writes
+    parameters = writes.count("aten::copy_")
+    assert writes.count("aten::add_") == parameters * (GLOBAL - 1)
+    assert any(found[0]) and found[2] == found[0]
+    assert not any(found[1])
+
+
+def passes_on_rank(values: dict[str, Any]) -> int:
+    """On a rank: how often a step multiplies all that one of its flats has of the gradient."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with engine_on_rank(values) as engine:
+        sizes = {flat.numel() for flat in engine.deepspeed.optimizer.fp32_partitioned_groups_flat}
+        found: list[int] = []
+
+        class Multiplied(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                found.extend([1] * (func._schema.name == "aten::mul_" and args[0].numel() in sizes))
+                return func(*args, **(kwargs or {}))
+
+        with Multiplied():
+            engine.train_step(1, micro_batches(global_batches(1)[0], engine.config, engine.topology), 1e-3)
+    return len(found)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_zero_3_divides_by_a_loss_scale_where_there_is_one(ranks: Ranks, dtype: str) -> None:
+    precision = {"dtype": dtype, "initial_scale_power": 8}
+    config = make_config(parallel={"zero_stage": 3}, precision=precision)
+    (found,) = ranks.run(1, passes_on_rank, config.model_dump(mode="json"))
+    assert (found > 0) == (dtype == "fp16")

@@ -35,8 +35,10 @@ def flat(seed: int, size: int, group: dict[str, object]) -> Flat:
     return Flat(weight, torch.empty_like(weight), {**state, "step": torch.zeros((), device="cuda")}, group)
 
 
+@pytest.mark.parametrize("clip", [None, 1.0, 3.7])
 @pytest.mark.parametrize("decay", [0.0, 0.1, 1e-4 / 3e-4])  # the last as independent weight decay sets it
-def test_adamw_is_pytorchs(taken: None, monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
+def test_adamw_is_pytorchs(taken: None, monkeypatch: pytest.MonkeyPatch, decay: float, clip: float | None) -> None:
+    divisor = None if clip is None else torch.full((), clip, device="cuda")
     group: dict[str, object] = {"betas": (0.9, 0.95), "eps": 1e-15, "weight_decay": decay}
     theirs, ours = ([flat(seed, 70_001 + seed, group) for seed in range(3)] for _ in range(2))
     generator = torch.Generator("cuda").manual_seed(9)
@@ -45,10 +47,10 @@ def test_adamw_is_pytorchs(taken: None, monkeypatch: pytest.MonkeyPatch, decay: 
         for a, b in zip(theirs, ours, strict=True):
             a.grad.normal_(generator=generator)
             b.grad.copy_(a.grad)
-        adamw(theirs, step)
+        adamw(theirs, step, divisor)
         with monkeypatch.context() as patch:
             patch.setattr(apex, "_taken", None)
-            adamw(ours, step)
+            adamw(ours, step, divisor)
     for a, b in zip(theirs, ours, strict=True):
         assert a.state["step"] == b.state["step"] == 20
         for x, y in ((a.weight, b.weight), *((a.state[k], b.state[k]) for k in ("exp_avg", "exp_avg_sq"))):

@@ -40,16 +40,17 @@ def test_forward_and_backward(ranks: Ranks, tensor: int, batch: int) -> None:
     def total(parts: list[Tensor]) -> list[Tensor]:
         return [torch.stack(parts).sum(0)] * tensor
 
+    # tokens in the order of memory, sample after sample
     def gathered(parts: list[Tensor]) -> list[Tensor]:
-        return [torch.cat(parts, 1)] * tensor
+        return [torch.cat([part.flatten(0, 1) for part in parts]).view(batch, full, WIDTH)] * tensor
 
     def scattered(parts: list[Tensor]) -> list[Tensor]:
-        return list(torch.stack(parts).sum(0).split(short, 1))
+        return [part.view(batch, short, WIDTH) for part in sum(parts).flatten(0, 1).chunk(tensor)]
 
     wanted: dict[str, tuple[bool, bool, Any, Any]] = {
         "copy_to": (False, False, on_all(full, 0), total(on_all(full, 100))),
         "reduce_from": (False, False, total(on_all(full, 0)), on_all(full, 100)),
-        "scatter_sequence": (False, True, scattered(on_all(full, 0)), gathered(on_all(short, 100))),
+        "scatter_tokens": (False, True, scattered(on_all(full, 0)), gathered(on_all(short, 100))),
     }
     for name, (shard_in, shard_out, outputs, gradients) in wanted.items():
         results = ranks.run(tensor, apply, batch, name, shard_in, shard_out)
@@ -58,7 +59,7 @@ def test_forward_and_backward(ranks: Ranks, tensor: int, batch: int) -> None:
             torch.testing.assert_close(gradient, wanted_gradient, msg=name)
 
 
-@pytest.mark.parametrize("name", ["copy_to", "reduce_from", "scatter_sequence", "leave_region"])
+@pytest.mark.parametrize("name", ["copy_to", "reduce_from", "scatter_tokens", "leave_region"])
 def test_alone_each_is_the_identity_without_a_trace(name: str) -> None:
     x = torch.randn(2, 4, requires_grad=True)
     assert getattr(collectives, name)(x, TensorParallel(sequence=True)) is x
@@ -75,3 +76,26 @@ def overwrite() -> bool:
 
 def test_nothing_is_reduced_in_place(ranks: Ranks) -> None:
     assert ranks.run(2, overwrite) == [True, True]
+
+
+def operators() -> set[str]:
+    """What runs on a rank between the collectives of three samples under SP."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view:
+                names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    tp = Topology(torch.distributed.get_world_size(), sequence=True).tp
+    part = value(3, SEQUENCE // tp.size, 0)
+    with Names():
+        collectives.reduce_scatter_tokens(collectives.all_gather_tokens(part, tp), tp)
+    return names
+
+
+def test_tokens_are_gathered_and_scattered_without_a_copy(ranks: Ranks) -> None:
+    (found,) = ranks.run(2, operators, only=[0])  # as gloo copies
+    assert found == {"new_empty", "_allgather_base_", "_reduce_scatter_base_"}

@@ -31,6 +31,7 @@ CONFIG = ModelConfig(
     positions="learned",
 )
 ANY = Init(std=1.0)
+TOKENS = -1  # in place of a dimension: samples and positions together, as SP splits them
 
 
 def random(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -39,7 +40,7 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """What a layer does at full size; which dimension of input and output a rank holds a slice of."""
+    """What a layer does at full size; which dimension of input and output a rank holds a slice of, or ``TOKENS``."""
 
     name: str
     input: tuple[int, ...]
@@ -50,7 +51,7 @@ class Case:
 
 def cases(batch: int, sequence: bool) -> list[Case]:
     stream = (batch, SEQUENCE, HIDDEN)
-    along = 1 if sequence else None
+    along = TOKENS if sequence else None
     return [
         Case("column", stream, (batch, SEQUENCE, FEATURES), along, 2),
         Case("row", (batch, SEQUENCE, FEATURES), stream, 2, along),
@@ -100,6 +101,9 @@ def on_rank(batch: int, sequence: bool) -> list[list[tuple[Tensor, int | None]]]
     tp = Topology(torch.distributed.get_world_size(), sequence=sequence).tp
 
     def mine(x: Tensor, dim: int | None) -> Tensor:
+        if dim == TOKENS:
+            part = x.flatten(0, 1).chunk(tp.size)[tp.rank]
+            return part.view(x.shape[0], -1, *x.shape[2:]).clone()
         return x if dim is None else x.chunk(tp.size, dim)[tp.rank].contiguous()
 
     results = []
@@ -158,7 +162,10 @@ def test_layers_equal_full_size_algebra(ranks: Ranks, tensor: int, sequence: boo
                 for part, _ in parts:
                     torch.testing.assert_close(part, reference, rtol=1e-9, atol=1e-9, msg=what)
             else:
-                joined = torch.cat([part for part, _ in parts], dim)
+                if dim == TOKENS:
+                    joined = torch.cat([part.flatten(0, 1) for part, _ in parts]).view(reference.shape)
+                else:
+                    joined = torch.cat([part for part, _ in parts], dim)
                 torch.testing.assert_close(joined, reference, rtol=1e-9, atol=1e-9, msg=what)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_stable.config.schema import Config
 from tests.harness.fp16 import fp16_on_cpu
-from tests.scale.counting import _held
+from tests.scale.counting import _held, imagine_stages
 
 MARK = "the measured step"
 
@@ -39,10 +39,8 @@ def allocate_on_rank(values: dict[str, Any], bucket: int | None = None, alone: b
     with fp16:
         engine = Engine(config, topology)
         batch, length = config.batch.micro_size, config.model.sequence_length
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.dtype]
-        if alone and topology.stage > 0:  # the stage before would have said what it sends
-            stream = batch, length // (topology.tensor_size if config.parallel.sequence else 1), config.model.hidden
-            engine.deepspeed._recv_tensor_meta = lambda stage: torch.zeros(stream, dtype=dtype)
+        if alone:
+            imagine_stages()
 
         def train(step: int) -> None:
             tokens = (batch, length + 1)

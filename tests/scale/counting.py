@@ -22,6 +22,7 @@ INPUT = {
     "broadcast_": 0,
     "send": 0,
     "alltoall_base_": 1,
+    "barrier": 0,
 }
 
 
@@ -40,10 +41,9 @@ def count_on_rank(values: dict[str, Any], steps: int = 2, alone: bool = True) ->
     config = Config.model_validate(values)
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
     engine = Engine(config, topology)
+    if alone:
+        imagine_stages()
     batch, length = config.batch.micro_size, config.model.sequence_length
-    if alone and topology.pipeline_size > 1:  # the stage before would have said what it sends
-        stream = batch, length // (topology.tensor_size if config.parallel.sequence else 1), config.model.hidden
-        engine.deepspeed._recv_tensor_meta = lambda stage: torch.zeros(stream, dtype=torch.bfloat16)
     held: dict[str, int] = {}
 
     def approve(metrics: Any) -> Refused:
@@ -65,6 +65,11 @@ def count_on_rank(values: dict[str, Any], steps: int = 2, alone: bool = True) ->
         "calls": dict(sent.calls),
         "groups": groups,
     }
+
+
+def imagine_stages() -> None:
+    """Nothing arrives from stages that are not there: let it be zeros."""
+    dist.recv = lambda tensor, *_, **__: tensor.zero_()
 
 
 def _held(engine: Any) -> dict[str, int]:

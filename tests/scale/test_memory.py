@@ -95,15 +95,14 @@ def test_a_step_allocates_what_is_planned(ranks: Ranks, name: str, monkeypatch: 
 
 
 def test_in_flight_are_those_of_1f1b() -> None:
-    """DeepSpeed's own schedule, played through: forward passes whose backward is still to come."""
-    from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
+    """The schedule played through: forward passes whose backward is still to come."""
+    from megatron_stable.engine.schedule import one_forward_one_backward
 
     for stages, micro_batches in ((4, 8), (4, 2), (2, 1)):
         config = Layout(stages, pipeline=stages, micro_batches=micro_batches).config()
         for number, planned in enumerate(memory(config, stages)):
             held = most = 0
-            for step in TrainSchedule(micro_batches, stages, number):
-                held += sum(isinstance(command, ForwardPass) for command in step)
+            for forward in one_forward_one_backward(number, stages, micro_batches):
+                held += 1 if forward else -1
                 most = max(most, held)
-                held -= sum(isinstance(command, BackwardPass) for command in step)
             assert planned.in_flight == most
