@@ -103,7 +103,7 @@ def _train_in_world(
     from megatron_stable.records.wandb import require_wandb
     from megatron_stable.stability.events import Resume, Start, Stop
     from megatron_stable.training.compilation import choose_compilation
-    from megatron_stable.training.kernels import choose_kernels
+    from megatron_stable.training.kernels import choose_attention, choose_kernels
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
     from megatron_stable.training.writers import writers
@@ -114,7 +114,7 @@ def _train_in_world(
     with ExitStack() as stack:
         with together():
             check(config, world)
-            backend = choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+            choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu")
             if config.data.tokenizer is not None:
                 tokenizer = Tokenizer(config.data.tokenizer)
             config = with_vocabulary(config, tokenizer.vocab_size if tokenizer else None)
@@ -132,7 +132,8 @@ def _train_in_world(
                     "it must be on a file system that all ranks share"
                 )
         callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
-        callbacks.message(f"attention backend {backend.name}: {backend.reason}")
+        attention = choose_attention(config)
+        callbacks.message(f"attention backend {attention.name}: {attention.reason}")
         if (kernels := choose_kernels(config.run)) is not None:
             callbacks.message(kernels)
         with lifeline.slow():
