@@ -49,7 +49,7 @@ def max_attention_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("megatron_stable::largest_products", mutates_args=())
 def _largest_products(q: Tensor, k: Tensor) -> Tensor:
-    return by_kernel(q, k) if usable(q.device, q.dtype, q.shape[-1]) else by_chunks(q, k)
+    return by_kernel(q, k) if q.is_cuda and usable(q.device, q.dtype, q.shape[-1]) else by_chunks(q, k)
 
 
 @_largest_products.register_fake
