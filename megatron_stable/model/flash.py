@@ -63,8 +63,8 @@ def kernel(dropout: bool) -> Callable[..., Any]:
 
 
 def try_out(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Found:
-    """Compare what is installed with ``math``, forward and backward, for the heads and the cap of ``model``; for
-    compiled blocks as one graph."""
+    """Compare what is installed with ``math``, forward and backward, for the heads and the cap of ``model``;
+    where blocks may be compiled, as one graph, too."""
     name = module(dropout=False)  # with it, a cap is not for flash-attn
     if name is None:
         return Found(False, f"flash-attn, which would be faster, is not installed: {INSTALL}", absent=True)
@@ -79,15 +79,17 @@ def try_out(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Fou
     results = []
     try:
         kernel(dropout=False)
-        compiled = torch.compile(flash_attention, backend="aot_eager", fullgraph=True)
-        for attend in (compiled if model.compile else flash_attention, math_attention):
+        compiled = [torch.compile(flash_attention, backend="aot_eager", fullgraph=True)] if model.compile else []
+        for attend in (math_attention, flash_attention, *compiled):
             q, k, v, upstream = (x.to(dtype).requires_grad_() for x in tensors)
             out = attend(q, k, v, scores, 0.0)
             results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)])
-        # nor is a NaN close
-        same = all((a - b).float().norm() <= APART * b.float().norm() for a, b in zip(*results, strict=True))
+        wanted, *found = results
+        pairs = [pair for each in found for pair in zip(each, wanted, strict=True)]
+        same = all((a - b).float().norm() <= APART * b.float().norm() for a, b in pairs)  # nor is a NaN close
     except Exception as error:  # built for another torch or another GPU: whatever it raises
-        return Found(False, f"{said} does not work here ({type(error).__name__}: {error})")
+        why = next(iter(str(error).strip().splitlines()), "")
+        return Found(False, f"{said} does not work here ({type(error).__name__}: {why})")
     return Found(same, said if same else f"{said} computes attention otherwise than PyTorch here")
 
 
