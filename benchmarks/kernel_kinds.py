@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "collectives": r"nccl|c10d|all_?reduce|all_?gather|reduce_?scatter|gloo",
     # but not what Inductor calls by it because it prepares its inputs
-    "attention": r"^(?!triton_(poi|per|red)_).*(flash|fmha|attention|attn|sdpa)|flex_attention",
+    "attention": r"^(?!triton_(poi|per|red)_).*(flash|fmha|attention|attn|sdpa)|flex_attention|largest_of_a_block",
     # fused and foreach kernels: AdamW, norms of gradients, sums of gradients, copies to the weights
     "optimizer": r"multi_tensor_apply|adamw?_|_foreach_|lpnorm",
     # what the eager loss calls by names that nothing else of a step has

@@ -29,7 +29,7 @@ from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.engine import Engine
 from megatron_stable.model.attention import Attention
-from megatron_stable.model.backends import max_attention_logits
+from megatron_stable.model.largest_logits import max_attention_logits
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import join_world
 

@@ -26,10 +26,10 @@ MOST = 2**31  # elements of a tensor that apex counts in 32 bits
 
 
 class Found(NamedTuple):
-    """What the name apex stands for in this environment.
+    """What the name of a package stands for in this environment.
 
     Attributes:
-        usable: NVIDIA's, with kernels.
+        usable: The package that is meant, with kernels.
         sentence: What is there, for people; what to do, if it is not usable.
         absent: Nothing bears the name, of which nobody needs to be told.
     """

@@ -39,6 +39,8 @@ NAMES = {
         "fmha_cutlassB_bf16_aligned_128x128_k128_sm80(PyTorchMemEffAttention::AttentionBackwardKernel)",
         "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x",
         "triton_tem_fused_flex_attention_backward_split_transpose",
+        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90<2>>>>",
+        "_largest_of_a_block",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     ],
     "element-wise": [

@@ -24,8 +24,9 @@ from megatron_stable.training.flops import flops_per_token
 LOSS_PASSES, LOSS_TRAFFIC, CAP_TRAFFIC = 3, 64, 84
 # kernels that an operation of the tape starts, forward and backward together
 KERNELS = 4
-# bytes per parameter: a gradient's way into its fp32 sum, per micro batch; an update, of the replica's own part
-ACCUMULATION, UPDATE = 18, 44
+# bytes per parameter, as benchmarks/optimizer_counts.py counts them: a gradient's way into its fp32 sum, per micro
+# batch; norm, update and copy, of the replica's own part
+ACCUMULATION, UPDATE = 10, 42
 COMPILED = 0.5  # of element-wise traffic is left when torch.compile fuses a block
 
 

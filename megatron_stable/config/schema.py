@@ -152,8 +152,8 @@ class ModelConfig(Section):
 
     attention: Literal["auto", "math", "sdpa", "flex", "flash"] = "auto"
     """Attention backend; auto: the fastest that computes the recipe exactly on the device; math: every step in plain
-    sight; sdpa: PyTorch's fused kernel; flex: FlexAttention (GPU); flash: the package flash-attn (GPU, bf16 and
-    fp16)."""
+    sight; sdpa: PyTorch's fused kernels; flex: FlexAttention (GPU); flash: FlashAttention-3 or -2, as installed (GPU,
+    bf16 and fp16), which auto takes for caps if it works on all ranks (docs/gpu.md)."""
     activation_checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
     """Recompute activations in backward: none, full (every block), or k: every k-th block."""
     compile: bool | Literal["auto"] = "auto"

@@ -9,6 +9,7 @@ from megatron_stable import apex
 from megatron_stable.config.schema import Config
 from megatron_stable.doctor.finding import Finding, Verdict
 from megatron_stable.doctor.versions import installed
+from megatron_stable.model import flash
 
 
 def check_optional(config: Config | None, on_gpu: bool) -> list[Finding]:
@@ -49,12 +50,14 @@ def _have(module: str, distribution: str) -> str:
 
 def _flash(config: Config | None, on_gpu: bool) -> Finding:
     asked = config is not None and config.model.attention == "flash"
-    if find_spec("flash_attn") is not None:
-        have = version("flash-attn") if installed("flash-attn") else ""
-        return Finding("flash-attn", f"{have} is installed; used where model.attention is flash, and nowhere else")
+    have = [f"{flash.VERSIONS[name]} is installed" for name in flash.VERSIONS if find_spec(name) is not None]
+    if have:
+        return Finding(
+            "flash-attn", f"{' and '.join(have)}; on GPUs auto takes it for attention caps, if it works there"
+        )
     text = "not installed; model.attention=flash is refused, auto takes PyTorch's kernels"
     if asked:
-        return Finding("flash-attn", text, Verdict.FAILURE, "pip install flash-attn, or set model.attention=auto")
+        return Finding("flash-attn", text, Verdict.FAILURE, f"{flash.INSTALL}, or set model.attention=auto")
     return Finding("flash-attn", text)
 
 

@@ -7,11 +7,15 @@ from torch import Tensor, nn
 
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.model.backends import BACKENDS, Scores, causal_mask, flex_attention, max_attention_logits
+from megatron_stable.model import flash
+from megatron_stable.model.backends import BACKENDS
+from megatron_stable.model.flex import causal_mask, flex_attention
 from megatron_stable.model.init import output_init, qkv_init
+from megatron_stable.model.largest_logits import max_attention_logits
 from megatron_stable.model.norms import projection_norm
 from megatron_stable.model.positions import rotate
 from megatron_stable.model.probes import UNPROBED, Unprobed
+from megatron_stable.model.scores import Scores
 from megatron_stable.model.sigma import reparametrized
 from megatron_stable.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_stable.parallel.random import sharded_region
@@ -66,6 +70,8 @@ class Attention(nn.Module):
         """Have what a compiled block must find made, for its input ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
         if self.backend is flex_attention:
             causal_mask(x.shape[1] * (self.tp.size if self.tp.sequence else 1), str(x.device))
+        if self.backend is flash.flash_attention:
+            flash.kernel(self.training and self.dropout > 0)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[b, s, heads/tp, d]``, keys and values ``[b, s, groups/tp, d]``, as attention takes them."""

@@ -11,8 +11,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from megatron_stable.model.backends import Scores
 from megatron_stable.model.elementwise import soft_cap
+from megatron_stable.model.scores import Scores
 from megatron_stable.parallel.topology import TensorParallel
 
 POINTS = ("q", "k", "v", "proj", "fc1", "fc2", "residual")  # what QKV gives follows from its parts

@@ -104,7 +104,7 @@ def _train_in_world(
     from megatron_stable.stability.events import Resume, Start, Stop
     from megatron_stable.training.compilation import choose_compilation
     from megatron_stable.training.host_memory import keep_freed_memory
-    from megatron_stable.training.kernels import choose_kernels
+    from megatron_stable.training.kernels import choose_attention, choose_kernels
     from megatron_stable.training.progress import ProgressLine
     from megatron_stable.training.trainer import Trainer
     from megatron_stable.training.writers import writers
@@ -115,7 +115,7 @@ def _train_in_world(
     with ExitStack() as stack:
         with together():
             check(config, world)
-            backend = choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+            choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu")
             if config.data.tokenizer is not None:
                 tokenizer = Tokenizer(config.data.tokenizer)
             config = with_vocabulary(config, tokenizer.vocab_size if tokenizer else None)
@@ -133,15 +133,14 @@ def _train_in_world(
                     "it must be on a file system that all ranks share"
                 )
         callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
-        callbacks.message(f"attention backend {backend.name}: {backend.reason}")
         if not torch.cuda.is_available():
             keep_freed_memory()
-        if (kernels := choose_kernels(config.run)) is not None:
-            callbacks.message(kernels)
-        with lifeline.slow():
-            compiles, said = choose_compilation(config)
-        if said is not None:
-            callbacks.message(said)
+        with lifeline.slow():  # kernels are compiled and tried out
+            attention, kernels = choose_attention(config), choose_kernels(config.run)
+            compiles, compilation = choose_compilation(config)
+        for said in (f"attention backend {attention.name}: {attention.reason}", kernels, compilation):
+            if said is not None:
+                callbacks.message(said)
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         model = config.model.model_copy(update={"compile": compiles})
         decided = config.model_copy(update={"model": model})

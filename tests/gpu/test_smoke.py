@@ -111,7 +111,8 @@ def test_compiled_and_plain_agree(topology: Any, fields: dict[str, Any]) -> None
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
 def test_flex_attention_equals_math(cap: float | None, kv_heads: int, dtype: torch.dtype, bound: float) -> None:
-    from megatron_stable.model.backends import BACKENDS, Scores
+    from megatron_stable.model.backends import BACKENDS
+    from megatron_stable.model.scores import Scores
 
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = ((2, 8, 384, 64), (2, kv_heads, 384, 64), (2, kv_heads, 384, 64), (2, 8, 384, 64))

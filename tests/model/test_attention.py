@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.errors import ConfigError
-from megatron_stable.model.backends import BACKENDS, Scores, choose_backend
+from megatron_stable.model.backends import BACKENDS, choose_backend
+from megatron_stable.model.scores import Scores
 
 SCALE = 16**-0.5  # heads are 16 wide
 CASES = [("math", None), ("math", 2.0), ("sdpa", None)]

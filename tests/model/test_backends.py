@@ -1,24 +1,22 @@
-"""What recipes do to attention: clips, temperatures, caps; the largest logits."""
+"""What recipes do to attention: clips, temperatures, caps."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.errors import ConfigError
 from megatron_stable.model.attention import Attention
-from megatron_stable.model.backends import BACKENDS, Scores, choose_backend, max_attention_logits
+from megatron_stable.model.backends import BACKENDS, choose_backend
 from megatron_stable.model.elementwise import soft_cap
+from megatron_stable.model.scores import Scores
 from megatron_stable.parallel.topology import TensorParallel
 
 PLAIN = Scores(0.25)
@@ -118,35 +116,6 @@ def test_capped_attention_never_gets_surer_than_the_cap_allows(seed: int, scale:
     found = probabilities(q, k, Scores(0.25, cap))
     n = torch.arange(1, 9, dtype=torch.float64)
     assert (found.amax(-1) <= 1 / (1 + (n - 1) * torch.tensor(-2 * cap, dtype=torch.float64).exp()) + 1e-12).all()
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("chunk", [1, 4, 9, 128])
-def test_largest_logits_of_each_head(kv_heads: int, chunk: int) -> None:
-    q, k, _ = (x.detach() for x in tensors(kv_heads))
-    logits = torch.einsum("bhid,bhjd->bhij", q, k.repeat_interleave(4 // kv_heads, 1)) * 0.3
-    visible = torch.ones(9, 9, dtype=torch.bool).tril()
-    wanted = torch.stack([logits[:, head][:, visible].max() for head in range(4)])
-    torch.testing.assert_close(max_attention_logits(q, k, 0.3, chunk), wanted)
-    assert (logits.masked_fill(visible, -torch.inf).amax((0, 2, 3)) > wanted).any(), "the mask makes no difference here"
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if torch.is_tensor(x))])
-        return out
-
-
-def test_largest_logits_take_no_memory_of_s_by_s() -> None:
-    q = torch.randn(1, 2, 512, 16)
-    with Largest() as seen:
-        max_attention_logits(q, q, 0.25, chunk=32)
-    assert 0 < seen.numel <= 2 * 32 * 512
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,19 @@ from tests.harness.ranks import Ranks
 BLOCKS = 3
 
 
-def graphs(model: dict[str, Any], tensor: int, sequence: bool) -> dict[str, Any]:
-    """Train and evaluate a compiled model on one rank: how many graphs that makes, and what breaks them."""
+def graphs(model: dict[str, Any], tensor: int, sequence: bool, peaks: bool = False) -> dict[str, Any]:
+    """Train and evaluate a compiled model on one rank: how many graphs that makes, and what breaks them.
+
+    Args:
+        peaks: Whether the largest attention logits are recorded.
+    """
     import torch
     import torch.distributed as dist
     from torch._dynamo.testing import CompileCounterWithBackend
     from torch._dynamo.utils import counters
 
     from megatron_stable.config.schema import Config
+    from megatron_stable.model.peaks import Peaks
     from megatron_stable.model.transformer import Transformer, layer_list
     from megatron_stable.parallel.topology import TensorParallel
 
@@ -29,10 +34,12 @@ def graphs(model: dict[str, Any], tensor: int, sequence: bool) -> dict[str, Any]
     net, counter = Transformer(layer_list(config, tp, seed=0)), CompileCounterWithBackend("aot_eager")
     for i in range(BLOCKS):
         net.layers[f"blocks_{i}"].compile(backend=counter, dynamic=False)
+    recorded = Peaks(net, config.heads // tensor, torch.device("cpu")).rows if peaks else None
     tokens = torch.randint(64, (2, 16))
     for _ in range(2):
         net(tokens).float().sum().backward()
     trained = counter.frame_count
+    assert recorded is None or recorded.isfinite().all()
     with torch.no_grad():
         net(tokens)
     return {"trained": trained, "evaluated": counter.frame_count - trained, "breaks": dict(counters["graph_break"])}
@@ -60,6 +67,13 @@ def test_all_blocks_are_one_graph(ranks: Ranks, tensor: int, sequence: bool, rec
 def test_recipes_are_one_graph(ranks: Ranks, model: dict[str, Any]) -> None:
     (found,) = ranks.run(2, graphs, model, 2, True, only=[0], timeout=120)
     assert found == {"trained": 1, "evaluated": 1, "breaks": {}}
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_largest_logits_are_a_part_of_the_graph(ranks: Ranks, recompute: str) -> None:
+    model = {"recipe": "soft_temp", "activation_checkpointing": recompute}
+    (found,) = ranks.run(2, graphs, model, 2, True, True, only=[0], timeout=120)
+    assert found == {"trained": 2 if recompute == "full" else 1, "evaluated": 1, "breaks": {}}
 
 
 def flex_graphs(recipe: str) -> dict[str, Any]:

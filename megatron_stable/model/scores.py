@@ -1,0 +1,40 @@
+"""From queries and keys to the weights of the values, and attention with every step in plain sight: the reference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_stable.model.elementwise import soft_cap
+
+
+class Scores(NamedTuple):
+    """From queries and keys to the weights of the values: clip(softmax(cap(scale x q k))).
+
+    Attributes:
+        scale: Factor of q k.
+        cap: c of c x tanh(logit / c).
+        clip: [gamma, zeta] of clip((zeta - gamma) x softmax + gamma, 0, 1); what is masked stays 0, as gamma <= 0.
+    """
+
+    scale: float
+    cap: float | None = None
+    clip: tuple[float, float] | None = None
+
+
+def math_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:
+    """The reference, with the s x s probabilities in memory; logits and softmax are fp32."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scores.scale  # [b, heads, s, s]
+    if scores.cap is not None:
+        logits = soft_cap(logits, scores.cap)
+    future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    probabilities = logits.masked_fill(future, -torch.inf).softmax(-1)
+    if scores.clip is not None:
+        gamma, zeta = scores.clip
+        probabilities = ((zeta - gamma) * probabilities + gamma).clamp(0, 1)
+    return F.dropout(probabilities, dropout).to(v.dtype) @ v
