@@ -52,6 +52,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> Stopped | None:
 
     from megatron_stable.parallel.agreement import everywhere
     from megatron_stable.parallel.determinism import make_deterministic
+    from megatron_stable.parallel.launch_order import keep_launch_order
     from megatron_stable.parallel.lifeline import SLOW, Lifeline
     from megatron_stable.parallel.world import join_world, leave_world
     from megatron_stable.training.last_words import LastWords
@@ -60,6 +61,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> Stopped | None:
     starters = Starters() if config.run.on_hangup == "stop" else None  # before anything that takes time
     if config.run.deterministic:
         make_deterministic()
+    order = keep_launch_order(config.parallel)
     own = not dist.is_initialized()
     # the lifeline loses patience first
     place = join_world(
@@ -69,7 +71,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> Stopped | None:
     lifeline = Lifeline(config.run.patience, last_words)
     with StopSignal(lambda wish: lifeline.stop(wish.why, int(wish.forced)), starters) as stop:
         try:
-            stopped = _train_in_world(config, stop, lifeline, last_words, place)
+            stopped = _train_in_world(config, stop, lifeline, last_words, place, order)
         except BaseException as error:
             if isinstance(error, MegatronStableError) and error.agreed:
                 tell(error)
@@ -87,7 +89,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> Stopped | None:
 
 
 def _train_in_world(
-    config: Config, stop: StopSignal, lifeline: Lifeline, last_words: LastWords, place: str
+    config: Config, stop: StopSignal, lifeline: Lifeline, last_words: LastWords, place: str, order: str | None
 ) -> Stopped | None:
     import torch
     import torch.distributed as dist
@@ -135,10 +137,11 @@ def _train_in_world(
         callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
         if not torch.cuda.is_available():
             keep_freed_memory()
+            order = None
         with lifeline.slow():  # kernels are compiled and tried out
             attention, kernels = choose_attention(config), choose_kernels(config.run)
             compiles, compilation = choose_compilation(config)
-        for said in (f"attention backend {attention.name}: {attention.reason}", kernels, compilation):
+        for said in (f"attention backend {attention.name}: {attention.reason}", kernels, compilation, order):
             if said is not None:
                 callbacks.message(said)
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
