@@ -154,6 +154,9 @@ class FullPrecision(ReducingOptimizer, DeepSpeedZeroOptimizer):
                 optimizer._grad_acc_hooks.append(weight.register_post_accumulate_grad_hook(add))
         optimizer.clear_hp_grads()
 
+    def process_gradients(self, param: nn.Parameter, i: int) -> None:
+        """What DeepSpeed calls with each gradient, which would make its buckets."""
+
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """What DeepSpeed calls after a step's last micro batch. Collective."""
         self.reduce()

@@ -45,6 +45,7 @@ FP32_ZERO_1 = (
     "bit16_groups_flat",
     "parallel_partitioned_bit16_groups",
     "single_partition_of_fp32_groups",
+    "process_gradients",
     "reduce_gradients",
     "_grad_acc_hooks",
 )

@@ -145,9 +145,7 @@ def _train_in_world(
             if said is not None:
                 callbacks.message(said)
         topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
-        model = config.model.model_copy(update={"compile": compiles})
-        decided = config.model_copy(update={"model": model})
-        trainer = Trainer(decided, topology, directory, callbacks, tokenizer)
+        trainer = Trainer(config, topology, directory, callbacks, tokenizer, compiles)
         stack.push(partial(_at_orderly_end, trainer.engine.close))
         ranks, tokens = zip(*everywhere((Rank.myself(), directory.token)), strict=True)
         with lifeline.slow():

@@ -48,6 +48,7 @@ class Trainer:
         directory: Where it writes.
         callbacks: Told of records and events, and of what else the user should know.
         tokenizer: The data must have been made with it; ``None``: of unknown origin.
+        compiles: Whether blocks are compiled, where the configuration leaves it open.
 
     Raises:
         MegatronStableError: On all ranks alike: the data cannot be used.
@@ -60,11 +61,16 @@ class Trainer:
         directory: RunDirectory,
         callbacks: Callbacks,
         tokenizer: Tokenizer | None = None,
+        compiles: bool = False,
     ) -> None:
         self.config, self.directory, self.callbacks = config, directory, callbacks
         self.step = 0  # the last one that was trained
         self.source = Source(config, topology, tokenizer)
-        self.engine = Engine(config, topology, draw=not loader.any_to_load(directory.checkpoints))
+        if config.model.compile != "auto":
+            compiles = config.model.compile
+        model = config.model.model_copy(update={"compile": compiles})
+        decided = config.model_copy(update={"model": model})
+        self.engine = Engine(decided, topology, draw=not loader.any_to_load(directory.checkpoints))
         self.guard = Guard(config.guard, fp16=config.precision.dtype == "fp16")
         self.checkpoints = Checkpoints(config, self.engine, directory, callbacks)
         self.probing = Probing(config.logging, self.engine, callbacks)

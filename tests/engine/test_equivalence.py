@@ -36,8 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gqa_swiglu_rmsnorm": {"kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm"},
     "mqa_bias_learned": {"kv_heads": 1, "bias": True, "positions": "learned", "activation": "squared_relu"},
-    "fixed_init": {"init": "fixed", "init_scaled_output": True, "positions": "none", "bias": True},
-}
+    "fixed_init": {
+        "init": "fixed", "init_scaled_output": True, "positions": "none", "bias": True, "activation": "gelu_erf",
+    },
+}  # fmt: skip
 OPTIONS: dict[str, list[Any]] = {
     "tensor": [1, 2, 4],
     "pipeline": [1, 2, 4],
