@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-hosts test-all lint format docs figures examples clean
+.PHONY: help setup demo test test-hosts test-all lint format docs site figures examples clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ docs: setup  ## write the pages that are generated from the code
 	$(BIN)/python -m megatron_stable.records.reference docs/ledger.md
 	$(BIN)/python -m megatron_stable.records.probes_reference docs/probes.md
 	$(BIN)/python -m megatron_stable.records.warnings_reference docs/warnings.md
+
+site: setup  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 figures: setup  ## train two small runs, and draw the figures of docs/diagnostics.md; minutes
 	$(BIN)/python examples/diagnostics.py

@@ -100,6 +100,13 @@ def test_source_distribution_builds_the_same_wheel(wheel: Path, sdist: Path, tmp
     assert packed(build_wheel(sdist, tmp_path)) == packed(wheel)
 
 
+def test_an_index_would_take_both(wheel: Path, sdist: Path) -> None:
+    pytest.importorskip("twine")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("PASSED") == 2, done.stdout + done.stderr
+
+
 def test_comparison_names_the_files_of_a_folder_without_init(held: set[str], tmp_path: Path) -> None:
     """As once `megatron_stable/engine/checkpoint/`: eight files that only an editable installation had."""
     (tmp_path / "wheel").mkdir()
