@@ -468,8 +468,8 @@ class Unknown(Event):
 
 
 AnyEvent: TypeAlias = Annotated[
-    Start | Resume | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback
-    | GaveUp | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
+    Start | Resume | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop
+    | Rollback | GaveUp | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

@@ -1,1 +1,1 @@
-"""Hugging Face's format, in and out: config.json, safetensors, a tokenizer, a model card; `transformers` is not needed."""
+"""Hugging Face's format, in and out: config.json, safetensors, tokenizer, model card; without `transformers`."""

@@ -84,7 +84,7 @@ class Family:
         keys = {key.name: key.theirs(knobs[key.knob]) for key in self.keys}
         fixed = {name: each.values[0] for name, each in self.fixed.items()}
         body = {"model_type": self.name, "architectures": [self.architecture], **keys, **fixed}
-        if keys.get("rope_theta"):  # for versions up to 4; from 5 on it is
+        if "rope_theta" in keys and self is not OURS:  # for versions up to 4; from 5 on it is
             body["rope_parameters"] = {"rope_type": "default", "rope_theta": keys["rope_theta"]}
         return body | self.extra(knobs)
 
@@ -151,14 +151,14 @@ def _flat_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 # keys that change nothing of what a model computes
 NEUTRAL = {
-    "architectures", "auto_map", "attention_dropout", "bos_token_id", "cache_implementation", "classifier_dropout",
-    "dtype", "embd_pdrop", "eos_token_id", "head_dim", "hidden_dropout", "id2label", "initializer_range",
-    "keys_to_ignore_at_inference", "label2id", "layer_types", "max_window_layers", "model_type", "n_ctx", "output_past",
-    "partial_rotary_factor",    "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "rope_parameters",
-    "rope_interleaved", "rope_local_base_freq", "rope_theta", "rotary_emb_base", "sliding_window",
-    "sliding_window_pattern", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-    "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
-    "chunk_size_feed_forward", "is_llama_config", "unk_token_id", "written_by",
+    "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "head_dim",
+    "hidden_dropout", "id2label", "initializer_range", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
+    "layer_types", "max_window_layers", "model_type", "n_ctx", "output_past", "pad_token_id", "partial_rotary_factor",
+    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "rope_interleaved", "rope_local_base_freq",
+    "rope_parameters", "rope_theta", "rotary_emb_base", "sliding_window", "sliding_window_pattern",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "written_by",
 }  # fmt: skip
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # names of one function
 
@@ -325,7 +325,7 @@ GPT_NEOX = Family(
 GPT2 = Family(
     "gpt2",
     "GPT2LMHeadModel",
-    CLASSIC | {"positions": "learned"},
+    CLASSIC | {"positions": "learned", "rope_theta": None},
     (
         Key("vocab_size", "vocab_size"),
         Key("n_embd", "hidden"),
@@ -343,6 +343,7 @@ GPT2 = Family(
         "add_cross_attention": Fixed((False,), False),
     },
     lambda knobs: names.gpt2_names(),
+    lambda knobs: dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),  # the class takes 0.1 else
 )
 
 # ours, for all else
@@ -356,7 +357,7 @@ OURS = Family(
     names.own_names,
     lambda knobs: {"parametrization": {}},
 )
-# the first that fits is taken; Mistral computes what Llama does, and Gemma 3 without norms on queries and keys is Gemma 2
+# the first that fits is taken; Mistral computes what Llama does
 FAMILIES = {family.name: family for family in (LLAMA, QWEN3, OLMO2, GEMMA2, GEMMA3, GPT_NEOX, GPT2, MISTRAL, OURS)}
 
 

@@ -113,7 +113,8 @@ class WeightFile:
             raise DataError(f"{self.path}: no safetensors file: its header does not say where {name!r} is")
         if stop > self._data:
             raise DataError(
-                f"{self.path}: cut off: {name} ends at byte {self._start + stop} of {self._start + self._data}; copy it again"
+                f"{self.path}: cut off: {name} ends at byte {self._start + stop}, the file at "
+                f"{self._start + self._data}; copy it again"
             )
         self.shapes[name] = shape
         if dtype in READABLE:  # a buffer of integers is for the class that made it
@@ -129,7 +130,7 @@ class WeightFile:
             )
         dtype, start = self._where[name]
         data = torch.empty((high - low) * dtype.itemsize, dtype=torch.uint8)
-        view, done = memoryview(data.numpy()), 0
+        view, done = data.numpy().data, 0
         while done < len(view):
             offset = self._start + start + low * dtype.itemsize + done
             try:

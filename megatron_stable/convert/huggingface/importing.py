@@ -135,7 +135,7 @@ def _config(family: Family, body: dict[str, Any], source: Path, output: Path) ->
     except ConfigError as error:
         raise DataError(f"config.json: {error}") from None
     if wrong := [problem for problem in conflicts(config) if all(key.startswith("model.") for key in problem.keys)]:
-        raise DataError(f"config.json: {wrong[0]}")
+        raise DataError(f"config.json: {wrong[0].message}")
     if differ := [name for name, value in knobs_of(config).items() if not _equal(value, knobs[name])]:
         raise DataError(f"config.json: {differ[0]} {knobs[differ[0]]!r} cannot be had with the rest of it")
     dtype = DTYPES.get(body.get("dtype") or body.get("torch_dtype") or "", "fp32")

@@ -145,8 +145,10 @@ def neox_names() -> dict[str, Map]:
 def own_names(knobs: Knobs) -> dict[str, Map]:
     """Of :mod:`megatron_stable.hf`: Llama's where it has them, else ours."""
     layer = "model.layers.{i}."
-    ours = ("attention_input_norm", "attention_output_norm", "attention_scale", "attention_post_norm")
-    more = {name: same(layer + name) for each in ours for name in (each, each.replace("attention", "mlp"))}
+    more: dict[str, Map] = {}
+    for side in ("attention", "mlp"):
+        more |= {f"{side}_{norm}": same(f"{layer}{side}_{norm}") for norm in ("input_norm", "output_norm", "post_norm")}
+        more[f"{side}_scale"] = same(f"{layer}{side}_layer_scale")
     more |= {"attention__v_norm": same(f"{layer}self_attn.v_norm")}
     more |= {"positions": same("model.embed_positions"), "embedding_norm": same("model.embed_norm")}
     if knobs["activation"] != "swiglu":
