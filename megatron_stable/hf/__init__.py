@@ -1,4 +1,4 @@
-"""A class of `transformers` for what it has none for: `import megatron_stable.hf`, and its Auto classes know our models.
+"""A class of `transformers` for what it has none for: `import megatron_stable.hf`, and its Auto classes know it.
 
 Nothing that is downloaded runs: the code is this package's, `trust_remote_code` is not needed.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -19,7 +19,7 @@ class MegatronStableConfig(PretrainedConfig):
     """
 
     model_type = "megatron_stable"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 256

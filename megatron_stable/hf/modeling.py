@@ -6,6 +6,7 @@ into the weights. A norm or factor that the configuration does not have is the i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from megatron_stable.hf.configuration import MegatronStableConfig
 from megatron_stable.model.elementwise import soft_cap
 from megatron_stable.model.mlp import gelu, squared_relu
 
-ACTIVATIONS = {"gelu": gelu, "squared_relu": squared_relu, "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "squared_relu": squared_relu, "swiglu": F.silu}
 
 
 def make_norm(config: MegatronStableConfig, size: int, present: bool = True) -> nn.Module:
@@ -176,8 +177,8 @@ class MegatronStablePreTrainedModel(PreTrainedModel):
     config_class = MegatronStableConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     def __init__(self, config: MegatronStableConfig, *args: Any, **kwargs: Any) -> None:
@@ -252,17 +253,11 @@ class MegatronStableModel(MegatronStablePreTrainedModel):
             hidden_states=tuple(states) if wanted else None,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
 
 class MegatronStableForCausalLM(MegatronStablePreTrainedModel, GenerationMixin):
     """The language model: token ids to logits, and a loss if there are labels."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MegatronStableConfig) -> None:
         super().__init__(config)

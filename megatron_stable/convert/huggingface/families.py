@@ -163,15 +163,27 @@ NEUTRAL = {
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # names of one function
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError
+    return value
+
+
+def _extents(*keys: tuple[str, str]) -> tuple[Key, ...]:
+    return tuple(Key(name, knob, ours=_whole) for name, knob in keys)
+
+
 def _shape(eps: str, tied: bool = False) -> tuple[Key, ...]:
     return (
-        Key("vocab_size", "vocab_size"),
-        Key("hidden_size", "hidden"),
-        Key("num_hidden_layers", "layers"),
-        Key("num_attention_heads", "heads"),
-        Key("intermediate_size", "ffn_hidden"),
-        Key("max_position_embeddings", "sequence_length"),
-        Key(eps, "norm_eps"),
+        *_extents(
+            ("vocab_size", "vocab_size"),
+            ("hidden_size", "hidden"),
+            ("num_hidden_layers", "layers"),
+            ("num_attention_heads", "heads"),
+            ("intermediate_size", "ffn_hidden"),
+            ("max_position_embeddings", "sequence_length"),
+        ),
+        Key(eps, "norm_eps", ours=float),
         Key("tie_word_embeddings", "tied_embeddings", tied),
     )
 
@@ -211,7 +223,7 @@ def _llama_like(*args: Any, **kwargs: Map) -> Callable[[Knobs], dict[str, Map]]:
 
 
 RMS, LAYER = "rms_norm_eps", "layer_norm_eps"
-GROUPS = Key("num_key_value_heads", "kv_heads", lambda knobs: knobs["heads"])
+GROUPS = Key("num_key_value_heads", "kv_heads", lambda knobs: knobs["heads"], ours=_whole)
 GATED = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
 CLASSIC = {"norm": "layernorm", "activation": "gelu", "bias": True, "kv_heads": lambda knobs: knobs["heads"]}
 OUTPUT_NORMS = {"attention_output_norm": True, "mlp_output_norm": True}
@@ -327,13 +339,15 @@ GPT2 = Family(
     "GPT2LMHeadModel",
     CLASSIC | {"positions": "learned", "rope_theta": None},
     (
-        Key("vocab_size", "vocab_size"),
-        Key("n_embd", "hidden"),
-        Key("n_layer", "layers"),
-        Key("n_head", "heads"),
-        Key("n_inner", "ffn_hidden", lambda knobs: 4 * knobs["hidden"]),
-        Key("n_positions", "sequence_length"),
-        Key("layer_norm_epsilon", "norm_eps", 1e-5),
+        *_extents(
+            ("vocab_size", "vocab_size"),
+            ("n_embd", "hidden"),
+            ("n_layer", "layers"),
+            ("n_head", "heads"),
+            ("n_positions", "sequence_length"),
+        ),
+        Key("n_inner", "ffn_hidden", lambda knobs: 4 * knobs["hidden"], ours=_whole),
+        Key("layer_norm_epsilon", "norm_eps", 1e-5, ours=float),
         Key("tie_word_embeddings", "tied_embeddings", True),
     ),
     {
