@@ -65,7 +65,13 @@ def test_a_trained_run_goes_there_and_back_and_on(small: SmallDemo, tmp_path: Pa
     assert run_verb(["generate", str(tmp_path / "back"), "--prompt", text, "--tokens", "3", "--json"]) == 0
     config = RunDirectory(small.run).config.read_text()
     train = next(line.split(": ")[1] for line in config.splitlines() if line.strip().startswith("train: "))
-    overrides = [f"data.train={train}", "run.steps=2", "batch.global_size=4", "logging.tensorboard=false"]
+    overrides = [
+        f"data.train={train}",
+        "run.steps=2",
+        "schedule.warmup_steps=1",
+        "batch.global_size=4",
+        "logging.tensorboard=false",
+    ]
     command = [sys.executable, "-m", "megatron_stable", "pretrain", "--config", tmp_path / "back" / "config.yaml"]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
