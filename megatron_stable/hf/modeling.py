@@ -20,10 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron_stable.hf.configuration import MegatronStableConfig
+from megatron_stable.model import mlp
 from megatron_stable.model.elementwise import soft_cap
-from megatron_stable.model.mlp import gelu, squared_relu
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "squared_relu": squared_relu, "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**mlp.ACTIVATIONS, "swiglu": F.silu}
 
 
 def make_norm(config: MegatronStableConfig, size: int, present: bool = True) -> nn.Module:

@@ -39,8 +39,11 @@ CLASSES: dict[str, dict[str, dict[str, Any]]] = {
         "gemma2_untied": {**GATED, **SANDWICH, "final_logit_cap": 3.0},
     },
     "gemma3_text": {"gemma3": {**GATED, **SANDWICH, "qk_norm": True, "tied_embeddings": True}},
-    "gpt_neox": {"gpt_neox": {"bias": True}, "gpt_neox_tied": {"bias": True, "tied_embeddings": True}},
-    "gpt2": {"gpt2": {"bias": True, "positions": "learned", "tied_embeddings": True}},
+    "gpt_neox": {"gpt_neox": {"bias": True}, "gpt_neox_erf": {"bias": True, "activation": "gelu_erf"}},
+    "gpt2": {
+        "gpt2": {"bias": True, "positions": "learned", "tied_embeddings": True},
+        "gpt2_relu": {"bias": True, "positions": "learned", "activation": "squared_relu"},
+    },
 }
 
 

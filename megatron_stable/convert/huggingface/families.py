@@ -25,6 +25,7 @@ class Key(NamedTuple):
         default: What `transformers` takes where it is absent; a function of the knobs found so far.
         theirs: From our value to theirs.
         ours: From theirs to ours.
+        only: The values of the knob that the class has; empty: all.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Key(NamedTuple):
     default: Any = REQUIRED
     theirs: Callable[[Any], Any] = lambda value: value
     ours: Callable[[Any], Any] = lambda value: value
+    only: tuple[Any, ...] = ()
 
 
 class Fixed(NamedTuple):
@@ -73,6 +75,9 @@ class Family:
     def misfit(self, knobs: Knobs) -> str | None:
         """The knob that the class does not have at that value, as users call it; ``None``: it computes just this."""
         free = {key.knob for key in self.keys}
+        for key in self.keys:
+            if key.only and knobs[key.knob] not in key.only:
+                return f"{called(key.knob)} {knobs[key.knob]} (there it is one of {', '.join(key.only)})"
         for knob, value in (PLAIN | self.knobs).items():
             wanted = value(knobs) if callable(value) else value
             if knob not in free and knobs[knob] != wanted:
@@ -104,8 +109,10 @@ class Family:
                 raise DataError(f"config.json has no {key.name}")
             try:
                 value = value if value is None else key.ours(value)
-            except (TypeError, ValueError, ArithmeticError):
-                raise DataError(f"config.json: {key.name} {config[key.name]!r} is no value of it") from None
+            except (LookupError, TypeError, ValueError, ArithmeticError):
+                raise DataError(
+                    f"config.json: {key.name} is {config.get(key.name)!r}; no knob of ours says that"
+                ) from None
             if knobs.setdefault(key.knob, value) != value:
                 raise DataError(f"config.json: {key.name} is {value!r}; {called(key.knob)} cannot say that alone")
         for name, value in (PLAIN | self.knobs).items():
@@ -160,7 +167,15 @@ NEUTRAL = {
     "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
     "task_specific_params", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "written_by",
 }  # fmt: skip
-TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # names of one function
+# names of non-linearities, ours by theirs; the first for each is the one that is written
+NON_LINEAR = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_fast": "gelu",
+    "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf",
+    "relu2": "squared_relu",
+}
 
 
 def _whole(value: Any) -> int:
@@ -186,6 +201,11 @@ def _shape(eps: str, tied: bool = False) -> tuple[Key, ...]:
         Key(eps, "norm_eps", ours=float),
         Key("tie_word_embeddings", "tied_embeddings", tied),
     )
+
+
+def _non_linear(name: str, default: str) -> Key:
+    first = {ours: theirs for theirs, ours in reversed(NON_LINEAR.items())}
+    return Key(name, "activation", default, first.__getitem__, NON_LINEAR.__getitem__, tuple(first))
 
 
 def _rope(theta: float = 10000.0) -> Key:
@@ -225,7 +245,7 @@ def _llama_like(*args: Any, **kwargs: Map) -> Callable[[Knobs], dict[str, Map]]:
 RMS, LAYER = "rms_norm_eps", "layer_norm_eps"
 GROUPS = Key("num_key_value_heads", "kv_heads", lambda knobs: knobs["heads"], ours=_whole)
 GATED = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
-CLASSIC = {"norm": "layernorm", "activation": "gelu", "bias": True, "kv_heads": lambda knobs: knobs["heads"]}
+CLASSIC = {"norm": "layernorm", "bias": True, "kv_heads": lambda knobs: knobs["heads"]}
 OUTPUT_NORMS = {"attention_output_norm": True, "mlp_output_norm": True}
 SILU = {"hidden_act": Fixed(("silu", "swish"), "silu")}
 NO_BIAS = {"attention_bias": Fixed((False,), False)}
@@ -317,9 +337,8 @@ GPT_NEOX = Family(
     "gpt_neox",
     "GPTNeoXForCausalLM",
     CLASSIC | {"positions": "rope"},
-    (*_shape(LAYER), _rope()),
+    (*_shape(LAYER), _rope(), _non_linear("hidden_act", "gelu")),
     {
-        "hidden_act": Fixed(TANH, "gelu"),
         "use_parallel_residual": Fixed((False,), True),
         "attention_bias": Fixed((True,), True),
     },
@@ -349,9 +368,9 @@ GPT2 = Family(
         Key("n_inner", "ffn_hidden", lambda knobs: 4 * knobs["hidden"], ours=_whole),
         Key("layer_norm_epsilon", "norm_eps", 1e-5, ours=float),
         Key("tie_word_embeddings", "tied_embeddings", True),
+        _non_linear("activation_function", "gelu_new"),
     ),
     {
-        "activation_function": Fixed(TANH[1:2] + TANH[:1] + TANH[2:], "gelu_new"),
         "scale_attn_weights": Fixed((True,), True),
         "scale_attn_by_inverse_layer_idx": Fixed((False,), False),
         "add_cross_attention": Fixed((False,), False),
