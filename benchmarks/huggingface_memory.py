@@ -11,7 +11,8 @@ import multiprocessing
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -62,21 +63,26 @@ def peak() -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def measured(act: Callable[[], object]) -> tuple[float, float, float]:
-    """(GB before, GB at most, seconds) in a fresh process."""
-    context = multiprocessing.get_context("fork")
+def convert(name: str, folder: Path, send: Connection) -> None:
+    """In a process of its own: one conversion; sends (GB before, GB at most, seconds)."""
+    before, began = peak(), time.perf_counter()
+    if name == "--to hf":
+        export(newest_whole(folder / "run"), folder / "hf", "bf16")
+    else:
+        take(folder / "hf", folder / "back")
+    send.send((before, peak(), time.perf_counter() - began))
+
+
+def measured(name: str, folder: Path) -> tuple[float, float, float]:
+    """What :func:`convert` sends."""
+    context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-
-    def run() -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # forget what the parent's peak was
-        before, began = peak(), time.perf_counter()
-        act()
-        send.send((before, peak(), time.perf_counter() - began))
-
-    process = context.Process(target=run)
+    process = context.Process(target=convert, args=(name, folder, send))
     process.start()
+    send.close()
+    found = receive.recv()
     process.join()
-    return receive.recv()
+    return found
 
 
 def main() -> None:
@@ -93,13 +99,8 @@ def main() -> None:
         count = write_run(folder / "run", config)
         largest = config.model.hidden * arguments.vocab_size * 4 / 1e9
         print(f"{count / 1e9:.2f}e9 parameters; the largest tensor has {largest:.1f} GB in fp32")
-        whole = newest_whole(folder / "run")
-        cases: dict[str, Callable[[], object]] = {
-            "--to hf": lambda: export(whole, folder / "hf", "bf16"),
-            "--from hf": lambda: take(folder / "hf", folder / "back"),
-        }
-        for name, act in cases.items():
-            before, most, seconds = measured(act)
+        for name in ("--to hf", "--from hf"):
+            before, most, seconds = measured(name, folder)
             print(f"{name}: {before:.2f} GB before, {most:.2f} GB at most, {seconds:.0f} s")
     finally:
         shutil.rmtree(folder)

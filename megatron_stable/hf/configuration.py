@@ -11,6 +11,7 @@ class MegatronStableConfig(PretrainedConfig):
     """What a model computes; :mod:`megatron_stable.config.schema` explains the knobs that bear the same names.
 
     Args:
+        head_dim: Width of an attention head; 0: hidden_size / num_attention_heads.
         attention_scale: Factor of q k.
         residual_scale: Factor of what attention and MLP add to the residual stream.
         logits_scale: Factor of the output logits.
@@ -26,6 +27,7 @@ class MegatronStableConfig(PretrainedConfig):
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
+    head_dim: int = 0
     intermediate_size: int = 1024
     max_position_embeddings: int = 256
     tie_word_embeddings: bool = False
@@ -59,7 +61,6 @@ class MegatronStableConfig(PretrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)

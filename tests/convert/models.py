@@ -32,11 +32,11 @@ SANDWICH = {"recipe": "sandwich", "embedding_scale": True, "attention_temperatur
 CLASSES: dict[str, dict[str, dict[str, Any]]] = {
     "llama": {"llama": GATED, "llama_bias_tied": {**GATED, "bias": True, "tied_embeddings": True, "rope_theta": 500.0}},
     "mistral": {"mistral": GATED},
-    "qwen3": {"qwen3": {**GATED, "qk_norm": True}},
-    "olmo2": {"olmo2": {**GATED, "recipe": "olmo2"}},
+    "qwen3": {"qwen3": {**GATED, "qk_norm": True}, "qwen3_wide": {**GATED, "qk_norm": True, "head_width": 12}},
+    "olmo2": {"olmo2": {**GATED, "recipe": "olmo2", "head_width": 12}},
     "gemma2": {
         "gemma2": {**GATED, "recipe": "gemma2", "tied_embeddings": True},
-        "gemma2_untied": {**GATED, **SANDWICH, "final_logit_cap": 3.0},
+        "gemma2_untied": {**GATED, **SANDWICH, "final_logit_cap": 3.0, "head_width": 6},
     },
     "gemma3_text": {"gemma3": {**GATED, **SANDWICH, "qk_norm": True, "tied_embeddings": True}},
     "gpt_neox": {"gpt_neox": {"bias": True}, "gpt_neox_erf": {"bias": True, "activation": "gelu_erf"}},

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_stable.convert.huggingface import names
-from megatron_stable.convert.huggingface.function import PLAIN, called, head_width
+from megatron_stable.convert.huggingface.function import PLAIN, called, usual_width
 from megatron_stable.convert.huggingface.names import Knobs, Map
 from megatron_stable.errors import DataError
 
@@ -115,13 +115,11 @@ class Family:
                 ) from None
             if knobs.setdefault(key.knob, value) != value:
                 raise DataError(f"config.json: {key.name} is {value!r}; {called(key.knob)} cannot say that alone")
-        for name, value in (PLAIN | self.knobs).items():
+        for name, value in (self.knobs | PLAIN | self.knobs).items():  # a family's first: PLAIN's may follow from them
             knobs.setdefault(name, value(knobs) if callable(value) else value)
         for name, allowed in self.fixed.items():
             if config.get(name, allowed.default) not in allowed.values:
                 raise _no_knob(name, config.get(name, allowed.default), allowed.values[0])
-        if config.get("head_dim") not in (None, head_width(knobs)):
-            raise _no_knob("head_dim", config["head_dim"], head_width(knobs))
         if config.get("partial_rotary_factor") not in (None, 1):
             raise _no_knob("partial_rotary_factor", config["partial_rotary_factor"], 1.0)
         self._refuse_unknown(config, knobs)
@@ -159,7 +157,7 @@ def _flat_rope(config: dict[str, Any]) -> dict[str, Any]:
 # keys that change nothing of what a model computes
 NEUTRAL = {
     "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "cache_implementation",
-    "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "head_dim",
+    "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id",
     "hidden_dropout", "id2label", "initializer_range", "is_llama_config", "keys_to_ignore_at_inference", "label2id",
     "layer_types", "max_window_layers", "model_type", "n_ctx", "output_past", "pad_token_id", "partial_rotary_factor",
     "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "rope_interleaved", "rope_local_base_freq",
@@ -244,15 +242,21 @@ def _llama_like(*args: Any, **kwargs: Map) -> Callable[[Knobs], dict[str, Map]]:
 
 RMS, LAYER = "rms_norm_eps", "layer_norm_eps"
 GROUPS = Key("num_key_value_heads", "kv_heads", lambda knobs: knobs["heads"], ours=_whole)
+
+
+def _heads(width: Any = usual_width) -> tuple[Key, ...]:
+    return GROUPS, Key("head_dim", "head_width", width, ours=_whole)
+
+
 GATED = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"}
-CLASSIC = {"norm": "layernorm", "bias": True, "kv_heads": lambda knobs: knobs["heads"]}
+CLASSIC = {"head_width": usual_width, "norm": "layernorm", "bias": True, "kv_heads": lambda knobs: knobs["heads"]}
 OUTPUT_NORMS = {"attention_output_norm": True, "mlp_output_norm": True}
 SILU = {"hidden_act": Fixed(("silu", "swish"), "silu")}
 NO_BIAS = {"attention_bias": Fixed((False,), False)}
 GEMMA = GATED | OUTPUT_NORMS | {"bias": False, "embedding_scale": True}
 GEMMA_KEYS = (
     *_shape(RMS, tied=True),
-    GROUPS,
+    *_heads(256),
     Key("query_pre_attn_scalar", "attention_scale", theirs=_square, ours=lambda value: value**-0.5),
     Key("attn_logit_softcapping", "attention_cap", None),
     Key("final_logit_softcapping", "final_logit_cap", None),
@@ -260,37 +264,32 @@ GEMMA_KEYS = (
 GEMMA_FIXED = NO_BIAS | {"hidden_activation": Fixed(("silu",), "gelu_pytorch_tanh")}
 
 
-def _head_dim(knobs: Knobs) -> dict[str, Any]:
-    return {"head_dim": head_width(knobs)}
-
-
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
     GATED,
-    (*_shape(RMS), _rope(), GROUPS, Key("attention_bias", "bias", False), Key("mlp_bias", "bias", False)),
+    (*_shape(RMS), _rope(), *_heads(), Key("attention_bias", "bias", False), Key("mlp_bias", "bias", False)),
     SILU,
     _llama_like(),
-    _head_dim,
 )
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     GATED | {"bias": False},
-    (*_shape(RMS), _rope(), GROUPS),
+    (*_shape(RMS), _rope(), *_heads()),
     SILU,
     _llama_like(),
-    lambda knobs: _head_dim(knobs) | {"sliding_window": None},
+    lambda knobs: {"sliding_window": None},
     lambda config: config.get("sliding_window"),
 )
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
     GATED | {"bias": False, "qk_norm": True},
-    (*_shape(RMS), _rope(), GROUPS),
+    (*_shape(RMS), _rope(), *_heads(128)),
     SILU | NO_BIAS,
     _llama_like(),
-    lambda knobs: _head_dim(knobs) | {"use_sliding_window": False},
+    lambda knobs: {"use_sliding_window": False},
     lambda config: config.get("sliding_window") if config.get("use_sliding_window") else None,
 )
 OLMO2 = Family(
@@ -305,7 +304,7 @@ OLMO2 = Family(
         "attention_input_norm": False,
         "mlp_input_norm": False,
     },
-    (*_shape(RMS), _rope(), GROUPS),
+    (*_shape(RMS), _rope(), *_heads()),
     SILU | NO_BIAS,
     _llama_like(**names.post_norms()),
 )
@@ -316,7 +315,7 @@ GEMMA2 = Family(
     (*GEMMA_KEYS, _rope()),
     GEMMA_FIXED,
     lambda knobs: names.gemma_names(),
-    lambda knobs: _head_dim(knobs) | _full(knobs),
+    _full,
     lambda config: config.get("sliding_window", 4096) if _slides(config) else None,
 )
 GEMMA3 = Family(
@@ -327,8 +326,7 @@ GEMMA3 = Family(
     GEMMA_FIXED,
     lambda knobs: names.gemma_names(),
     lambda knobs: (
-        _head_dim(knobs)
-        | _full(knobs)
+        _full(knobs)
         | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": knobs["rope_theta"]}}}
     ),
     _refuse_sliding,
@@ -385,7 +383,7 @@ OURS = Family(
     "megatron_stable",
     "MegatronStableForCausalLM",
     {},
-    (*_shape("norm_eps"), GROUPS, *(Key(knob, knob, None) for knob in OWN)),
+    (*_shape("norm_eps"), *_heads(), *(Key(knob, knob, None) for knob in OWN)),
     {},
     names.own_names,
     lambda knobs: {"parametrization": {}},

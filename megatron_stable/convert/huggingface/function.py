@@ -33,7 +33,7 @@ PLAIN: dict[str, Any] = {
     "embedding_scale": False,
     "embedding_norm": False,
     "final_logit_cap": None,
-    "attention_scale": lambda knobs: head_width(knobs) ** -0.5,
+    "attention_scale": lambda knobs: knobs["head_width"] ** -0.5,
     "residual_scale": 1.0,
     "logits_scale": 1.0,
 }
@@ -51,6 +51,7 @@ def knobs_of(config: Config) -> dict[str, Any]:
     del knobs["attention_temperature"]
     knobs |= {
         "kv_heads": model.groups,
+        "head_width": model.head_dim,
         "ffn_hidden": model.ffn,
         "layer_scale": model.layer_scale is not None,  # the factors themselves are weights
         "qk_norm_scope": model.qk_norm_scope if model.qk_norm or model.v_norm else "head",
@@ -77,14 +78,16 @@ def config_of(knobs: dict[str, Any], optimizer: dict[str, Any]) -> Config:
     model |= {"size": None, "layer_scale": 1e-4 if knobs["layer_scale"] else None}
     if model["rope_theta"] is None:
         del model["rope_theta"]
+    if model["head_width"] * model["heads"] == model["hidden"]:
+        model["head_width"] = None
     by = model_multipliers(parse_config({"model": model, "optimizer": optimizer}))
     temperature = knobs["attention_scale"] / by.attention_scale
     model["attention_temperature"] = 1.0 if abs(temperature - 1) < 1e-12 else temperature
     return parse_config({"model": model, "optimizer": optimizer})
 
 
-def head_width(knobs: dict[str, Any]) -> int:
-    """Width of one attention head."""
+def usual_width(knobs: dict[str, Any]) -> int:
+    """Width of an attention head that nobody has chosen."""
     width: int = knobs["hidden"] // knobs["heads"]
     return width
 
