@@ -198,3 +198,10 @@ def test_an_index_that_leaves_the_directory_is_refused(model: Path, tmp_path: Pa
 def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
     assert verb(tmp_path / "nowhere", "--to", "hf", "--output", tmp_path / "hf") == 5
     assert verb(tmp_path / "nowhere", "--from", "hf", "--output", tmp_path / "back") == 5
+
+
+def test_the_layout_that_wrote_the_checkpoint_makes_no_difference(model: Path, tmp_path: Path) -> None:
+    assert verb(tmp_path / "run", "--output", tmp_path / "sharded", "--tensor", 2, "--pipeline", 2, "--data", 3) == 0
+    assert verb(tmp_path / "sharded", "--to", "hf", "--output", tmp_path / "again") == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (model / weights).read_bytes()
