@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -54,24 +54,28 @@ class Header(Persisted):
     sums: dict[str, str]
 
 
-def write_tensors(path: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor]) -> FileEntry:
+def write_tensors(
+    path: Path, sizes: Mapping[str, int], tensor: Callable[[str], Tensor | Iterable[Tensor]]
+) -> FileEntry:
     """Write 1-d fp32 tensors on the host, one at a time, and make the file durable. OSError: it cannot be written.
 
     Args:
         path: The file.
         sizes: Elements of each tensor, by key, in the order of the file.
-        tensor: Returns the tensor of a key.
+        tensor: Returns the tensor of a key, or the pieces of it, in order: whole chunks each, but for the last.
     """
     sums = {key: "0" * DIGITS * -(-numel // CHUNK) for key, numel in sizes.items()}
     with path.open("wb") as file:
         file.write(_header(sizes, sums))  # holds the place
         for key in sizes:
-            data = tensor(key).contiguous().numpy()
-            chunks = [data[low : low + CHUNK].data for low in range(0, len(data), CHUNK)]
+            found = tensor(key)
             sums[key] = ""
-            for chunk in chunks:
-                sums[key] += xxh3_128_hexdigest(chunk)
-                file.write(chunk)
+            for piece in (found,) if isinstance(found, Tensor) else found:
+                data = piece.contiguous().numpy()
+                for low in range(0, len(data), CHUNK):
+                    chunk = data[low : low + CHUNK].data
+                    sums[key] += xxh3_128_hexdigest(chunk)
+                    file.write(chunk)
         size = file.tell()
         file.seek(0)
         file.write(header := _header(sizes, sums))

@@ -3,7 +3,7 @@
 from megatron_stable.config.attention import limits
 from megatron_stable.config.notation import inline
 from megatron_stable.config.problems import Problem, fail
-from megatron_stable.config.schema import Config
+from megatron_stable.config.schema import Config, ModelConfig
 
 
 def check(config: Config, world_size: int | None = None) -> None:
@@ -39,18 +39,23 @@ def _run(config: Config) -> list[Problem]:
     return [Problem(("run.apex", "run.deterministic"), message)]
 
 
+def _odd_heads(model: ModelConfig) -> Problem:
+    chosen = model.head_width is not None
+    keys = ("model.head_width",) if chosen else ("model.hidden", "model.heads")
+    width = "model.head_width" if chosen else f"model.hidden {model.hidden} / model.heads {model.heads}"
+    return Problem(
+        ("model.positions", *keys),
+        f"model.positions rope rotates pairs and needs an even head width, but {width} is {model.head_dim}: "
+        f"change {'it' if chosen else 'one of them'}, or set model.positions=learned",
+    )
+
+
 def _model(config: Config) -> list[Problem]:
     model, found = config.model, []
-    if model.hidden % model.heads:
+    if model.head_width is None and model.hidden % model.heads:
         found.append(_indivisible("model.hidden", model.hidden, "model.heads", model.heads))
     elif model.positions == "rope" and model.head_dim % 2:
-        found.append(
-            Problem(
-                ("model.positions", "model.hidden", "model.heads"),
-                f"model.positions rope rotates pairs and needs an even head width, but model.hidden {model.hidden} / "
-                f"model.heads {model.heads} is {model.head_dim}: change one of them, or set model.positions=learned",
-            )
-        )
+        found.append(_odd_heads(model))
     if model.heads % model.groups:
         found.append(_indivisible("model.heads", model.heads, "model.kv_heads", model.groups))
     found += [*_backend(config), *_recipe(config)]

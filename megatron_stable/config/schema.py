@@ -75,6 +75,8 @@ class ModelConfig(Section):
     """Attention heads."""
     kv_heads: int | None = Field(None, ge=1)
     """Key/value heads (grouped-query attention, arXiv 2305.13245); null: as many as `heads`."""
+    head_width: int | None = Field(None, ge=1)
+    """Width of an attention head; null: hidden / heads."""
     ffn_hidden: int | None = Field(None, ge=1)
     """Width of the MLP; null: 4 x hidden, for swiglu 8/3 x hidden rounded up to a multiple of 64."""
     sequence_length: int = Field(256, ge=1)
@@ -173,8 +175,8 @@ class ModelConfig(Section):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden // self.heads
+        """Width of one attention head, resolved."""
+        return self.head_width or self.hidden // self.heads
 
     @property
     def groups(self) -> int:

@@ -61,6 +61,7 @@ EXAMPLES: tuple[Event, ...] = (
     types.Start(step=0, ranks=8, layout=_LAYOUT),
     types.Resume(step=60, ranks=8, layout=_LAYOUT, changed={"optimizer.learning_rate": (0.001, 0.0005)}),
     types.Converted(step=200, source="runs/first/checkpoints/step_00000200", tensor=4, pipeline=1, data=2),
+    types.Imported(step=0, source="models/llama", architecture="LlamaForCausalLM"),
     types.Spike(step=159, data_step=159, series="loss", value=5.358, score=12.27, **_SPIKE),
     types.Rise(step=173, data_step=173, series="loss", value=4.925, score=9.444, **_SPIKE),
     types.Divergence(step=190, data_step=190, series="loss", value=None, score=None, **_SPIKE),

@@ -77,6 +77,19 @@ class Converted(Event):
         return f"converted from {self.source} to TP {self.tensor}, PP {self.pipeline}, DP {self.data}"
 
 
+class Imported(Event):
+    """The run began as a model of Hugging Face's."""
+
+    event: Literal["imported"] = "imported"
+    source: str
+    """Directory of the model."""
+    architecture: str
+    """Its class."""
+
+    def words(self) -> str:
+        return f"imported {self.architecture} from {self.source}"
+
+
 class _Excursion(Event):
     HEAD: ClassVar[str]
 
@@ -455,8 +468,8 @@ class Unknown(Event):
 
 
 AnyEvent: TypeAlias = Annotated[
-    Start | Resume | Converted | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop | Rollback | GaveUp
-    | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
+    Start | Resume | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop
+    | Rollback | GaveUp | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

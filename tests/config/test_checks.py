@@ -25,6 +25,11 @@ CONFLICTS = {
         None,
         ["model.positions rope", "model.hidden 36", "model.heads 4", "is 9", "model.positions=learned"],
     ),
+    "rope, chosen head width": (
+        build(model={"hidden": 36, "heads": 4, "head_width": 7}),
+        None,
+        ["model.positions rope", "model.head_width is 7", "model.positions=learned"],
+    ),
     "sdpa, cap": (
         build(model={"attention": "sdpa", "recipe": "qk_norm_cap"}),
         None,

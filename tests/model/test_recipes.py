@@ -35,6 +35,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "attention_output_norm": {"attention_output_norm": True},
     "mlp_output_norm": {"mlp_output_norm": True},
     "deepnorm_rms": {"recipe": "deepnorm", "norm": "rmsnorm"},
+    "head_width": {"head_width": 10, "qk_norm": True, "qk_norm_scope": "full"},
     "layer_scale": {"layer_scale": 0.3, "attention_output_norm": True},
     "v_norm": {"v_norm": True},
     "full_layernorm": {"qk_norm": True, "v_norm": True, "qk_norm_scope": "full"},

@@ -21,6 +21,7 @@ from megatron_stable.stability.events import (
     Event,
     FlightRecorded,
     GaveUp,
+    Imported,
     LossScaleFloor,
     Resume,
     Rise,
@@ -60,6 +61,7 @@ TOLD: list[tuple[Event, str]] = [
         "changed: optimizer.learning_rate 0.001 → 0.0005, data.train a → null",
     ),
     (Converted(**AT, source="runs/a", tensor=2, pipeline=1, data=4), "converted from runs/a to TP 2, PP 1, DP 4"),
+    (Imported(**AT, source="a", architecture="LlamaForCausalLM"), "imported LlamaForCausalLM from a"),
     (Spike(**AT, **RISE), "spike of the loss: 9.312, 340.3 MADs of 0.02 above its level of 2.5, began at step 119"),
     (
         Rise(**AT, **{**RISE, "series": "grad_norm"}),
