@@ -48,11 +48,13 @@ setup(
             "axe-playwright-python",
             "wandb",
             "submitit",
+            "tokenizers",
         ],
         "wandb": ["wandb"],
         "slurm": ["submitit"],
         "mpi": ["mpi4py"],
         "hf": ["transformers"],
+        "tokenizers": ["tokenizers"],
     },
     entry_points={"console_scripts": ["megatron-stable = megatron_stable.commands.app:main"]},
     classifiers=[

@@ -15,7 +15,8 @@ def read_archive(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bytes, bo
 
     That is the sample's .txt, or else its .json. Raises DataError for what is no tar archive or has no such member.
     """
-    sample, texts, members = None, {}, 0
+    sample, members = None, 0
+    texts: dict[str, tuple[str, bytes]] = {}
     try:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:

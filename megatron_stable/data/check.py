@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 
@@ -35,9 +34,7 @@ def unchecked(datasets: Sequence[Tokens], vocab_size: int) -> list[int]:
     return sorted(i for i in first.values() if not _is_checked(datasets[i], vocab_size))
 
 
-def check_share(
-    datasets: Sequence[Tokens], vocab_size: int, share: int = 0, shares: int = 1, most: int = MOST
-) -> None:
+def check_share(datasets: Sequence[Tokens], vocab_size: int, share: int = 0, shares: int = 1, most: int = MOST) -> None:
     """Check that token ids are in 0 .. vocab_size - 1; raises DataError with the id and where it is.
 
     In all, `most` tokens are read (default 2^24), as many of each dataset, of which this is every `shares`-th block. A

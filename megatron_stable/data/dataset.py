@@ -72,7 +72,8 @@ class TokenDataset:
         """Samples per epoch."""
         if self.windows < 1:
             raise DataError(
-                f"dataset {self.indexed.prefix} has {self.indexed.tokens} tokens, one sample needs {sequence_length + 1} "
+                f"dataset {self.indexed.prefix} has {self.indexed.tokens} tokens, one sample needs "
+                f"{sequence_length + 1} "
                 f"(model.sequence_length {sequence_length} + 1): give more text or a shorter sequence_length"
             )
         self._order = SampleOrder(self.windows, seed)

@@ -101,7 +101,7 @@ def preprocess(
     if shards is not None and not 1 <= shards < 10**6:
         raise ConfigError(f"shards {shards}: give 1 to 999999")
     if not 0 <= share[0] < share[1] <= (shards or 1):
-        raise ConfigError(f"share {share[0]}/{share[1]}: count machines from 0, and have no more than shards ({shards})")
+        raise ConfigError(f"share {share[0]}/{share[1]}: count machines from 0, at most one a shard ({shards})")
     model = Tokenizer(tokenizer)
     names = {"training": str(output_prefix)}
     if validation_fraction:

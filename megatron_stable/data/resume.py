@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from glob import escape, glob
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from megatron_stable.data.documents import find_files
 from megatron_stable.data.indexed import dataset_paths, read_head, read_metadata
-from megatron_stable.data.shards import NAME
+from megatron_stable.data.shards import shards_there
 from megatron_stable.data.tokenizer import Tokenizer
 from megatron_stable.errors import DataError
 
@@ -82,10 +81,7 @@ def refuse_others(name: str, recipe: Recipe) -> None:
     """Raises DataError for a dataset in another number of shards, or in one piece, under the same name: one of
     them would be read in place of the other."""
     there = [f"{name}.idx"] if dataset_paths(name)[1].exists() else []
-    for path in glob(f"{escape(name)}-*-of-*.idx"):
-        found = NAME.fullmatch(path.removesuffix(".idx"))
-        if found and found[1] == name and int(found[3]) != recipe.notes["shards"]:
-            there.append(path)
+    there += [path for path in shards_there(name) if int(path.rpartition("-")[2]) != recipe.notes["shards"]]
     if there:
         raise DataError(
             f"{there[0]} is there, and is not one of {recipe.notes['shards']} shards of {name}: remove it, or choose "

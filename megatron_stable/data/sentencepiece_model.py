@@ -99,7 +99,9 @@ def _is_divisible(model: Any) -> bool:
     Unigram models are not: they add float32 scores from the beginning of the text on, so that what comes first rounds
     what comes later.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto  # slow to import; training does without
+    from sentencepiece import sentencepiece_model_pb2  # slow to import; training does without
+
+    proto: Any = sentencepiece_model_pb2
 
     content = proto.ModelProto.FromString(model.serialized_model_proto())
     normalizer = content.normalizer_spec

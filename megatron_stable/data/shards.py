@@ -39,10 +39,16 @@ def shard_prefix(prefix: str | Path, shard: int, shards: int) -> str:
 
 def find_shards(prefix: str | Path) -> list[str]:
     """Prefixes of all shards of `prefix`, in order; none if it has none. Raises DataError if some are missing."""
-    found = [path.removesuffix(".idx") for path in glob(f"{escape(str(prefix))}-*-of-*.idx")]
-    found = sorted(path for path in found if (name := NAME.fullmatch(path)) and name[1] == str(prefix))
+    found = shards_there(prefix)
     check_complete(found)
     return found
+
+
+def shards_there(prefix: str | Path) -> list[str]:
+    """Prefixes of the shards of `prefix` that are there, in whatever number, in order."""
+    folder, name = Path(prefix).parent, Path(prefix).name
+    found = (str(path).removesuffix(".idx") for path in folder.glob(f"{escape(name)}-*-of-*.idx"))
+    return sorted(path for path in found if (match := NAME.fullmatch(path)) and Path(match[1]).name == name)
 
 
 def check_complete(prefixes: Iterable[str]) -> None:
@@ -156,7 +162,7 @@ class ShardSet:
 
     @property
     def metadata(self) -> dict[str, Any] | None:
-        """The tokenizer that `preprocess` noted, and what was noted about the whole. Raises DataError if shards differ."""
+        """The tokenizer that `preprocess` noted, and what was noted about the whole. Raises DataError for two."""
         whole = read_metadata(self.prefix) if self.notes is not None else None
         return {**(whole or {}), **self._tokenizer} or None
 
@@ -170,8 +176,8 @@ class ShardSet:
             named = named or {"shard": head.prefix, **found}
             if found["tokenizer_sha256"] != named["tokenizer_sha256"]:
                 raise DataError(
-                    f"dataset {self.prefix}: {named['shard']} and {head.prefix} were made with different tokenizers; run "
-                    "preprocess again with one"
+                    f"dataset {self.prefix}: {named['shard']} and {head.prefix} were made with different tokenizers; "
+                    "run preprocess again with one"
                 )
         return {key: named[key] for key in ("tokenizer_sha256", "vocab_size") if key in named}
 
@@ -216,7 +222,7 @@ def _shards(source: str) -> list[str] | None:
     """The shards behind a prefix or glob; None: it is the prefix of a single pair, or of nothing."""
     if _is_glob(source):
         pattern = source if source.endswith(".idx") else f"{source}.idx"
-        found = sorted(path.removesuffix(".idx") for path in glob(pattern, recursive=True))
+        found = sorted(path.removesuffix(".idx") for path in glob(pattern, recursive=True))  # noqa: PTH207 (absolute)
         if not found:
             raise DataError(f"no dataset {source}: no file is called {pattern}")
         check_complete(found)

@@ -54,6 +54,6 @@ def _source(file: str | Path, name: str, entry: Any) -> DataSource:
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not (number and isfinite(weight) and weight > 0):
         raise ConfigError(
-            f"{file}: source {name} has the weight {weight!r}, it must be a number above 0; remove a source to leave it out"
+            f"{file}: source {name} has the weight {weight!r}, it must be a number above 0; to leave it out, remove it"
         )
     return DataSource(name, tuple(str(Path(file).parent / each) for each in paths), float(weight))

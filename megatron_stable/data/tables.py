@@ -82,7 +82,8 @@ def _rows(rows: int, size: int, first: int, end: int) -> tuple[int, int]:
 
 def _overlapping(groups: list[int], begin: int, stop: int) -> tuple[list[int], int]:
     """Which groups of rows have some of the rows [begin, stop), and how many rows lie before them."""
-    wanted, before, row = [], 0, 0
+    wanted: list[int] = []
+    before = row = 0
     for i, count in enumerate(groups):
         if row < stop and begin < row + count:
             before = before if wanted else row

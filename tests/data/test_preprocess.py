@@ -268,6 +268,7 @@ def test_workers_end_with_a_killed_parent(tokenizer_path: Path, tmp_path: Path) 
     process.kill()
     process.communicate(timeout=60)
     wait_until_group_is_gone(process.pid)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin.partial", "a.idx.partial"]  # nothing that looks complete
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["a.bin.partial", "a.idx.partial"]  # nothing that looks complete
     with pytest.raises(DataError, match="does not exist"):
         IndexedDataset(tmp_path / "out" / "a")
