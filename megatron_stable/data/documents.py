@@ -132,8 +132,8 @@ class DocumentReader:
                             yield document
                     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                         raise DataError(f"{path}: broken compressed file ({error})") from error
-                self._advance(before + size)
             before += size
+        self.bytes_read = self.total_bytes  # a file that is not divided may reach far into other shares
 
     def _advance(self, position: int) -> None:
         self.bytes_read = min(max(self.bytes_read, position - self._first), self.total_bytes)

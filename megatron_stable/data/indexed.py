@@ -72,7 +72,8 @@ class IndexedDataset:
         self._validate(lengths, bin_path, idx_path)
         self.tokens = self._bytes // self.dtype.itemsize
         """Number of tokens."""
-        self._tokens = TokenFile(bin_path, self.dtype)
+        self._map = _map(bin_path)
+        self._tokens = np.frombuffer(self._map, self.dtype)
 
     def _validate(self, lengths: np.ndarray, bin_path: Path, idx_path: Path) -> None:
         size, sequences, first = self.dtype.itemsize, len(lengths), self._first_sequence
@@ -96,11 +97,14 @@ class IndexedDataset:
         """Tokens `start .. start + count - 1` of the stream: a read-only view `[count]` of the file's dtype."""
         if not 0 <= start <= start + count <= self.tokens:
             raise IndexError(f"tokens {start} .. {start + count - 1} of {self.tokens}")
-        return self._tokens.read(start, count)
+        return self._tokens[start : start + count]
 
     def will_need(self, start: int, count: int) -> None:
         """Tell the operating system to fetch these tokens in the background; has no other effect."""
-        self._tokens.will_need(start, count)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            begin = start * self.dtype.itemsize
+            page = begin - begin % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, page, begin - page + count * self.dtype.itemsize)
 
     def document_at(self, token: int) -> int:
         """The document (from 0) to which the stream's token number `token` belongs; O(log documents)."""
@@ -133,25 +137,6 @@ class IndexedDataset:
         """What changes when the tokens do."""
         status = dataset_paths(self.prefix)[0].stat()
         return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-class TokenFile:
-    """A .bin, memory-mapped."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._map = _map(path)
-        self._tokens = np.frombuffer(self._map, dtype)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start .. start + count - 1`, a read-only view."""
-        return self._tokens[start : start + count]
-
-    def will_need(self, start: int, count: int) -> None:
-        """Have these tokens fetched in the background."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            size = self._tokens.itemsize
-            page = start * size - start * size % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, page, (start + count) * size - page)
 
 
 @dataclass(frozen=True)

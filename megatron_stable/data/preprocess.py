@@ -163,6 +163,7 @@ class _Job:
                 summary.skipped += len(result.skipped)
                 summary.skipped_first += result.skipped[: 10 - len(summary.skipped_first)]
                 self.report(summary)
+            summary.input_bytes = before.input_bytes + reader.total_bytes
             for name, writer in writers.items():
                 if not writer.documents and shard is None:
                     raise DataError(

@@ -1,13 +1,15 @@
 """A dataset in shards: many .bin/.idx pairs that are one stream of tokens, one shard after the other.
 
 PREFIX stands for PREFIX-00000-of-00064 .. PREFIX-00063-of-00064, as `preprocess --shards 64` writes them. Opening reads
-a few bytes of each index. A .bin is mapped when one of its tokens is asked for, and an index when somebody asks for
-documents; at most MAPPED and INDEXED of them at a time.
+a few bytes of each index. A .bin is opened when one of its tokens is asked for, and an index is mapped when somebody
+asks for documents; at most OPEN and INDEXED of them at a time.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,11 +22,12 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
-from megatron_stable.data.indexed import IndexedDataset, TokenFile, dataset_paths, read_head, read_metadata
+from megatron_stable.data.indexed import IndexedDataset, dataset_paths, read_head, read_metadata
 from megatron_stable.errors import DataError
+from megatron_stable.files import explain_os_errors
 
-MAPPED, INDEXED = 256, 4
-"""Files of tokens, and indices, that are mapped at a time."""
+OPEN, INDEXED = 256, 4
+"""Files of tokens that are open, and indices that are mapped, at a time."""
 OPENERS = 16
 """Threads that read headers: on a shared file system that is waiting for most of the time."""
 NAME = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})")
@@ -89,6 +92,33 @@ class _Recent(Generic[T]):
         return self._kept[number]
 
 
+class _TokenFile:
+    """A .bin that is read, not mapped: the first look into a map costs more than a short read."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._path, self._dtype = path, dtype
+        with explain_os_errors("read", path):
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        size = self._dtype.itemsize
+        with explain_os_errors("read", self._path):
+            parts = [os.pread(self._file, count * size, start * size)]
+            while parts[-1] and sum(map(len, parts)) < count * size:  # a read gives at most 2 GB
+                done = sum(map(len, parts))
+                parts.append(os.pread(self._file, count * size - done, start * size + done))
+        found = parts[0] if len(parts) == 1 else b"".join(parts)
+        if len(found) != count * size:
+            raise DataError(f"{self._path} ends before token {start + count}: it was cut while it was in use")
+        return np.frombuffer(found, self._dtype)
+
+    def will_need(self, start: int, count: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            size = self._dtype.itemsize
+            os.posix_fadvise(self._file, start * size, count * size, os.POSIX_FADV_WILLNEED)
+
+
 class ShardSet:
     """Shards as one stream of tokens, documents in order, with the interface of :class:`IndexedDataset`.
 
@@ -119,7 +149,7 @@ class ShardSet:
         self._ends = list(accumulate(head.tokens for head in self.shards))
         self._document_ends = list(accumulate(head.documents for head in self.shards))
         self.tokens, self.documents = self._ends[-1], self._document_ends[-1]
-        self._files = _Recent(lambda i: TokenFile(dataset_paths(self.shards[i].prefix)[0], self.dtype), MAPPED)
+        self._files = _Recent(lambda i: _TokenFile(dataset_paths(self.shards[i].prefix)[0], self.dtype), OPEN)
         self._indices = _Recent(lambda i: IndexedDataset(self.shards[i].prefix), INDEXED)
 
     def read(self, start: int, count: int) -> np.ndarray:

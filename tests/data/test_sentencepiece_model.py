@@ -76,7 +76,9 @@ def test_texts_are_divided(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     assert model._parts is not None
     encode = model._parts._model.encode
-    monkeypatch.setattr(model._parts, "_model", type("Spy", (), {"encode": lambda _, t: asked.append(t) or encode(t)})())
+    monkeypatch.setattr(
+        model._parts, "_model", type("Spy", (), {"encode": lambda _, t: asked.append(t) or encode(t)})()
+    )
     model.encode("one two  three one\n two")
     model.encode("one two")
     assert asked == ["one", " two", "  three", " one\n"]
@@ -130,6 +132,12 @@ def test_models_of_other_origin_give_their_own_tokens(name: str, tmp_path: Path)
     (tmp_path / "tok.model").write_bytes(written.getvalue())
     own = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
     tokenizer = Tokenizer(tmp_path / "tok.model")
-    texts = [CODE, "héé ĸĸ ßß €€ import json\nimport  json", "<|tool call|> a<|tool call|>", "ĸ ĸĸ  ĸ", *ADVERSARIAL[2:6]]
+    texts = [
+        CODE,
+        "héé ĸĸ ßß €€ import json\nimport  json",
+        "<|tool call|> a<|tool call|>",
+        "ĸ ĸĸ  ĸ",
+        *ADVERSARIAL[2:6],
+    ]
     for text in texts:
         assert tokenizer.encode(text) == own.encode(text)

@@ -129,10 +129,10 @@ def test_file_that_is_no_tokenizer(tmp_path: Path, content: bytes) -> None:
 
 def test_no_end_of_document(tmp_path: Path) -> None:
     trained(None).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="name one as eos_token in a tokenizer_config.json"):
+    with pytest.raises(DataError, match=r"name one as eos_token in a tokenizer_config\.json"):
         _ = Tokenizer(tmp_path).end_of_document
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "nothing"}')
-    with pytest.raises(DataError, match="has the eos_token 'nothing', .* does not"):
+    with pytest.raises(DataError, match=r"has the eos_token 'nothing', .* does not"):
         Tokenizer(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_description_that_is_none(path: Path, content: str) -> None:
 
 
 def test_directory_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has neither a tokenizer.json nor a tokenizer.model"):
+    with pytest.raises(DataError, match=r"has neither a tokenizer\.json nor a tokenizer\.model"):
         Tokenizer(tmp_path)
 
 
