@@ -149,7 +149,7 @@ def test_shards_are_the_same_stream(divisible: list[Path], tokenizer_path: Path,
         written.append(contents(folder))
     assert written[0] == written[1]
     sizes = [len(content) for name, content in written[0].items() if name.endswith(".bin")]
-    assert len(sizes) == 7 and sum(size > 0 for size in sizes) >= 5
+    assert len(sizes) == 7 and sum(size > 0 for size in sizes) >= 4
 
 
 def test_machines_write_their_own_shards(divisible: list[Path], tokenizer_path: Path, tmp_path: Path) -> None:
