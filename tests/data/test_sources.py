@@ -47,7 +47,7 @@ def test_sources_are_a_blend_by_name(folder: Path) -> None:
         ("weight: 3", "weight: many", "source web has the weight 'many'"),
         ("weight: 3", "weight: true", "source web has the weight True"),
         (", weight: 3", "", "source web must have a path and a weight"),
-        ("weight: 3", "wieght: 3", "source web must have a path and a weight, and nothing else"),
+        ("weight: 3", "heft: 3", "source web must have a path and a weight, and nothing else"),
         ("path: web", "path: 7", "source web has the path 7"),
         ("path: web", "path: []", "source web has the path"),
         ("sources", "source", "does not list sources"),
