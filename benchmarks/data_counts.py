@@ -1,7 +1,7 @@
-"""What a dataset of 10^12 tokens takes: counted on shards of that size whose files are sparse, so that they fit anywhere.
+"""What a dataset of 10^12 tokens takes: counted on shards of that size whose files are sparse, so that they fit.
 
 Of each index only what opening reads is written; tokens are zeros. Opening, samples from everywhere, file handles,
-memory and sizes are real, reading from a disk is not. Run: python benchmarks/data_counts.py [--shards 4000] [--samples 20000]
+memory and sizes are real, reading from a disk is not. Run: python benchmarks/data_counts.py [--shards 4000]
 """
 
 from __future__ import annotations

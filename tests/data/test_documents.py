@@ -260,3 +260,10 @@ def test_a_line_of_a_later_share_is_named_by_its_byte(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 10 + b"broken\n")
     with pytest.raises(UndecodableError, match=r"a\.jsonl, byte 140: not JSON"):
         [document.text() for document in DocumentReader([tmp_path], share=1, shares=2)]
+
+
+def test_a_line_that_begins_where_a_share_ends_is_in_the_next(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % i for i in range(8)))
+    readers = [DocumentReader([tmp_path], share=i, shares=4) for i in range(4)]
+    found = [[document.text() for document in reader] for reader in readers]
+    assert found == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]

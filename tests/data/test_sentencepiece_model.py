@@ -94,8 +94,15 @@ def test_what_is_remembered_is_bounded(path: Path, whole, monkeypatch: pytest.Mo
 
 
 FOREIGN = {
-    "unigram": {"model_type": "unigram", "normalization_rule_name": "identity", "add_dummy_prefix": False},
-    "llama": {"normalization_rule_name": "identity", "byte_fallback": True},
+    "unigram": {
+        "model_type": "unigram",
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+    },
+    "llama": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True},
+    "rules": {"normalization_rule_tsv": "rules.tsv", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
     "t5": {"model_type": "unigram"},
     "nfkc": {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
     "unknown": {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
@@ -123,9 +130,13 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_models_of_other_origin_give_their_own_tokens(name: str, tmp_path: Path) -> None:
+def test_models_of_other_origin_give_their_own_tokens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written, options = io.BytesIO(), {"model_type": "bpe", "vocab_size": 700, "hard_vocab_limit": False}
     lines = CODE.splitlines(keepends=True)
+    monkeypatch.chdir(tmp_path)
+    Path("rules.tsv").write_text("66 20 6A\t6B\n")  # "f j" becomes "k"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=written, minloglevel=2, **{**options, **FOREIGN[name]}
     )
@@ -137,6 +148,8 @@ def test_models_of_other_origin_give_their_own_tokens(name: str, tmp_path: Path)
         "héé ĸĸ ßß €€ import json\nimport  json",
         "<|tool call|> a<|tool call|>",
         "ĸ ĸĸ  ĸ",
+        "if json",
+        CODE * 20,
         *ADVERSARIAL[2:6],
     ]
     for text in texts:
