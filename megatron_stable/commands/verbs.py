@@ -16,6 +16,8 @@ VERBS = {
     "init": "Write a commented configuration to start from.",
     "tokenizer": "Train a SentencePiece tokenizer that can represent any text.",
     "preprocess": "Tokenize text into Megatron's .bin/.idx format.",
+    "data": "Say what is in a dataset: documents, tokens, lengths, duplicates, and with its tokenizer what the text is "
+    "like.",
     "plan": "Say what a run will need: memory of each GPU, time, money, checkpoints, and what limits it.",
     "doctor": "Examine machines, links, disks and numerics before a run.",
     "pretrain": "Train a model, or resume training where it stopped.",

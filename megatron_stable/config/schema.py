@@ -19,6 +19,7 @@ Factor = Annotated[float, Field(gt=0, le=1)]
 Verbosity: TypeAlias = Literal["quiet", "normal", "debug"]
 ProbeGroup: TypeAlias = Literal["outputs", "attention", "logits", "weights", "gradients", "updates", "moments", "noise"]
 PROBE_GROUPS: tuple[ProbeGroup, ...] = get_args(ProbeGroup)
+Prefixes = Annotated[tuple[str, ...], Field(min_length=1)]
 Blend = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
 
@@ -227,11 +228,12 @@ class BatchConfig(Section):
 
 class DataConfig(Section):
     tokenizer: str | None = None
-    """The SentencePiece model."""
-    train: str | Blend | None = None
-    """Prefix of the training .bin/.idx, or a blend: {prefix: weight, ...}."""
-    validation: str | Blend | None = None
-    """Prefix of the validation .bin/.idx, or a blend; null: no evaluation."""
+    """A SentencePiece model, a tokenizer.json, or a directory that holds one of them."""
+    train: str | Prefixes | Blend | None = None
+    """Training data: prefix of a .bin/.idx or of shards, a glob, a list of these, a blend {prefix: weight, ...}, or a
+    .yaml of sources with names and weights."""
+    validation: str | Prefixes | Blend | None = None
+    """Validation data, given like `train`; null: no evaluation."""
     skip: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
     """Windows of data steps that are not trained on, [first, last], inclusive and counted from 1 as the run counts
     them when it first sees the window, which then stands for the same samples whatever becomes of the batch size; the

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import Any
 
 import numpy as np
 
 from megatron_stable.data.dataset import Samples
-from megatron_stable.data.indexed import IndexedDataset, dataset_paths
+from megatron_stable.data.shards import Tokens
 from megatron_stable.data.tokenizer import Tokenizer
 from megatron_stable.errors import DataError
 from megatron_stable.files import replace_file
@@ -29,15 +28,13 @@ def check_vocabulary(dataset: Samples, vocab_size: int) -> None:
         remember(each, vocab_size)
 
 
-def unchecked(datasets: Sequence[IndexedDataset], vocab_size: int) -> list[int]:
+def unchecked(datasets: Sequence[Tokens], vocab_size: int) -> list[int]:
     """Which of these, by number, have not been found to have ids below `vocab_size` before; each but once."""
     first = {dataset.prefix: i for i, dataset in reversed([*enumerate(datasets)])}
     return sorted(i for i in first.values() if not _is_checked(datasets[i], vocab_size))
 
 
-def check_share(
-    datasets: Sequence[IndexedDataset], vocab_size: int, share: int = 0, shares: int = 1, most: int = MOST
-) -> None:
+def check_share(datasets: Sequence[Tokens], vocab_size: int, share: int = 0, shares: int = 1, most: int = MOST) -> None:
     """Check that token ids are in 0 .. vocab_size - 1; raises DataError with the id and where it is.
 
     In all, `most` tokens are read (default 2^24), as many of each dataset, of which this is every `shares`-th block. A
@@ -52,28 +49,24 @@ def check_share(
             check_ids(found, vocab_size, dataset, start)
 
 
-def remember(dataset: IndexedDataset, vocab_size: int) -> None:
+def remember(dataset: Tokens, vocab_size: int) -> None:
     """Note beside a dataset that it was checked; where that cannot be written, nothing is noted."""
+    if dataset.notes is None:
+        return
     try:
-        note = {CHECKED: {"vocab_size": vocab_size, **_stamp(dataset)}}
+        note = {CHECKED: {"vocab_size": vocab_size, **dataset.stamp}}
         text = json.dumps({**(dataset.metadata or {}), **note}, indent=2)
-        replace_file(dataset_paths(dataset.prefix)[2].resolve(), f"{text}\n".encode())
+        replace_file(dataset.notes.resolve(), f"{text}\n".encode())
     except (OSError, DataError):
         pass
 
 
-def _is_checked(dataset: IndexedDataset, vocab_size: int) -> bool:
+def _is_checked(dataset: Tokens, vocab_size: int) -> bool:
     try:
         note = dict((dataset.metadata or {}).get(CHECKED, {}))
-        return int(note.pop("vocab_size")) <= vocab_size and note == _stamp(dataset)
+        return int(note.pop("vocab_size")) <= vocab_size and note == dataset.stamp
     except (OSError, DataError, KeyError, TypeError, ValueError):
         return False
-
-
-def _stamp(dataset: IndexedDataset) -> dict[str, Any]:
-    """What changes when a dataset's tokens do."""
-    status = dataset_paths(dataset.prefix)[0].stat()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _drawn(tokens: int, limit: int) -> Iterator[int]:
@@ -84,7 +77,7 @@ def _drawn(tokens: int, limit: int) -> Iterator[int]:
         yield BLOCK * random.randrange(i * blocks // count, (i + 1) * blocks // count)
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, source: IndexedDataset, start: int) -> None:
+def check_ids(ids: np.ndarray, vocab_size: int, source: Tokens, start: int) -> None:
     """Check token ids `[n]`, which were read from `source` at `start`, against the vocabulary."""
     if int(ids.max()) < vocab_size and int(ids.min()) >= 0:
         return

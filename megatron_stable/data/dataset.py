@@ -14,9 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_stable.data.indexed import IndexedDataset
 from megatron_stable.data.order import SampleOrder
+from megatron_stable.data.shards import Tokens, open_tokens
+from megatron_stable.data.sources import read_sources
 from megatron_stable.errors import ConfigError, DataError
+
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,21 @@ class Samples(Protocol):
 
 
 class TokenDataset:
-    """One .bin/.idx in windows of sequence_length + 1 tokens, shuffled anew each epoch.
+    """One stream of tokens, a .bin/.idx or shards, in windows of sequence_length + 1 tokens, shuffled anew each epoch.
 
     Windows begin every sequence_length tokens, so that each token is a target once per epoch (the stream's first, and
     a rest shorter than a window, are not). Raises DataError if the dataset is unusable or shorter than one window.
     """
 
-    def __init__(self, prefix: str | Path, sequence_length: int, seed: int) -> None:
-        self.indexed = IndexedDataset(prefix)
+    def __init__(self, source: str | Path | Sequence[str] | Tokens, sequence_length: int, seed: int) -> None:
+        self.indexed = open_tokens(source) if isinstance(source, str | Path | Sequence) else source
         self.sequence_length = sequence_length
         self.windows = (self.indexed.tokens - 1) // sequence_length
         """Samples per epoch."""
         if self.windows < 1:
             raise DataError(
-                f"dataset {prefix} has {self.indexed.tokens} tokens, one sample needs {sequence_length + 1} "
+                f"dataset {self.indexed.prefix} has {self.indexed.tokens} tokens, one sample needs "
+                f"{sequence_length + 1} "
                 f"(model.sequence_length {sequence_length} + 1): give more text or a shorter sequence_length"
             )
         self._order = SampleOrder(self.windows, seed)
@@ -146,8 +150,19 @@ def _rounded(k: int, share: tuple[int, int]) -> int:
     return (2 * k * numerator + denominator) // (2 * denominator)
 
 
-def open_dataset(source: str | Path | Mapping[str, float], sequence_length: int, seed: int) -> TokenDataset | Blend:
-    """Open what the configuration names under data.train: a prefix of .bin/.idx, or prefixes with their weights."""
-    if not isinstance(source, Mapping):
+def open_dataset(
+    source: str | Path | Sequence[str] | Mapping[str, float], sequence_length: int, seed: int
+) -> TokenDataset | Blend:
+    """Open what the configuration names under data.train.
+
+    Args:
+        source: A prefix of a .bin/.idx or of shards, a glob, a list of these, or these with their weights; or a .yaml
+            that lists sources.
+    """
+    if isinstance(source, Mapping):
+        return Blend([TokenDataset(prefix, sequence_length, seed) for prefix in source], list(source.values()))
+    if not isinstance(source, str | Path) or Path(source).suffix not in YAML:
         return TokenDataset(source, sequence_length, seed)
-    return Blend([TokenDataset(prefix, sequence_length, seed) for prefix in source], list(source.values()))
+    sources = read_sources(source)
+    opened = [TokenDataset(open_tokens(each.paths, each.name), sequence_length, seed) for each in sources]
+    return Blend(opened, [each.weight for each in sources])

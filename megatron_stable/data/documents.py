@@ -1,4 +1,4 @@
-"""Documents out of files: plain text, JSON lines and Parquet, also compressed, in a fixed order.
+"""Documents out of files: plain text, JSON lines, Parquet, Arrow and tar archives, also compressed, in a fixed order.
 
 What is read here are raw bytes with their place in the input; decoding is a method of the document, so that worker
 processes can do it. A directory stands for the files below it in sorted order, hidden ones left out.
@@ -6,7 +6,6 @@ processes can do it. A directory stands for the files below it in sorted order, 
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import io
 import json
@@ -18,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_stable.data import tables
+from megatron_stable.data.archives import read_archive
 from megatron_stable.errors import DataError
 from megatron_stable.files import explain_os_errors
 
 JSON_LINES = (".jsonl", ".ndjson")
+TAR = (".tar",)
 
 
 class UndecodableError(DataError):
@@ -43,7 +45,7 @@ class RawDocument:
     source: str
     """The file."""
     record: str
-    """Which of the file's records, for messages: "line 3", "row 7"; "" where the file is the document."""
+    """Which of the file's records, for messages: "line 3", "row 7", "a/0001.txt"; "" where the file is the document."""
     offset: int
     """Where `raw` begins in the file, in bytes, after decompression."""
     raw: bytes
@@ -70,7 +72,7 @@ class RawDocument:
         if not isinstance(value, dict):
             raise self._undecodable(f"a JSON {type(value).__name__}, not an object")
         if text_key not in value:
-            raise DataError(f"{self._where()}: no key {text_key!r}; {_suggest(text_key, value, 'text key')}")
+            raise DataError(f"{self._where()}: no key {text_key!r}; {tables.suggest(text_key, value, 'text key')}")
         text = value[text_key]
         if not isinstance(text, str):
             raise self._undecodable(f"{text_key!r} is {json.dumps(text)[:40]}, not a string")
@@ -90,45 +92,88 @@ class RawDocument:
 class DocumentReader:
     """Iterates over the documents of `inputs` (files and directories), with progress in bytes.
 
-    Raises DataError: at construction for inputs that do not exist or hold no file, later for what cannot be read.
+    Of all bytes of all files, one after the other, share i of n takes the i-th n-th: the documents that begin in it. So
+    the shares in order are the whole. Compressed files, archives and plain texts are not divided.
+
+    Args:
+        files: What `find_files` has found, if it was asked before.
+
+    Raises:
+        DataError: At construction for inputs that do not exist or hold no file, later for what cannot be read.
     """
 
-    def __init__(self, inputs: Iterable[str | Path], text_key: str = "text") -> None:
-        self.files = find_files(inputs)
+    def __init__(
+        self,
+        inputs: Iterable[str | Path],
+        text_key: str = "text",
+        share: int = 0,
+        shares: int = 1,
+        files: list[tuple[Path, int]] | None = None,
+    ) -> None:
+        self.files = find_files(inputs) if files is None else files
         self.text_key = text_key
-        self.total_bytes = sum(size for _, size in self.files)
-        """Size of all files on disk."""
+        whole = sum(size for _, size in self.files)
+        self._first, self._end = (whole * i // shares for i in (share, share + 1))
+        self.total_bytes = self._end - self._first
+        """Size of the share, on disk."""
+        self._end += share == shares - 1  # empty files behind the last byte
         self.bytes_read = 0
         """How much of `total_bytes` has been read."""
 
     def __iter__(self) -> Iterator[RawDocument]:
         before = 0
         for path, size in self.files:
-            with explain_os_errors("read", path):
-                try:
-                    for document, position in self._read(path, size):
-                        self.bytes_read = before + position
-                        yield document
-                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    raise DataError(f"{path}: broken compressed file ({error})") from error
+            first, end = max(0, self._first - before), self._end - before
+            if first < max(1, size) and end > 0:
+                with explain_os_errors("read", path):
+                    try:
+                        for document, position in self._read(path, size, first, end):
+                            self._advance(before + position)
+                            yield document
+                    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                        raise DataError(f"{path}: broken compressed file ({error})") from error
             before += size
-            self.bytes_read = before
+        self.bytes_read = self.total_bytes  # a file that is not divided may reach far into other shares
 
-    def _read(self, path: Path, size: int) -> Iterator[tuple[RawDocument, int]]:
-        """Documents of one file, each with the position in the file behind it."""
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path, size, self.text_key)
+    def _advance(self, position: int) -> None:
+        self.bytes_read = min(max(self.bytes_read, position - self._first), self.total_bytes)
+
+    def _read(self, path: Path, size: int, first: int, end: int) -> Iterator[tuple[RawDocument, int]]:
+        """Documents of one file that begin at its bytes [first, end), each with the position in the file behind it."""
+        if path.suffix in tables.SUFFIXES:
+            for row, raw, position in tables.read_table(path, size, self.text_key, first, end):
+                yield RawDocument(str(path), f"row {row}", 0, raw, json=False), position
             return
         with path.open("rb") as file:
+            if path.suffix in JSON_LINES:
+                yield from _lines(path, file, first, end)
+                return
+            if first > 0:
+                return  # it begins in an earlier share
             stream, name = _decompressed(file, path)
             if Path(name).suffix in JSON_LINES:
-                offset = 0
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield RawDocument(str(path), f"line {number}", offset, line, json=True), file.tell()
-                    offset += len(line)
+                for document, _ in _lines(path, stream):
+                    yield document, file.tell()
+            elif Path(name).suffix in TAR:
+                for member, raw, is_json in read_archive(path, stream):
+                    yield RawDocument(str(path), member, 0, raw, is_json), file.tell()
             else:
                 yield RawDocument(str(path), "", 0, stream.read(), json=False), size
+
+
+def _lines(path: Path, stream: IO[bytes], first: int = 0, end: int | None = None) -> Iterator[tuple[RawDocument, int]]:
+    """Lines that begin at bytes [first, end) of a stream, without blank ones, each with the position behind it."""
+    offset = first
+    if first:
+        stream.seek(first - 1)
+        offset += len(stream.readline()) - 1  # the line that the byte before belongs to began before
+    for number, line in enumerate(stream, start=1):
+        if end is not None and offset >= end:
+            return
+        record = f"byte {offset}" if first else f"line {number}"
+        start, offset = offset, offset + len(line)
+        if line.strip():
+            yield RawDocument(str(path), record, start, line, json=True), offset
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[tuple[Path, int]]:
@@ -168,8 +213,9 @@ def _walk(root: Path) -> Iterator[tuple[Path, int]]:
 
 def _decompressed(file: IO[bytes], path: Path) -> tuple[IO[bytes], str]:
     """The stream behind .gz or .zst, and the file name without that ending."""
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=file), path.stem  # type: ignore[return-value]
+    if path.suffix in (".gz", ".tgz"):
+        name = path.stem if path.suffix == ".gz" else f"{path.stem}.tar"
+        return gzip.GzipFile(fileobj=file), name  # type: ignore[return-value]
     if path.suffix == ".zst":
         return io.BufferedReader(_ZstdStream(file, path), 1 << 20), path.stem
     return file, path.name
@@ -215,40 +261,3 @@ class _ZstdStream(io.RawIOBase):
         if self._frame.eof:
             self._compressed, self._frame = self._frame.unused_data, None
         return True
-
-
-def _read_parquet(path: Path, size: int, text_key: str) -> Iterator[tuple[RawDocument, int]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise DataError(f"reading {path} needs the package pyarrow: pip install pyarrow") from None
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if text_key not in names:
-                raise DataError(f"{path}: no column {text_key!r}; {_suggest(text_key, names, 'column')}")
-            kind = file.schema_arrow.field(text_key).type
-            value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if str(value_kind) not in ("string", "large_string", "string_view", "binary", "large_binary", "null"):
-                raise DataError(f"{path}: column {text_key!r} is {kind}, not text")
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-                column = batch.column(0)
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                # As bytes, because Arrow does not check that its strings are UTF-8.
-                for value in column.cast(pa.large_binary()):
-                    row += 1
-                    raw = value.as_py() or b""
-                    yield RawDocument(str(path), f"row {row}", 0, raw, json=False), size * row // file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: broken Parquet file ({error})") from error
-
-
-def _suggest(key: str, available: Iterable[str], what: str) -> str:
-    names = list(available)
-    near = difflib.get_close_matches(key, names, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return f"choose the {what} with --text-key, there is: {', '.join(names[:10])}"

@@ -18,9 +18,10 @@ import json
 import mmap
 import os
 import struct
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,13 +59,9 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
-        bin_path, idx_path, _ = dataset_paths(prefix)
-        for path in (idx_path, bin_path):
-            if not path.is_file():
-                hint = "; give the prefix without .bin or .idx" if self.prefix.endswith((".bin", ".idx")) else ""
-                raise DataError(f"no dataset {self.prefix}: {path} does not exist{hint}")
+        bin_path, idx_path = find_files(prefix)
         index = _map(idx_path)
-        self.dtype, sequences, documents = _read_header(idx_path, index)
+        self.dtype, sequences, documents = _read_header(idx_path, index[: HEADER.size], len(index))
         self.documents = documents - 1
         """Number of documents."""
         # The header's 34 bytes leave these unaligned: numpy would copy them whole to search them, bisect does not.
@@ -81,9 +78,7 @@ class IndexedDataset:
     def _validate(self, lengths: np.ndarray, bin_path: Path, idx_path: Path) -> None:
         size, sequences, first = self.dtype.itemsize, len(lengths), self._first_sequence
         promised = int(self._pointers[-1]) + int(lengths[-1]) * size if sequences else 0
-        if self._bytes != promised:
-            state = "truncated" if self._bytes < promised else "too long"
-            raise DataError(f"{bin_path} is {state}: {self._bytes} bytes, {idx_path} says {promised}")
+        _check_size(bin_path, idx_path, self._bytes, promised)
         if promised == 0:
             raise DataError(f"{bin_path} holds no tokens")
         for start, stop in _blocks(sequences):
@@ -130,16 +125,78 @@ class IndexedDataset:
     @property
     def metadata(self) -> dict[str, Any] | None:
         """What `preprocess` noted about the dataset; None for datasets of other origin."""
-        path = dataset_paths(self.prefix)[2]
-        if not path.exists():
-            return None
-        try:
-            metadata = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is unreadable ({error}); remove it, or run preprocess again") from error
-        if not isinstance(metadata, dict):
-            raise DataError(f"{path} is not what preprocess writes; remove it, or run preprocess again")
-        return metadata
+        return read_metadata(self.prefix)
+
+    @property
+    def notes(self) -> Path | None:
+        """The file of the metadata."""
+        return dataset_paths(self.prefix)[2]
+
+    @property
+    def stamp(self) -> dict[str, int]:
+        """What changes when the tokens do."""
+        status = dataset_paths(self.prefix)[0].stat()
+        return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What can be known of a dataset without reading its index: O(1) time, and no file stays open."""
+
+    prefix: str
+    dtype: np.dtype[Any]
+    documents: int
+    tokens: int
+    bytes: int
+    mtime_ns: int
+
+
+def read_head(prefix: str | Path) -> Head:
+    """Read an index's header and its last sequence. Raises DataError if sizes do not match these."""
+    bin_path, idx_path = find_files(prefix)
+    with explain_os_errors("read", idx_path), idx_path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        dtype, sequences, documents = _read_header(idx_path, file.read(HEADER.size), size)
+        promised = 0
+        if sequences:
+            file.seek(HEADER.size + 4 * (sequences - 1))
+            (length,) = struct.unpack("<i", file.read(4))
+            file.seek(HEADER.size + 12 * sequences - 8)
+            promised = struct.unpack("<q", file.read(8))[0] + length * dtype.itemsize
+        status = bin_path.stat()
+    _check_size(bin_path, idx_path, status.st_size, promised)
+    tokens = promised // dtype.itemsize
+    return Head(str(prefix), dtype, documents - 1, tokens, promised, status.st_mtime_ns)
+
+
+def find_files(prefix: str | Path) -> tuple[Path, Path]:
+    """The .bin and the .idx of a dataset. Raises DataError where one is missing."""
+    bin_path, idx_path, _ = dataset_paths(prefix)
+    for path in (idx_path, bin_path):
+        if not path.is_file():
+            hint = "; give the prefix without .bin or .idx" if str(prefix).endswith((".bin", ".idx")) else ""
+            raise DataError(f"no dataset {prefix}: {path} does not exist{hint}")
+    return bin_path, idx_path
+
+
+def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
+    """What `preprocess` noted about a dataset; None if it has no notes. Raises DataError for what it did not write."""
+    path = dataset_paths(prefix)[2]
+    if not path.exists():
+        return None
+    try:
+        metadata = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is unreadable ({error}); remove it, or run preprocess again") from error
+    if not isinstance(metadata, dict):
+        raise DataError(f"{path} is not what preprocess writes; remove it, or run preprocess again")
+    return metadata
+
+
+def _check_size(bin_path: Path, idx_path: Path, found: int, promised: int) -> None:
+    if found != promised:
+        state = "truncated" if found < promised else "too long"
+        raise DataError(f"{bin_path} is {state}: {found} bytes, {idx_path} says {promised}")
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -149,23 +206,23 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _read_header(path: Path, index: mmap.mmap) -> tuple[np.dtype[Any], int, int]:
-    """Dtype of the tokens, number of sequences, number of document indices."""
-    if index[: len(MAGIC)] != MAGIC[: len(index)]:
-        known = " (fairseq's old format: write it again with --dataset-impl mmap)" if index[:6] == b"TNTIDX" else ""
-        raise DataError(f"{path} is not a Megatron index: it begins with {index[:9]!r}, not {MAGIC!r}{known}")
-    if len(index) < HEADER.size:
-        raise DataError(f"{path} is truncated: {len(index)} bytes, its header alone has {HEADER.size}")
-    _, version, code, sequences, documents = HEADER.unpack(index[: HEADER.size])
+def _read_header(path: Path, header: bytes, size: int) -> tuple[np.dtype[Any], int, int]:
+    """Dtype of the tokens, number of sequences, number of document indices; of an index of `size` bytes."""
+    if header[: len(MAGIC)] != MAGIC[: len(header)]:
+        known = " (fairseq's old format: write it again with --dataset-impl mmap)" if header[:6] == b"TNTIDX" else ""
+        raise DataError(f"{path} is not a Megatron index: it begins with {header[:9]!r}, not {MAGIC!r}{known}")
+    if len(header) < HEADER.size:
+        raise DataError(f"{path} is truncated: {size} bytes, its header alone has {HEADER.size}")
+    _, version, code, sequences, documents = HEADER.unpack(header)
     if version != 1:
         raise DataError(f"{path} is an index of version {version}; this reads version 1")
     if code not in DTYPES:
         raise DataError(f"{path} has dtype code {code}, which is no integer type of tokens ({sorted(DTYPES)} are)")
     promised = HEADER.size + 12 * sequences + 8 * documents
-    if len(index) != promised or documents < 1:
-        state = "truncated" if len(index) < promised else "corrupt"
+    if size != promised or documents < 1:
+        state = "truncated" if size < promised else "corrupt"
         raise DataError(
-            f"{path} is {state}: {len(index)} bytes, but {promised} for its {sequences} sequences and "
+            f"{path} is {state}: {size} bytes, but {promised} for its {sequences} sequences and "
             f"{documents} document indices"
         )
     return DTYPES[code], sequences, documents
@@ -193,15 +250,13 @@ class IndexedWriter:
             raise ValueError(f"Megatron's format has no dtype {dtype}")
         self.paths = dataset_paths(prefix)
         self.tokens = 0
-        self._lengths = array("i")
+        self.documents = 0
+        """Number of documents so far."""
         with explain_os_errors("write", self.paths[0]):
             self.paths[0].parent.mkdir(parents=True, exist_ok=True)
             self._file = partial(self.paths[0]).open("wb", buffering=1 << 20)
-
-    @property
-    def documents(self) -> int:
-        """Number of documents so far."""
-        return len(self._lengths)
+            self._index = partial(self.paths[1]).open("w+b", buffering=1 << 16)
+            self._index.write(bytes(HEADER.size))  # until the numbers in it are known
 
     def add(self, tokens: ArrayLike, lengths: Sequence[int] | None = None) -> None:
         """Append documents: their tokens one after the other `[sum(lengths)]`; without `lengths`, one document."""
@@ -216,7 +271,9 @@ class IndexedWriter:
             raise DataError(f"a document of {max(lengths)} tokens; Megatron's format allows {MAX_LENGTH}: split it")
         with explain_os_errors("write", self.paths[0]):
             self._file.write(given.astype(self.dtype, copy=False).tobytes())
-        self._lengths.extend(lengths)
+        with explain_os_errors("write", self.paths[1]):
+            self._index.write(np.asarray(lengths, "<i4").tobytes())
+        self.documents += len(lengths)
         self.tokens += len(given)
 
     def close(self, metadata: dict[str, Any] | None = None) -> None:
@@ -226,15 +283,19 @@ class IndexedWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        with explain_os_errors("write", idx_path), partial(idx_path).open("wb") as file:
-            lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
-            file.write(HEADER.pack(MAGIC, 1, self._code, len(lengths), len(lengths) + 1))
-            file.write(lengths.astype("<i4", copy=False).tobytes())
-            pointers = np.zeros(len(lengths), "<i8")
-            np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-            pointers *= self.dtype.itemsize
-            file.write(pointers.tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        with explain_os_errors("write", idx_path), self._index as file:
+            begin = 0
+            for start in range(0, self.documents, BLOCK):  # in blocks: there may be more documents than memory
+                file.seek(HEADER.size + 4 * start)
+                lengths = np.frombuffer(file.read(4 * min(BLOCK, self.documents - start)), "<i4")
+                ends = begin + np.cumsum(lengths, dtype=np.int64)
+                file.seek(0, os.SEEK_END)
+                file.write(((ends - lengths) * self.dtype.itemsize).astype("<i8", copy=False).tobytes())
+                begin = int(ends[-1])
+            for start in range(0, self.documents + 1, BLOCK):
+                file.write(np.arange(start, min(start + BLOCK, self.documents + 1), dtype="<i8").tobytes())
+            file.seek(0)
+            file.write(HEADER.pack(MAGIC, 1, self._code, self.documents, self.documents + 1))
             file.flush()
             os.fsync(file.fileno())
         if metadata is not None:
@@ -254,10 +315,9 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Remove what was written."""
-        try:
-            self._file.close()
-        except OSError:
-            pass  # on a full disk, closing fails to flush once more
+        for file in (self._file, self._index):
+            with suppress(OSError):  # on a full disk, closing fails to flush once more
+                file.close()
         for path in self.paths:
             partial(path).unlink(missing_ok=True)
 

@@ -7,11 +7,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import numpy as np
 
 from megatron_stable.data.documents import DocumentReader, RawDocument, UndecodableError
 from megatron_stable.data.indexed import IndexedWriter, token_dtype
+from megatron_stable.data.resume import Recipe, finished, refuse_others
+from megatron_stable.data.shards import shard_prefix
 from megatron_stable.data.tokenizer import Tokenizer
 from megatron_stable.errors import ConfigError, DataError, MegatronStableError
 
@@ -50,6 +52,10 @@ class PreprocessSummary:
     """Why, for the first ten of them."""
     files: list[str] = field(default_factory=list)
     """Files written."""
+    shards_written: int = 0
+    """Shards written now, where shards were asked for."""
+    shards_kept: int = 0
+    """Shards that were complete before, and are in no other number here."""
 
     @property
     def tokens_per_byte(self) -> float:
@@ -66,6 +72,8 @@ def preprocess(
     text_key: str = "text",
     skip_undecodable: bool = False,
     on_progress: Callable[[PreprocessSummary], None] | None = None,
+    shards: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> PreprocessSummary:
     """Tokenize files and directories into OUTPUT_PREFIX.bin/.idx, in input order, an end-of-document token after each.
 
@@ -74,60 +82,111 @@ def preprocess(
     notices that tokenizer and data do not match. One worker is this process itself; more are spawned, so a script that
     asks for them needs `if __name__ == "__main__"`.
 
-    Raises DataError: inputs missing, empty or not text, tokenizer unusable, output not writable. Nothing is left then.
+    With `shards`, the same stream of tokens in so many parts, OUTPUT_PREFIX-00000-of-..., each complete or absent.
+    Those that are complete are kept, so that a run that was interrupted goes on where it was. A hash of shard and
+    number then chooses documents for validation.
+
+    Args:
+        share: (i, n): write only shards i, i + n, i + 2 n, ...; other machines write the others.
+
+    Raises:
+        ConfigError: An argument is out of range.
+        DataError: Inputs missing, empty or not text, tokenizer unusable, output not writable, or there are shards that
+            were made otherwise. Nothing incomplete is left then.
     """
     if workers < 1:
         raise ConfigError(f"workers {workers}: give at least 1")
     if not 0.0 <= validation_fraction < 1.0:
         raise ConfigError(f"validation fraction {validation_fraction}: give at least 0 and less than 1")
+    if shards is not None and not 1 <= shards < 10**6:
+        raise ConfigError(f"shards {shards}: give 1 to 999999")
+    if not 0 <= share[0] < share[1] <= (shards or 1):
+        raise ConfigError(f"share {share[0]}/{share[1]}: count machines from 0, at most one a shard ({shards})")
     model = Tokenizer(tokenizer)
-    reader = DocumentReader(inputs, text_key)
-    work = _Work(model, text_key, skip_undecodable)
-    summary = PreprocessSummary(input_total=reader.total_bytes)
-    prefixes = {"training": str(output_prefix)}
+    names = {"training": str(output_prefix)}
     if validation_fraction:
-        prefixes["validation"] = f"{output_prefix}_validation"
-    with ExitStack() as stack:
-        dtype = token_dtype(model.vocab_size)
-        writers = {name: stack.enter_context(IndexedWriter(prefix, dtype)) for name, prefix in prefixes.items()}
-        results = stack.enter_context(closing(_tokenized(_batched(reader), work, workers)))
-        number = 0
-        for result in results:
-            chosen = [_is_validation(number + i, validation_fraction) for i in range(len(result.lengths))]
-            number += len(result.lengths)
+        names["validation"] = f"{output_prefix}_validation"
+    summary = PreprocessSummary()
+    work = _Work(model, text_key, skip_undecodable)
+    with _Pool(work, workers) as pool:
+        job = _Job(pool, summary, validation_fraction, on_progress or (lambda so_far: None))
+        if shards is None:
+            reader = DocumentReader(inputs, text_key)
+            summary.input_total = reader.total_bytes
+            job.write(reader, names)
+            return summary
+        recipe = Recipe.of(inputs, model, shards, text_key, validation_fraction, skip_undecodable)
+        for name in names.values():
+            refuse_others(name, recipe)
+        own = range(shards)[share[0] :: share[1]]
+        readers = {shard: DocumentReader(inputs, text_key, shard, shards, recipe.files) for shard in own}
+        summary.input_total = sum(reader.total_bytes for reader in readers.values())
+        for shard, reader in readers.items():
+            prefixes = {name: shard_prefix(prefix, shard, shards) for name, prefix in names.items()}
+            if finished(prefixes.values(), recipe):
+                summary.shards_kept += 1
+                summary.input_total -= reader.total_bytes
+                continue
+            job.write(reader, prefixes, shard, recipe)
+            summary.shards_written += 1
+    return summary
+
+
+class _Job:
+    """Writes datasets, or shards, one after the other, and counts."""
+
+    def __init__(
+        self, pool: _Pool, summary: PreprocessSummary, fraction: float, report: Callable[[PreprocessSummary], None]
+    ) -> None:
+        self.pool, self.summary, self.fraction, self.report = pool, summary, fraction, report
+
+    def write(
+        self, reader: DocumentReader, prefixes: dict[str, str], shard: int | None = None, recipe: Recipe | None = None
+    ) -> None:
+        """Write what the reader reads to the prefixes, for training and perhaps for validation."""
+        model, summary, before = self.pool.work.tokenizer, self.summary, replace(self.summary)
+        with ExitStack() as stack:
+            dtype = token_dtype(model.vocab_size)
+            # the last one that is opened is published first: a shard is complete with its training data
+            writers = {name: stack.enter_context(IndexedWriter(prefix, dtype)) for name, prefix in prefixes.items()}
+            number = 0
+            for result in self.pool.tokenized(_batched(reader)):
+                chosen = [_is_validation(number + i, self.fraction, shard) for i in range(len(result.lengths))]
+                number += len(result.lengths)
+                for name, writer in writers.items():
+                    writer.add(*result.only([is_validation == (name == "validation") for is_validation in chosen]))
+                summary.input_bytes = before.input_bytes + reader.bytes_read
+                summary.documents = before.documents + sum(writer.documents for writer in writers.values())
+                summary.tokens = before.tokens + sum(writer.tokens for writer in writers.values())
+                summary.bytes += result.bytes
+                summary.empty += result.empty
+                summary.skipped += len(result.skipped)
+                summary.skipped_first += result.skipped[: 10 - len(summary.skipped_first)]
+                self.report(summary)
+            summary.input_bytes = before.input_bytes + reader.total_bytes
             for name, writer in writers.items():
-                writer.add(*result.only([is_validation == (name == "validation") for is_validation in chosen]))
-            summary.input_bytes = reader.bytes_read
-            summary.documents = sum(writer.documents for writer in writers.values())
-            summary.tokens = sum(writer.tokens for writer in writers.values())
-            summary.bytes += result.bytes
-            summary.empty += result.empty
-            summary.skipped += len(result.skipped)
-            summary.skipped_first += result.skipped[: 10 - len(summary.skipped_first)]
-            if on_progress:
-                on_progress(summary)
-        for name, writer in writers.items():
-            if not writer.documents:
-                raise DataError(
-                    f"no documents for {name} data: {summary.documents} documents with text, {summary.empty} empty, "
-                    f"{summary.skipped} skipped, validation fraction {validation_fraction}"
-                )
-            writer.close(
-                {
+                if not writer.documents and shard is None:
+                    raise DataError(
+                        f"no documents for {name} data: {summary.documents} documents with text, {summary.empty} "
+                        f"empty, {summary.skipped} skipped, validation fraction {self.fraction}"
+                    )
+                made = {
                     "tokenizer_sha256": model.sha256,
                     "vocab_size": model.vocab_size,
                     "documents": writer.documents,
                     "tokens": writer.tokens,
                 }
-            )
-            summary.files += map(str, writer.paths)
-    if "validation" in writers:
-        summary.validation_documents = writers["validation"].documents
-    return summary
+                writer.close(made if recipe is None else {**made, "shard": shard, **recipe.notes})
+                summary.files += map(str, writer.paths)
+        if "validation" in writers:
+            summary.validation_documents = before.validation_documents + writers["validation"].documents
 
 
-def _is_validation(number: int, fraction: float) -> bool:
-    return int.from_bytes(blake2b(number.to_bytes(8, "big"), digest_size=8).digest(), "big") < fraction * 2**64
+def _is_validation(number: int, fraction: float, shard: int | None = None) -> bool:
+    if not fraction:
+        return False
+    key = number.to_bytes(8, "big") + (b"" if shard is None else shard.to_bytes(8, "big"))
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") < fraction * 2**64
 
 
 def _batched(reader: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
@@ -187,31 +246,51 @@ class _Work:
         return result
 
 
-def _tokenized(batches: Iterator[list[RawDocument]], work: _Work, workers: int) -> Generator[_Result, None, None]:
-    """Results in the order of the batches; a few batches per worker are under way at a time."""
-    if workers == 1:
-        yield from map(work, batches)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (work.tokenizer.path, work.text_key, work.skip_undecodable),
-    )
-    pending: deque[Future[_Result]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_run_in_worker, batch))
-            if len(pending) > 2 * workers:
+class _Pool:
+    """Processes that tokenize, started when they are first needed; one worker is this process."""
+
+    def __init__(self, work: _Work, workers: int) -> None:
+        self.work, self._workers = work, workers
+        arguments = (work.tokenizer.path, work.text_key, work.skip_undecodable)
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, context, _start_worker, arguments) if workers > 1 else None
+
+    def tokenized(self, batches: Iterator[list[RawDocument]]) -> Iterator[_Result]:
+        """Results in the order of the batches; a few batches per worker are under way at a time."""
+        pool = self._pool
+        if pool is None:
+            yield from map(self.work, batches)
+            return
+        pending: deque[Future[_Result]] = deque()
+        try:
+            for batch in batches:
+                with _without_ctrl_c():
+                    pending.append(pool.submit(_run_in_worker, batch))
+                if len(pending) > 2 * self._workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise MegatronStableError(
-            "a preprocess worker died; it may have run out of memory: try fewer workers"
-        ) from None
+        except BrokenProcessPool:
+            raise MegatronStableError(
+                "a preprocess worker died; it may have run out of memory: try fewer workers"
+            ) from None
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Keep Ctrl-C for later; processes that are started meanwhile never get it, as it reaches the whole group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _work: _Work
@@ -220,7 +299,6 @@ _work: _Work
 
 def _start_worker(tokenizer: Path, text_key: str, skip_undecodable: bool) -> None:
     global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _work = _Work(Tokenizer(tokenizer), text_key, skip_undecodable)
 

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers in which every text is representable: training one, and using it.
+"""Tokenizers: using one of either format, and training SentencePiece models in which every text is representable.
 
 Byte fallback spells what the vocabulary lacks in bytes; no normalisation, no added or removed whitespace. So decoding
 an encoded text gives back exactly that text.
@@ -19,13 +19,11 @@ import numpy as np
 import sentencepiece
 
 from megatron_stable.data.documents import DocumentReader, UndecodableError
+from megatron_stable.data.sentencepiece_model import SentencePieceModel
+from megatron_stable.data.tokenizer_json import TokenizerJson
 from megatron_stable.errors import DataError
-from megatron_stable.files import explain_os_errors, write_file
+from megatron_stable.files import write_file
 
-SPACE = "\u2581"
-"""The character that stands for a space in SentencePiece's pieces."""
-CHUNK = 1 << 16
-"""Characters encoded at a time: SentencePiece's BPE slows down on long texts."""
 SAMPLE_CHUNK = 1 << 12
 """Characters of the pieces in which training text is sampled."""
 SAMPLE_BYTES = 100_000_000
@@ -33,37 +31,25 @@ SAMPLE_BYTES = 100_000_000
 
 
 class Tokenizer:
-    """A SentencePiece model. Raises DataError if `path` is no such file."""
+    """A tokenizer: a SentencePiece model, a tokenizer.json, or a directory with a tokenizer.json or tokenizer.model.
+
+    A text's tokens are those that the tokenizer gives for it as a whole, however long it is. Raises DataError if `path`
+    is none of these.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with explain_os_errors("read the tokenizer", path):
-            model = self.path.read_bytes()
-        self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            self._model.LoadFromSerializedProto(model)
-        except RuntimeError:
-            raise DataError(
-                f"{path} is not a SentencePiece model ({len(model)} bytes); make one with `megatron-stable tokenizer`"
-            ) from None
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        """Identifies the model: of the file's bytes."""
-        self.vocab_size: int = self._model.vocab_size()
+        file = _file(self.path)
+        self._model = TokenizerJson(file) if file.suffix == ".json" else SentencePieceModel(file)
+        self.sha256 = self._model.sha256
+        """Its fingerprint: of the file's bytes; of a tokenizer.json also of the token that ends a document."""
+        self.vocab_size: int = self._model.vocab_size
         """Token ids are 0 .. vocab_size - 1."""
-        space_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._space = space_bytes if all(map(self._model.is_byte, space_bytes)) else None
-        # A model of other origin may put a space before every text; then a text must not be encoded in parts.
-        self._adds_prefix = self._model.encode("a", out_type=str)[0].startswith(SPACE)
 
     @property
     def end_of_document(self) -> int:
-        """Id of the token after each document: the model's end of sentence, or its beginning where it has no end."""
-        for token in (self._model.eos_id(), self._model.bos_id()):
-            if token >= 0:
-                return token
-        raise DataError(
-            f"{self.path} has neither an end-of-sentence nor a beginning-of-sentence token to separate documents"
-        )
+        """Id of the token after each document. Raises DataError where the tokenizer has none."""
+        return self._model.end_of_document
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-document token."""
@@ -71,19 +57,7 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32 `[tokens]`."""
-        if self._adds_prefix:
-            return np.asarray(self._model.encode(text), dtype=np.int32)
-        parts = [np.asarray(self._encode_chunk(chunk), dtype=np.int32) for chunk in chunks(text, CHUNK)]
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
-
-    def _encode_chunk(self, text: str) -> list[int]:
-        # SentencePiece would take the space's stand-in for a space; as bytes it stays what it is.
-        if self._space is None or SPACE not in text:
-            return self._model.encode(text)
-        first, *rest = (self._model.encode(part) for part in text.split(SPACE))
-        for part in rest:
-            first += self._space + part
-        return first
+        return self._model.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; control tokens have none, and broken byte sequences become U+FFFD."""
@@ -92,6 +66,16 @@ class Tokenizer:
             if not 0 <= token < self.vocab_size:
                 raise DataError(f"token id {token} is not in the tokenizer {self.path} (0 .. {self.vocab_size - 1})")
         return self._model.decode(tokens)
+
+
+def _file(path: Path) -> Path:
+    """The file of a tokenizer that is given as itself or as its directory."""
+    if not path.is_dir():
+        return path
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (path / name).is_file():
+            return path / name
+    raise DataError(f"the directory {path} has neither a tokenizer.json nor a tokenizer.model")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Source:
         found = Counter(str(self._train.locate(k).dataset.indexed.prefix) for k in samples)
         return {prefix: count / found.total() for prefix, count in found.items()}
 
-    def _open(self, prefixes: str | dict[str, float]) -> Samples:
+    def _open(self, prefixes: str | tuple[str, ...] | dict[str, float]) -> Samples:
         return open_dataset(prefixes, self.config.model.sequence_length, self.config.run.seed)
 
     def _batches(self, dataset: Samples, course: Course) -> Batches:

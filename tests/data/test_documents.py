@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import tarfile
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_stable.data import DocumentReader, UndecodableError
 from megatron_stable.errors import DataError
@@ -154,3 +159,111 @@ def test_dangling_link_in_a_directory(tmp_path: Path) -> None:
     (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
     with pytest.raises(DataError, match=r"cannot read .*link\.txt"):
         DocumentReader([tmp_path])
+
+
+# Arrow and tar
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream], ids=["file", "stream"])
+def test_arrow(tmp_path: Path, new) -> None:
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, new(file, pa.schema({"n": "int64", "text": "str"})) as out:
+        for i, text in enumerate(TEXTS):
+            out.write_batch(pa.record_batch({"n": [i, i], "text": [text, None]}))
+    assert read(tmp_path / "a.arrow") == [each for text in TEXTS for each in (text, "")]
+    with pytest.raises(DataError, match="no column 'txt'; did you mean 'text'"):
+        read(tmp_path / "a.arrow", key="txt")
+    with pytest.raises(DataError, match="column 'n' is int64, not text"):
+        read(tmp_path / "a.arrow", key="n")
+
+
+def tar(path: Path, members: list[tuple[str, bytes]], pack=bytes) -> Path:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    path.write_bytes(pack(packed.getvalue()))
+    return path
+
+
+SAMPLES = [
+    ("a/0001.jpg", b"\xff\xd8"),
+    ("a/0001.txt", b"first"),
+    ("a/0001.json", b'{"text": "of the image"}'),
+    ("a/0002.json", '{"text": "zweites «Ü»", "n": 1}'.encode()),
+    ("a/0003.cls", b"7"),
+    ("b/0003.txt", b"last\n"),
+]
+
+
+@pytest.mark.parametrize(
+    "ending, pack", [("tar", bytes), ("tar.gz", gzip.compress), ("tgz", gzip.compress), ("tar.zst", zst)]
+)
+def test_webdataset(tmp_path: Path, ending: str, pack) -> None:
+    path = tar(tmp_path / f"a.{ending}", SAMPLES, pack)
+    assert read(path) == ["first", "zweites «Ü»", "last\n"]
+    assert [document.record for document in DocumentReader([path])] == ["a/0001.txt", "a/0002.json", "b/0003.txt"]
+
+
+def test_tar_that_is_unusable(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no text: its samples have neither a \.txt nor a \.json"):
+        read(tar(tmp_path / "a.tar", SAMPLES[:1]))
+    whole = tar(tmp_path / "b.tar", [("1.txt", b"x" * 5000)])
+    whole.write_bytes(whole.read_bytes()[:3000])
+    with pytest.raises(DataError, match="broken tar archive"):
+        read(whole)
+    whole.write_bytes(b"no archive" * 100)
+    with pytest.raises(DataError, match="broken tar archive"):
+        read(whole)
+    with pytest.raises(UndecodableError, match=r"c\.tar, 1\.txt: not UTF-8 at byte 3"):
+        read(tar(tmp_path / "c.tar", [("1.txt", b"caf\xe9")]))
+
+
+def test_broken_arrow(tmp_path: Path) -> None:
+    (tmp_path / "a.arrow").write_bytes(b"no arrow" * 10)
+    with pytest.raises(DataError, match="broken Arrow file"):
+        read(tmp_path / "a.arrow")
+
+
+# Shares
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text("ab\n«", max_size=12), max_size=30), shares=st.integers(1, 9), group=st.integers(1, 7))
+def test_shares_in_order_are_the_whole(tmp_path: Path, texts: list[str], shares: int, group: int) -> None:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    (folder / "a.jsonl").write_bytes(b"\n" + jsonl(texts).replace(b"}\n", b"}\r\n\n"))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts)))
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / "c.parquet", row_group_size=group)
+    for i, text in enumerate(texts):
+        (folder / f"d{i:02}").write_text(text)
+    (folder / "e.jsonl").write_bytes(jsonl(texts)[:-1])
+    whole = [document.text() for document in DocumentReader([folder])]
+    readers = [DocumentReader([folder], share=i, shares=shares) for i in range(shares)]
+    assert [document.text() for reader in readers for document in reader] == whole
+    assert all(reader.bytes_read == reader.total_bytes for reader in readers)
+    assert sum(reader.total_bytes for reader in readers) == DocumentReader([folder]).total_bytes
+
+
+def test_shares_of_divisible_files_are_even(tmp_path: Path) -> None:
+    texts = ["x" * 100] * 1000
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    pq.write_table(
+        pa.table({"text": texts}), tmp_path / "b.parquet", row_group_size=30, compression=None, use_dictionary=False
+    )
+    counts = [len(list(DocumentReader([tmp_path], share=i, shares=10))) for i in range(10)]
+    assert sum(counts) == 2000 and max(counts) - min(counts) <= 20
+
+
+def test_a_line_of_a_later_share_is_named_by_its_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' * 10 + b"broken\n")
+    with pytest.raises(UndecodableError, match=r"a\.jsonl, byte 140: not JSON"):
+        [document.text() for document in DocumentReader([tmp_path], share=1, shares=2)]
+
+
+def test_a_line_that_begins_where_a_share_ends_is_in_the_next(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % i for i in range(8)))
+    readers = [DocumentReader([tmp_path], share=i, shares=4) for i in range(4)]
+    found = [[document.text() for document in reader] for reader in readers]
+    assert found == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from megatron_stable.data import IndexedDataset, PreprocessSummary, Tokenizer, preprocess
+from megatron_stable.data import IndexedDataset, PreprocessSummary, Tokenizer, preprocess, train_tokenizer
+from megatron_stable.data.shards import open_tokens
 from megatron_stable.errors import ConfigError, DataError
 from tests.data.conftest import words
 
@@ -34,7 +38,7 @@ def mixed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def texts(prefix: Path, tokenizer: Tokenizer) -> list[str]:
     """Decode a dataset's documents, each of which must end with the end-of-document token and have no other."""
-    dataset, found = IndexedDataset(prefix), []
+    dataset, found = open_tokens(prefix), []
     for document in range(dataset.documents):
         start, stop = dataset.document_span(document)
         *tokens, last = dataset.read(start, stop - start).tolist()
@@ -107,6 +111,141 @@ def test_large_vocabulary_is_int32(corpus: Path, tokenizer_path: Path, tmp_path:
 def test_workers_do_not_import_torch() -> None:
     code = "import sys, megatron_stable.data.preprocess; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# Shards
+
+
+def stream_of(prefix: Path) -> list[int]:
+    """All tokens of a dataset."""
+    tokens = open_tokens(prefix)
+    return tokens.read(0, tokens.tokens).tolist()
+
+
+@pytest.fixture(scope="module")
+def divisible(mixed: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """`mixed`, and files that shards cut within."""
+    folder = tmp_path_factory.mktemp("divisible")
+    texts = [words(1000 + i, 5 + i % 90) for i in range(900)]
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"text": texts}), folder / "c.parquet", row_group_size=70)
+    with pa.OSFile(str(folder / "d.arrow"), "wb") as file, pa.ipc.new_stream(file, pa.schema({"text": "str"})) as out:
+        for first in range(0, 900, 90):
+            out.write_batch(pa.record_batch({"text": texts[first : first + 90]}))
+    return [*mixed, folder]
+
+
+def test_shards_are_the_same_stream(divisible: list[Path], tokenizer_path: Path, tmp_path: Path) -> None:
+    preprocess(divisible, tokenizer_path, tmp_path / "one")
+    whole = stream_of(tmp_path / "one")
+    written = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        summary = preprocess(divisible, tokenizer_path, folder / "a", workers, shards=7)
+        assert (summary.shards_written, summary.documents) == (7, 4231)
+        assert summary.tokens == len(whole)
+        assert summary.input_bytes == summary.input_total
+        assert stream_of(folder / "a") == whole
+        written.append(contents(folder))
+    assert written[0] == written[1]
+    sizes = [len(content) for name, content in written[0].items() if name.endswith(".bin")]
+    assert len(sizes) == 7 and sum(size > 0 for size in sizes) >= 4
+
+
+def test_machines_write_their_own_shards(divisible: list[Path], tokenizer_path: Path, tmp_path: Path) -> None:
+    preprocess(divisible, tokenizer_path, tmp_path / "all" / "a", validation_fraction=0.1, shards=5)
+    for machine in (1, 0):
+        assert not (tmp_path / "two" / "a-00000-of-00005.idx").exists()
+        preprocess(divisible, tokenizer_path, tmp_path / "two" / "a", 1, 0.1, shards=5, share=(machine, 2))
+    assert contents(tmp_path / "two") == contents(tmp_path / "all")
+    assert len(contents(tmp_path / "two")) == 5 * 2 * 3
+    every = texts(tmp_path / "two" / "a", Tokenizer(tokenizer_path))
+    every += texts(tmp_path / "two" / "a_validation", Tokenizer(tokenizer_path))
+    preprocess(divisible, tokenizer_path, tmp_path / "one")
+    assert sorted(every) == sorted(texts(tmp_path / "one", Tokenizer(tokenizer_path)))
+
+
+def test_finished_shards_are_kept(divisible: list[Path], tokenizer_path: Path, tmp_path: Path) -> None:
+    def run() -> PreprocessSummary:
+        return preprocess(divisible, tokenizer_path, tmp_path / "a", 1, 0.1, shards=4)
+
+    assert (run().shards_written, before := contents(tmp_path)) == (4, contents(tmp_path))
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = run()
+    assert (again.shards_written, again.shards_kept, again.documents, again.input_total) == (0, 4, 0, 0)
+    (tmp_path / "a-00002-of-00004.idx").unlink()
+    (tmp_path / "a_validation-00003-of-00004.idx").unlink()
+    (tmp_path / "a-00001-of-00004.bin.partial").write_bytes(b"left behind")
+    again = run()
+    assert (again.shards_written, again.shards_kept) == (2, 2)
+    (tmp_path / "a-00001-of-00004.bin.partial").unlink()
+    assert contents(tmp_path) == before
+    changed = {path.name for path in tmp_path.iterdir() if path.stat().st_mtime_ns != times[path]}
+    assert all("00002" in name or "00003" in name for name in changed)
+
+
+def test_a_killed_run_loses_one_shard(tokenizer_path: Path, tmp_path: Path) -> None:
+    process = started(tmp_path, tokenizer_path, tmp_path / "out" / "a", "shards=50, share=(0, 1)", "a-00000-of-00050")
+    for _ in range(600):
+        finished = sorted((tmp_path / "out").glob("*.idx"))
+        if len(finished) >= 3:
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    wait_until_group_is_gone(process.pid)
+    finished = sorted((tmp_path / "out").glob("*.idx"))
+    assert 3 <= len(finished) < 50
+    assert [path.name for path in finished] == [f"a-{i:05}-of-00050.idx" for i in range(len(finished))]
+    summary = preprocess([tmp_path / "text.jsonl"], tokenizer_path, tmp_path / "out" / "a", 1, shards=50)
+    assert (summary.shards_kept, summary.shards_written) == (len(finished), 50 - len(finished))
+    preprocess([tmp_path / "text.jsonl"], tokenizer_path, tmp_path / "one")
+    assert stream_of(tmp_path / "out" / "a") == stream_of(tmp_path / "one")
+
+
+def test_other_shards_are_refused(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    preprocess([corpus], tokenizer_path, tmp_path / "a", shards=3)
+    before = contents(tmp_path)
+
+    def refused(message: str, **changes: object) -> None:
+        given = {"inputs": [corpus], "tokenizer": tokenizer_path, "output_prefix": tmp_path / "a", "shards": 3}
+        with pytest.raises(DataError, match=message) as caught:
+            preprocess(**{**given, **changes})  # type: ignore[arg-type]
+        assert caught.value.exit_code == 5
+        assert contents(tmp_path) == before
+
+    refused("made with another inputs_sha256", inputs=[corpus / "00.txt", corpus / "01.txt", corpus / "02.txt"])
+    refused("made with another validation_fraction", validation_fraction=0.5)
+    refused("made with another text_key", text_key="body")
+    refused("made with another skip_undecodable", skip_undecodable=True)
+    refused("is there, and is not one of 4 shards of", shards=4)
+    other = tmp_path.parent / "other.model"
+    train_tokenizer([corpus], 300, other)
+    refused("made with another tokenizer_sha256", tokenizer=other)
+    (tmp_path / "a-00001-of-00003.bin").write_bytes(b"")
+    before = contents(tmp_path)
+    refused(r"a-00001-of-00003\.bin is truncated")
+
+
+def test_a_dataset_in_one_piece_is_in_the_way_of_shards(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    preprocess([corpus], tokenizer_path, tmp_path / "a")
+    with pytest.raises(DataError, match=r"a\.idx is there, and is not one of 3 shards"):
+        preprocess([corpus], tokenizer_path, tmp_path / "a", shards=3)
+
+
+def test_inputs_elsewhere_are_the_same_inputs(corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    preprocess([corpus], tokenizer_path, tmp_path / "a", shards=2)
+    shutil.copytree(corpus, tmp_path / "elsewhere")
+    assert preprocess([tmp_path / "elsewhere"], tokenizer_path, tmp_path / "a", shards=2).shards_kept == 2
+
+
+@pytest.mark.parametrize(
+    "shards, share", [(0, (0, 1)), (-1, (0, 1)), (3, (3, 3)), (3, (0, 4)), (3, (-1, 3)), (None, (0, 2))]
+)
+def test_bad_shards(corpus: Path, tokenizer_path: Path, tmp_path: Path, shards: int, share: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"shards|share"):
+        preprocess([corpus], tokenizer_path, tmp_path / "a", shards=shards, share=share)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Bad input
@@ -210,14 +349,17 @@ SCRIPT = """
 import sys
 from megatron_stable.data import preprocess
 if __name__ == "__main__":
-    preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, on_progress=lambda s: print(s.documents, flush=True))
+    show = lambda s: print(s.documents, flush=True)
+    preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], workers=2, on_progress=show, MORE)
 """
 
 
-def started(folder: Path, tokenizer_path: Path, output: Path) -> subprocess.Popen[str]:
+def started(
+    folder: Path, tokenizer_path: Path, output: Path, more: str = "", first: str = "a"
+) -> subprocess.Popen[str]:
     """`preprocess` with two workers on much text, in a process group of its own, at work."""
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace("MORE", more))
     source = folder / "text.jsonl"
     line = json.dumps({"text": words(1, 2000)}) + "\n"
     source.write_text(line * 1_000)
@@ -230,7 +372,7 @@ def started(folder: Path, tokenizer_path: Path, output: Path) -> subprocess.Pope
     )
     assert process.stdout is not None
     assert process.stdout.readline().strip().isdigit()
-    assert Path(f"{output}.bin.partial").exists()
+    assert any(output.parent.glob(f"{first}.bin*"))
     return process
 
 
@@ -268,6 +410,7 @@ def test_workers_end_with_a_killed_parent(tokenizer_path: Path, tmp_path: Path) 
     process.kill()
     process.communicate(timeout=60)
     wait_until_group_is_gone(process.pid)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.bin.partial"]  # nothing that looks complete
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["a.bin.partial", "a.idx.partial"]  # nothing that looks complete
     with pytest.raises(DataError, match="does not exist"):
         IndexedDataset(tmp_path / "out" / "a")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_stable.data import Tokenizer, train_tokenizer
-from megatron_stable.data.tokenizer import CHUNK, _Sample, chunks
+from megatron_stable.data.tokenizer import _Sample, chunks
 from megatron_stable.errors import DataError
 
 TRICKY = [
@@ -26,8 +26,8 @@ TRICKY = [
     "▁ the ▁▁ stand-in ▁",
     "▁",
     " ⁇ ▅ <unk><s></s><0x41>",
-    "x" * (CHUNK + 3),
-    "line\n" * CHUNK,
+    "x" * 70_000,
+    "line\n" * 70_000,
     "▁" * 10,
 ]
 

@@ -80,3 +80,17 @@ def test_no_input(app: typer.Typer, tmp_path: Path) -> None:
     assert isinstance(result.exception, ConfigError)
     result = CliRunner().invoke(app, ["preprocess", "--tokenizer", "t", "--output", str(tmp_path / "a")])
     assert isinstance(result.exception, ConfigError)
+
+
+def test_shards_by_the_command_line(app: typer.Typer, corpus: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    arguments = ["preprocess", "--input", str(corpus), "--tokenizer", str(tokenizer_path), "--workers", "1"]
+    arguments += ["--output", str(tmp_path / "a")]
+    result = CliRunner().invoke(app, [*arguments, "--shard", "1/2"])
+    assert result.exit_code == 0, result.output
+    assert "wrote 1 shards" in result.stdout
+    assert sorted(path.name for path in tmp_path.glob("*.idx")) == ["a-00001-of-00002.idx"]
+    result = CliRunner().invoke(app, [*arguments, "--shards", "2"])
+    assert "wrote 1 shards, kept 1 that were complete" in result.stdout
+    for wrong in ("2/2", "1", "a/b", "-1/2"):
+        result = CliRunner().invoke(app, [*arguments, f"--shard={wrong}"])
+        assert isinstance(result.exception, ConfigError), wrong

@@ -1,0 +1,75 @@
+"""What a dataset of 10^12 tokens takes: counted on shards of that size whose files are sparse, so that they fit.
+
+Of each index only what opening reads is written; tokens are zeros. Opening, samples from everywhere, file handles,
+memory and sizes are real, reading from a disk is not. Run: python benchmarks/data_counts.py [--shards 4000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import struct
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from megatron_stable.data import TokenDataset
+from megatron_stable.data.shards import shard_prefix
+
+TOKENS, LENGTH, WINDOW = 10**12, 1000, 4096
+
+
+def main() -> None:
+    """Print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[64, 1000, 4000, 16000], help="how many, one after another"
+    )
+    parser.add_argument("--samples", type=int, default=20_000, help="how many to read")
+    given = parser.parse_args()
+    print(f"{TOKENS:.0e} tokens as uint16, documents of {LENGTH} tokens, samples of {WINDOW + 1}")
+    print("shards  index GB  open s  open us/shard  handles  memory MB  sample us")
+    data: TokenDataset | None = None
+    for shards in given.shards:
+        with tempfile.TemporaryDirectory() as folder:
+            documents = TOKENS // LENGTH // shards
+            for i in range(shards):
+                write(Path(folder, shard_prefix("huge", i, shards)), documents)
+            index = sum(path.stat().st_size for path in Path(folder).glob("*.idx"))
+            process = psutil.Process()
+            data = None
+            gc.collect()  # what is left of the one before
+            handles, memory = process.num_fds(), process.memory_info().rss
+            start = time.perf_counter()
+            data = TokenDataset(Path(folder, "huge"), WINDOW, seed=1)
+            opened = time.perf_counter() - start
+            start = time.perf_counter()
+            for k in range(given.samples):
+                data.sample(k)
+            each = (time.perf_counter() - start) / given.samples
+            handles, memory = process.num_fds() - handles, process.memory_info().rss - memory
+            assert data.indexed.tokens == documents * LENGTH * shards
+            print(
+                f"{shards:6}  {index / 1e9:8.1f}  {opened:6.2f}  {opened / shards * 1e6:13.0f}  {handles:7}  "
+                f"{memory / 1e6:9.1f}  {each * 1e6:9.0f}",
+                flush=True,
+            )
+
+
+def write(prefix: Path, documents: int) -> None:
+    """A shard of zeros."""
+    with Path(f"{prefix}.bin").open("wb") as file:
+        file.truncate(2 * documents * LENGTH)
+    with Path(f"{prefix}.idx").open("wb") as file:
+        file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1))
+        file.truncate(34 + 20 * documents + 8)
+        file.seek(34 + 4 * (documents - 1))
+        file.write(struct.pack("<i", LENGTH))
+        file.seek(34 + 12 * documents - 8)
+        file.write(struct.pack("<q", 2 * (documents - 1) * LENGTH))
+
+
+if __name__ == "__main__":
+    main()
