@@ -33,7 +33,7 @@ def math_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: flo
     if scores.cap is not None:
         logits = soft_cap(logits, scores.cap)
     future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    probabilities = logits.masked_fill(future, -torch.inf).softmax(-1)
+    probabilities = logits.masked_fill(future if visible is None else ~visible, -torch.inf).softmax(-1)
     if scores.clip is not None:
         gamma, zeta = scores.clip
         probabilities = ((zeta - gamma) * probabilities + gamma).clamp(0, 1)
