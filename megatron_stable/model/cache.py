@@ -1,6 +1,6 @@
 """Keys and values of earlier tokens, so that a model that generates computes each token once.
 
-The token at position p of a sequence has slot p, in each attention layer. A query sees the slots up to its own position,
+The token at position p of a sequence has slot p, in each attention layer. A query sees the slots up to its own position
 and no others: what padding has left behind a shorter sequence is overwritten before anybody sees it::
 
     slot          0  1  2  3  4
@@ -73,7 +73,7 @@ class Cache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the other sequences; these are numbered anew, in this order."""
-        self.sequences, chosen = len(rows), torch.tensor(rows, device=self.device)
+        self.sequences, chosen = len(rows), torch.tensor(rows, dtype=torch.int64, device=self.device)
         for layer in self.layers:
             layer.held = None if layer.held is None else layer.held[:, chosen]
 

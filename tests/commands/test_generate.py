@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_stable.analysis.generation import Sampling, choose_token, generate, text_pieces
+from megatron_stable.analysis.generation import Sampling, choose_token, generate, generate_each, text_pieces
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.commands.app import run_verb
 from megatron_stable.config.load import load_config
+from megatron_stable.config.schema import Config
 from megatron_stable.data import Tokenizer
 from megatron_stable.errors import ConfigError, DataError
 from tests.commands.conftest import SmallDemo
@@ -44,17 +44,33 @@ def tokenizer(trained: Trained) -> Tokenizer:
     return trained.tokenizer
 
 
+class Said(torch.nn.Module):
+    """What looks like a model, but says the tokens of a script."""
+
+    def __init__(self, script: list[int]) -> None:
+        super().__init__()
+        said = iter(script)
+
+        def head(x: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(torch.tensor([[next(said)]]), 512).float()
+
+        self.layers = {"body": lambda tokens: torch.zeros(*tokens.shape, 4), "head": head}
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+
 def scripted(tokenizer: Tokenizer, script: list[int]) -> Trained:
-    """What looks like a trained model, but says the tokens of a script."""
-    said = iter(script)
+    model: Any = Said(script)
+    return Trained(load_config(None, ["model.sequence_length=8", "model.vocab_size=500"]), model, tokenizer, 1)
 
-    def head(x: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(torch.tensor([next(said)]), 512).float()
 
-    layers = {"body": lambda tokens: torch.zeros(*tokens.shape, 4), "head": head}
-    model: Any = SimpleNamespace(layers=layers, parameters=lambda: iter([torch.zeros(1)]))
-    config = load_config(None, ["model.sequence_length=8", "model.vocab_size=500"])
-    return Trained(config, model, tokenizer, 1)
+def windows(config: Config, ids: list[int], tokens: int) -> list[int]:
+    """Where the window of each of the next tokens begins, by the rule that is written down."""
+    length, starts, begin = config.model.sequence_length, [], max(0, len(ids) - config.model.sequence_length)
+    for end in range(len(ids), len(ids) + tokens):
+        if end - begin > length:
+            begin = end - 1 - length // 2
+        starts.append(begin)
+    return starts
 
 
 @torch.no_grad()
@@ -63,13 +79,35 @@ def test_greedy_takes_the_models_most_probable_token(small: SmallDemo, trained: 
     config, model, _ = load_model(small.run)
     tokenizer = Tokenizer(small.directory / "tokenizer.model")
     ids = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
-    begun, length = len(ids), config.model.sequence_length
-    for _ in range(70):  # past the window
-        ids.append(int(model(torch.tensor([ids[-length:]]))[0, -1, :400].argmax()))
+    begun = len(ids)
+    for begin in windows(config, ids, 110):  # past the window, twice
+        ids.append(int(model(torch.tensor([ids[begin:]]))[0, -1, :400].argmax()))
         if ids[-1] == tokenizer.end_of_document:
             ids.pop()
             break
-    assert list(generate(trained, prompt, 70, GREEDY)) == ids[begun:]
+    assert list(generate(trained, prompt, 110, GREEDY)) == ids[begun:]
+
+
+def test_a_text_does_not_depend_on_what_it_is_generated_beside(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["def ", "", "import os\n" * 60, "class A:\n    def __init__(self", "def "]
+    samplings = [Sampling(1.0, 0.9, seed) for seed in (3, 4, 5, 6, 7)]
+
+    def both() -> tuple[list[list[int]], list[list[int]]]:
+        beside: list[list[int]] = [[] for _ in prompts]
+        for number, token in generate_each(trained, prompts, 80, samplings):
+            beside[number].append(token)
+        return beside, [list(generate(trained, *each)) for each in zip(prompts, [80] * 5, samplings, strict=True)]
+
+    beside, alone = both()
+    assert beside == alone
+    assert alone[0] != alone[4]  # the same prompt, another seed
+    frequent = max(set(alone[0]), key=sum(alone, []).count)
+    monkeypatch.setattr(Tokenizer, "end_of_document", property(lambda self: frequent))
+    beside, alone = both()
+    assert beside == alone
+    assert len({len(ids) for ids in alone}) > 1  # documents that end make the batch smaller
 
 
 def test_the_same_seed_gives_the_same_text(trained: Trained) -> None:

@@ -1,0 +1,30 @@
+"""A verb that starts ranks which are to run the same verb."""
+
+import typer
+from click import Argument
+
+from megatron_stable.launching.local import Program, launch
+
+USE = Program("megatron_stable", "", ("stopped", 1))
+
+
+def on_ranks(context: typer.Context, ranks: int) -> typer.Exit:
+    """Run this command line, less ``--ranks``, on so many ranks of this machine; the end that it comes to."""
+    return typer.Exit(launch(USE, command_line(context, "ranks"), ranks))
+
+
+def command_line(context: typer.Context, without: str) -> list[str]:
+    """The verb and its arguments as a shell would give them, without one of the options."""
+    options, positional = list[str](), list[str]()
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name == without or value is None or value is False:
+            continue
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(parameter, Argument):
+                positional.append(str(each))
+            elif each is True:
+                options.append(parameter.opts[0])
+            else:
+                options.append(f"{parameter.opts[0]}={each}")
+    return [context.info_name or "", *options, "--", *positional]
