@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from megatron_stable.parallel.topology import TensorParallel, Topology
 from megatron_stable.parallel.world import join_world, leave_world
 from megatron_stable.training.pretrain import Tell, cause, code
 
+T = TypeVar("T")
 PATIENCE = 300.0  # seconds
 LAYOUT = ("parallel.tensor", "parallel.pipeline")
 
@@ -94,6 +96,10 @@ class Ranks:
         dist.broadcast(words, self._decider, self.topology.model_group)
         found: list[int] = words.tolist()
         return found
+
+    def everywhere(self, here: T) -> list[T]:
+        """What it is on each rank. Collective."""
+        return everywhere(here) if self.topology else [here]
 
     @property
     def _decider(self) -> int:

@@ -40,9 +40,9 @@ def cached(model: Transformer, cfg: ModelConfig, tokens: Tensor, lengths: list[i
     """Logits of each row: of a prompt of these lengths at once, then token by token; rows that are done are let go."""
     with remembering(model, cfg, len(tokens), LENGTH) as cache:
         found = padded(tokens, lengths, cache, model)
-        at = dict(enumerate(lengths))
+        at, rows = dict(enumerate(lengths)), list(range(len(lengths)))
         while at:
-            if len(at) < cache.sequences:
+            if len(at) < len(rows):
                 cache.keep([place for place, row in enumerate(rows) if row in at])
             rows = list(at)
             cache.at(range(len(rows)), list(at.values()), 1)
