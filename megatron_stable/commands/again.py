@@ -1,9 +1,13 @@
-"""A verb that starts ranks which are to run the same verb."""
+"""A verb that starts ranks which run the same verb, and what it is on such a rank."""
+
+import signal
+from collections.abc import Callable
 
 import typer
 from click import Argument
 
 from megatron_stable.launching.local import Program, launch
+from megatron_stable.training.pretrain import Tell, to_exit_code
 
 USE = Program("megatron_stable", "", ("stopped", 1))
 
@@ -11,6 +15,12 @@ USE = Program("megatron_stable", "", ("stopped", 1))
 def on_ranks(context: typer.Context, ranks: int) -> typer.Exit:
     """Run this command line, less ``--ranks``, on so many ranks of this machine; the end that it comes to."""
     return typer.Exit(launch(USE, command_line(context, "ranks"), ranks))
+
+
+def as_rank(work: Callable[[Tell], int]) -> typer.Exit:
+    """Do what this rank does with others; the end that it comes to. Ctrl-C ends all of them at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return typer.Exit(to_exit_code(work))
 
 
 def command_line(context: typer.Context, without: str) -> list[str]:

@@ -11,11 +11,11 @@ from rich.progress import Progress
 from megatron_stable.analysis.evaluation import Evaluation, evaluate_each, open_data
 from megatron_stable.analysis.ranks import joined, several
 from megatron_stable.analysis.trained import open_on_ranks, open_run
-from megatron_stable.commands.again import on_ranks
+from megatron_stable.commands.again import as_rank, on_ranks
 from megatron_stable.errors import ConfigError
 from megatron_stable.numbers import finite
 from megatron_stable.parallel import agreement
-from megatron_stable.training.pretrain import Tell, to_exit_code
+from megatron_stable.training.pretrain import Tell
 
 
 def evaluate(
@@ -91,7 +91,7 @@ def evaluate(
         return 0
 
     if several():
-        raise typer.Exit(to_exit_code(work))
+        raise as_rank(work)
     work()
 
 

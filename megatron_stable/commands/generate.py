@@ -13,9 +13,9 @@ from megatron_stable.analysis.generation import Sampling, generate_each, need_to
 from megatron_stable.analysis.prompts import Prompt, read_prompts
 from megatron_stable.analysis.ranks import joined, several
 from megatron_stable.analysis.trained import Trained, open_on_ranks, open_run
-from megatron_stable.commands.again import on_ranks
+from megatron_stable.commands.again import as_rank, on_ranks
 from megatron_stable.errors import ConfigError
-from megatron_stable.training.pretrain import Tell, to_exit_code
+from megatron_stable.training.pretrain import Tell
 
 
 def generate(
@@ -92,7 +92,7 @@ def generate(
         return 0
 
     if several():
-        raise typer.Exit(to_exit_code(work))
+        raise as_rank(work)
     work()
 
 

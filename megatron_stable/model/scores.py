@@ -25,8 +25,13 @@ class Scores(NamedTuple):
     clip: tuple[float, float] | None = None
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:
-    """The reference, with the s x s probabilities in memory; logits and softmax are fp32."""
+def math_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float, visible: Tensor | None = None
+) -> Tensor:
+    """The reference, with the s x s probabilities in memory; logits and softmax are fp32.
+
+    ``visible`` ``[b, 1, s, keys]``: which keys each query sees; ``None``: those up to its own.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scores.scale  # [b, heads, s, s]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_stable.analysis.generation import Sampling, choose_token, generate, generate_each, text_pieces
+from megatron_stable.analysis.prompts import read_prompts
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.commands.app import run_verb
@@ -196,6 +197,43 @@ def test_the_verb_prints_prompt_and_continuation(small: SmallDemo, trained: Trai
     assert (facts["tokens"], facts["step"], facts["ended"]) == (len(ids), 12, "length")
 
 
+def test_several_prompts_from_a_file_with_seeds_of_their_own(
+    small: SmallDemo, trained: Trained, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"prompt": "import ", "seed": 5}', "", '"def "', '{"prompt": "é \\n"}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    given = ["--prompts", str(tmp_path / "prompts.jsonl"), "--tokens", "9", "--seed", "2", "--batch", "2"]
+    assert run_verb(["generate", str(small.run), *given, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    asked = [("import ", 5), ("def ", 2), ("é \n", 2)]
+    assert [each["prompt"] for each in found] == [prompt for prompt, _ in asked]
+    texts = []
+    for prompt, seed in asked:
+        ids = list(generate(trained, prompt, 9, Sampling(seed=seed)))
+        texts.append(prompt + "".join(text_pieces(tokenizer, prompt, ids)))
+    assert [each["prompt"] + each["text"] for each in found] == texts
+    assert run_verb(["generate", str(small.run), *given]) == 0
+    shown = "".join(f"--- {number} of 3\n{text}\n" for number, text in enumerate(texts, start=1))
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no prompts"),
+        ('{"prompt": 1}', ":1: neither a string"),
+        ('"a"\n{"prompt": "x", "seed": -1}', ":2: seed -1"),
+        ('"a"\n{', ":2: no JSON"),
+        (None, "No such file"),
+    ],
+)
+def test_prompts_that_are_none(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "prompts").write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_prompts(tmp_path / "prompts")
+
+
 def test_unusable_input_ends_with_a_message_and_its_exit_code(
     small: SmallDemo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +248,9 @@ def test_unusable_input_ends_with_a_message_and_its_exit_code(
         ((tmp_path / "run",), 5, ["bytes", "newest that is whole: step"]),
         ((small.run, "--temperature", -1), 2, ["temperature -1"]),
         ((small.run, "--tokens", 0), 2, ["--tokens"]),
+        ((small.run, "--prompt", "a", "--prompts", "b"), 2, ["exclude each other"]),
+        ((small.run, "--prompts", tmp_path / "none"), 5, ["none: No such file"]),
+        ((small.run, "parallel.tensor=2"), 2, ["parallel.tensor=2", "--ranks"]),
     ]:
         ended = run_verb(["generate", *map(str, arguments)])
         said = capsys.readouterr()
