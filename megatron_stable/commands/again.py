@@ -4,7 +4,6 @@ import signal
 from collections.abc import Callable
 
 import typer
-from click import Argument
 
 from megatron_stable.launching.local import Program, launch
 from megatron_stable.training.pretrain import Tell, to_exit_code
@@ -31,7 +30,7 @@ def command_line(context: typer.Context, without: str) -> list[str]:
         if parameter.name == without or value is None or value is False:
             continue
         for each in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(parameter, Argument):
+            if parameter.param_type_name == "argument":
                 positional.append(str(each))
             elif each is True:
                 options.append(parameter.opts[0])
