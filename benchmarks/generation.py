@@ -69,7 +69,7 @@ def uncached(trained: Trained, prompts: list[str], tokens: int) -> list[list[int
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("hidden", 384), ("layers", 6), ("heads", 6), ("sequence-length", 1024), ("vocab-size", 8192)):
+    for name, value in (("hidden", 256), ("layers", 4), ("heads", 4), ("sequence-length", 1024), ("vocab-size", 4096)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--positions", default="rope")
     parser.add_argument("--tokens", type=int, default=512)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_stable.analysis import generation
 from megatron_stable.analysis.generation import Sampling, choose_token, generate, generate_each, text_pieces
 from megatron_stable.analysis.prompts import read_prompts
 from megatron_stable.analysis.trained import Trained, open_run
@@ -131,6 +132,18 @@ def test_only_the_nucleus_is_drawn_from_and_in_proportion() -> None:
     squared = torch.tensor([0.01, 0.25, 0.09, 0.01])
     assert counts(Sampling(0.5, 1.0)) == pytest.approx((squared / squared.sum()).tolist(), abs=0.03)
     assert counts(Sampling(1e-9, 1.0), 50) == [0, 1, 0, 0]
+
+
+def test_a_nucleus_is_the_same_whether_or_not_the_vocabulary_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(1))
+
+    def draws(head: int, top_p: float) -> list[int]:
+        monkeypatch.setattr(generation, "HEAD", head)
+        generator = torch.Generator().manual_seed(2)
+        return [choose_token(logits, Sampling(1.0, top_p), generator) for _ in range(300)]
+
+    for top_p in (0.1, 0.6, 1.0):  # of which 40 tokens hold the first, not the others
+        assert draws(40, top_p) == draws(300, top_p)
 
 
 def test_ends_with_the_document_or_after_so_many_tokens(tokenizer: Tokenizer) -> None:
