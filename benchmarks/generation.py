@@ -91,6 +91,7 @@ def main() -> None:
             began = time.perf_counter()
             made = (uncached if what == "uncached" else cached)(trained, chosen, arguments.tokens)
             seconds.setdefault(what, []).append(time.perf_counter() - began)
+            print(f"{what}: {seconds[what][-1]:.1f} s", flush=True)
             if what == "uncached":
                 wanted = made[0]
             agree = sum(a == b for a, b in zip(made[0], wanted, strict=False))
