@@ -59,7 +59,6 @@ setup(
         "slurm": ["submitit"],
         "mpi": ["mpi4py"],
         "hf": ["transformers>=5"],
-        "hf": ["transformers"],
         "tokenizers": ["tokenizers"],
     },
     entry_points={"console_scripts": ["megatron-stable = megatron_stable.commands.app:main"]},

@@ -1,16 +1,26 @@
-"""The loss of a trained model on a dataset, each window once."""
+"""The loss of a trained model on datasets, each window once, by source."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import exp, inf, log
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass
+from itertools import chain
+from math import exp, inf, log, nan, sqrt
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_stable.analysis.trained import Trained
-from megatron_stable.data import Location, Samples, Tokenizer, check_tokenizer, check_vocabulary, open_dataset
+from megatron_stable.data import (
+    Location,
+    Samples,
+    TokenDataset,
+    Tokenizer,
+    check_tokenizer,
+    check_vocabulary,
+    open_dataset,
+)
 from megatron_stable.data.check import check_ids
 from megatron_stable.errors import DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
@@ -26,6 +36,8 @@ class Evaluation:
     """Tokens predicted."""
     bytes: int | None
     """UTF-8 bytes of these tokens; None where no tokenizer says."""
+    standard_error: float | None = None
+    """Of the loss, from how windows differ; None of less than two."""
 
     @property
     def perplexity(self) -> float:
@@ -36,6 +48,30 @@ class Evaluation:
     def bits_per_byte(self) -> float | None:
         """Bits to encode a byte of the text with this model; does not depend on the tokenizer."""
         return self.loss * self.tokens / log(2) / self.bytes if self.bytes else None
+
+
+@dataclass
+class Tally:
+    """Sums over windows, of which each rank may have a part: summed cross-entropy and its square, tokens, bytes."""
+
+    windows: int = 0
+    nll: float = 0.0
+    squares: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        mine, others = astuple(self), astuple(other)
+        return Tally(*(a + b for a, b in zip(mine, others, strict=True)))
+
+    def evaluation(self, with_bytes: bool) -> Evaluation:
+        """What the sums come to; windows are of one length."""
+        loss, n = self.nll / self.tokens if self.tokens else nan, self.windows
+        error = None
+        if n > 1:
+            variance = max(0.0, self.squares / n - (self.nll / n) ** 2) * n / (n - 1)
+            error = sqrt(variance / n) * n / self.tokens
+        return Evaluation(loss, self.tokens, self.bytes if with_bytes else None, error)
 
 
 def open_data(trained: Trained, prefix: str | None = None) -> Samples:
@@ -55,7 +91,6 @@ def open_data(trained: Trained, prefix: str | None = None) -> Samples:
     return dataset
 
 
-@torch.no_grad()
 def evaluate(
     trained: Trained,
     dataset: Samples,
@@ -63,39 +98,87 @@ def evaluate(
     micro_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Mean cross-entropy in fp32 over windows of ``sequence_length`` tokens.
+    """Mean cross-entropy over one dataset: as :func:`evaluate_each` has it, all of it together."""
+    _, whole = evaluate_each(trained, {"": dataset}, batches, micro_size, progress)
+    return whole
+
+
+@torch.no_grad()
+def evaluate_each(
+    trained: Trained,
+    datasets: Mapping[str, Samples],
+    batches: int | None = None,
+    micro_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Evaluation], Evaluation]:
+    """Mean cross-entropy in fp32 over windows of ``sequence_length`` tokens. Collective over the ranks of the model.
 
     Args:
-        dataset: What `open_data` returns.
-        batches: Global batches of the run to take, in the order of the run's own evaluation; ``None``: all windows,
-            in the order of the text. Either way no window is taken twice.
+        datasets: What `open_data` returns, by name.
+        batches: Global batches of the run to take of each, in the order of the run's own evaluation; ``None``: all
+            windows, in the order of the text. Either way no window is taken twice.
         micro_size: Windows per forward pass, which changes nothing but memory and speed; ``None``: as in training.
         progress: Called with the windows done, and their number in all.
+
+    Returns:
+        By source, which is a dataset or each part of a blend; and of all tokens together.
     """
-    vocab_size, batch = trained.config.model.vocab_size, trained.config.batch
-    cap = trained.config.model.final_logit_cap
+    vocab_size, batch, ranks = trained.config.model.vocab_size, trained.config.batch, trained.ranks
     assert vocab_size is not None
-    size = micro_size or batch.micro_size
-    total = sum(part.windows for part in dataset.parts)
-    windows = _all(dataset)
-    if batches is not None:
-        wanted = map(dataset.locate, range(min(batches * batch.global_size, total)))
-        chosen = [where for where in wanted if where.epoch == 0]  # a small part of a blend may come around again
-        windows, total = iter(chosen), len(chosen)
+    names = {id(part): name for name, part in _sources(datasets)}
+    chosen = [_chosen(dataset, batches, batch.global_size) for dataset in datasets.values()]
+    total, windows = sum(number for number, _ in chosen), chain.from_iterable(each for _, each in chosen)
     lengths = byte_lengths(trained.tokenizer, vocab_size) if trained.tokenizer else None
-    loss, tokens, text_bytes, done = 0.0, 0, 0, 0
-    for chunk in _chunks(windows, size):
-        samples = np.stack([_read(where, vocab_size) for where in chunk])
-        inputs, targets = (torch.from_numpy(part).to(trained.device) for part in (samples[:, :-1], samples[:, 1:]))
-        nll, _ = vocab_parallel_cross_entropy(trained.model(inputs), targets, vocab_size=vocab_size, cap=cap)
-        loss += nll.double().sum().item()
-        tokens += targets.numel()
-        if lengths is not None:
-            text_bytes += int(lengths[samples[:, 1:]].sum())
+    tallies, done = {name: Tally() for name in names.values()}, 0
+    replica, replicas = ranks.replica
+    for number, chunk in enumerate(_chunks(windows, micro_size or batch.micro_size)):
         done += len(chunk)
+        if number % replicas == replica:
+            samples = np.stack([_read(where, vocab_size) for where in chunk])
+            losses = _losses(trained, torch.from_numpy(samples).to(trained.device))
+            for where, sample, loss in zip(chunk, samples, losses, strict=False):
+                size = 0 if lengths is None else int(lengths[sample[1:]].sum())
+                tallies[names[id(where.dataset)]] += Tally(1, loss, loss * loss, len(sample) - 1, size)
+        ranks.progress()
         if progress:
             progress(done, total)
-    return Evaluation(loss / tokens, tokens, text_bytes if lengths is not None else None)
+    parts = ranks.everywhere(tallies)
+    tallies = {name: sum((part[name] for part in parts), Tally()) for name in tallies}
+    found = {name: tally.evaluation(lengths is not None) for name, tally in tallies.items()}
+    return found, sum(tallies.values(), Tally()).evaluation(lengths is not None)
+
+
+def _losses(trained: Trained, samples: Tensor) -> list[float]:
+    """Summed cross-entropy of each window; on ranks, where they are counted, else nothing."""
+    config, ranks = trained.config.model, trained.ranks
+    assert config.vocab_size is not None
+    inputs, targets = samples[:, :-1], samples[:, 1:]
+    logits = ranks.hand_on(inputs, list(trained.model.layers.values()), config.hidden)
+    if logits is None:
+        return []
+    nll, _ = vocab_parallel_cross_entropy(
+        logits, targets, ranks.tp, vocab_size=config.vocab_size, cap=config.final_logit_cap
+    )
+    losses: list[float] = nll.double().sum(1).tolist()
+    return losses if ranks.tp.rank == 0 else []
+
+
+def _sources(datasets: Mapping[str, Samples]) -> Iterator[tuple[str, TokenDataset]]:
+    """Each part of each dataset, with the name that it is told by."""
+    for name, dataset in datasets.items():
+        for part in dataset.parts:
+            prefix = str(part.indexed.prefix)
+            yield name if len(dataset.parts) == 1 else prefix if len(datasets) == 1 else f"{name}: {prefix}", part
+
+
+def _chosen(dataset: Samples, batches: int | None, size: int) -> tuple[int, Iterator[Location]]:
+    """(how many windows of a dataset are taken, these windows)"""
+    total = sum(part.windows for part in dataset.parts)
+    if batches is None:
+        return total, _all(dataset)
+    wanted = map(dataset.locate, range(min(batches * size, total)))
+    chosen = [where for where in wanted if where.epoch == 0]  # a small part of a blend may come around again
+    return len(chosen), iter(chosen)
 
 
 def byte_lengths(tokenizer: Tokenizer, vocab_size: int = 0) -> np.ndarray:

@@ -1,26 +1,35 @@
-"""A trained run, opened in one process to be used: model, configuration and tokenizer."""
+"""A trained run, opened to be used, in one process or on several ranks: model, configuration and tokenizer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from megatron_stable.checkpoint.model import load_model
+from megatron_stable.analysis.ranks import Ranks, layout
+from megatron_stable.checkpoint.catalog import newest_whole
+from megatron_stable.checkpoint.model import fill, load_model, usable_config
 from megatron_stable.config.schema import Config
 from megatron_stable.data import Tokenizer
 from megatron_stable.errors import DataError
+from megatron_stable.model import sigma
 from megatron_stable.model.transformer import Transformer
+from megatron_stable.parallel import agreement
+from megatron_stable.parallel.lifeline import Lifeline
+from megatron_stable.parallel.topology import Topology
 
 
 class Trained(NamedTuple):
-    """A model, how it was trained, and what its token ids mean."""
+    """A model, or this rank's part of it, how it was trained, and what its token ids mean."""
 
     config: Config
     model: Transformer
     tokenizer: Tokenizer | None
     step: int
+    ranks: Ranks = Ranks()
 
     @property
     def device(self) -> torch.device:
@@ -39,10 +48,48 @@ def open_run(run: str | Path, step: int | None = None, tokenizer: str | Path | N
     Raises:
         DataError: There is no such run or checkpoint, or the tokenizer cannot be read.
     """
+    _refuse_elsewhere(run)
+    config, model, step = load_model(run, step, _device())
+    return Trained(config, model, _open_tokenizer(tokenizer, config, run), step)
+
+
+def open_on_ranks(
+    run: str | Path,
+    step: int | None,
+    tokenizer: str | Path | None,
+    lifeline: Lifeline,
+    given: Sequence[str] = (),
+    replicas: bool = True,
+) -> Trained:
+    """As :func:`open_run`, each rank its own part of the model, of which alone the checksums are compared. Collective.
+
+    Args:
+        given: The layout, as `megatron_stable.analysis.ranks.layout` takes it.
+        replicas: Whether there may be several copies of the model.
+
+    Raises:
+        MegatronStableError: The same on all ranks: as :func:`open_run`; the layout does not suit.
+    """
+    wanted = agreement.decided(lambda: newest_whole(run, step, verify=False).step)
+    with agreement.together():
+        whole = newest_whole(run, wanted, verify=False)
+        config = usable_config(whole)
+        tensor, pipeline = layout(config, dist.get_world_size(), given, replicas)
+        opened = _open_tokenizer(tokenizer, config, run)
+    topology = Topology(tensor, pipeline)
+    with lifeline.slow(), agreement.together():
+        model = fill(whole, config, _device(), topology)
+    sigma.measure(model)
+    return Trained(config, model, opened, whole.step, Ranks(topology, lifeline.progress))
+
+
+def _refuse_elsewhere(run: str | Path) -> None:
     if not (Path(run) / "checkpoints").is_dir():
         raise DataError(f"no run in {run}: name the run.directory of a run, the one that holds checkpoints/")
-    config, model, step = load_model(run, step, "cuda" if torch.cuda.is_available() else "cpu")
-    return Trained(config, model, _open_tokenizer(tokenizer, config, run), step)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _open_tokenizer(given: str | Path | None, config: Config, run: str | Path) -> Tokenizer | None:

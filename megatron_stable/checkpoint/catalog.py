@@ -19,8 +19,11 @@ class Whole(NamedTuple):
     manifest: Manifest
 
 
-def newest_whole(run: str | Path, step: int | None = None) -> Whole:
+def newest_whole(run: str | Path, step: int | None = None, verify: bool = True) -> Whole:
     """The newest checkpoint of a run that is not abandoned, or the one of ``step``; in one process.
+
+    Args:
+        verify: Read all of it; else only what is used of it is verified, when it is read.
 
     Raises:
         DataError: There is none, or it is damaged.
@@ -31,7 +34,7 @@ def newest_whole(run: str | Path, step: int | None = None) -> Whole:
     found = [entry for entry in store.entries(root) if (not entry.abandoned if step is None else entry.step == step)]
     problem = None
     for entry in reversed(found):
-        wrong = store.damage(entry)
+        wrong = store.damage(entry) if verify else entry.problem
         if wrong is None and entry.manifest is not None:
             if problem:  # to take an older one unasked would pass it off as what the run has come to
                 raise DataError(

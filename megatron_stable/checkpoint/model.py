@@ -1,27 +1,32 @@
-"""A trained model in one process, from a checkpoint that any layout wrote: for generation, evaluation and export."""
+"""A trained model, or a rank's part of it, from a checkpoint that any layout wrote: to be used, not to be trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from megatron_stable.checkpoint.catalog import newest_whole
+from megatron_stable.checkpoint.catalog import Whole, newest_whole
 from megatron_stable.checkpoint.format import stored_config
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import DataError
 from megatron_stable.model import sigma
-from megatron_stable.model.transformer import Transformer, layer_list, parameter_count
+from megatron_stable.model.transformer import Head, Layer, Transformer, layer_list, parameter_count
+from megatron_stable.parallel.layers import VocabParallelEmbedding
 from megatron_stable.parallel.parameters import place
-from megatron_stable.parallel.topology import TensorParallel
+from megatron_stable.parallel.shards import Place, Shard
+from megatron_stable.parallel.stages import stage_bounds
+from megatron_stable.parallel.topology import TensorParallel, Topology
 
 
-@torch.no_grad()
 def load_model(run: str | Path, step: int | None = None, device: str = "cpu") -> tuple[Config, Transformer, int]:
-    """The model of a run in fp32, in evaluation mode.
+    """The model of a run in fp32, in evaluation mode, in this process.
 
     Args:
         run: The run's directory.
@@ -36,22 +41,69 @@ def load_model(run: str | Path, step: int | None = None, device: str = "cpu") ->
         DataError: There is no such checkpoint, or it is damaged.
     """
     whole = newest_whole(run, step)
+    config = usable_config(whole)
+    model = fill(whole, config, device)
+    sigma.measure(model)
+    return config, model, whole.step
+
+
+def usable_config(whole: Whole) -> Config:
+    """The configuration of a checkpoint's run, with the attention backend that runs here."""
     config = stored_config(whole.directory, whole.manifest)
     # the backend of the training run may need a GPU, or half precision; and lengths vary, which compiled blocks dislike
-    model_config = config.model.model_copy(update={"attention": "auto", "compile": False})
-    config = config.model_copy(update={"model": model_config})
+    model = config.model.model_copy(update={"attention": "auto", "compile": False})
+    return config.model_copy(update={"model": model})
+
+
+@torch.no_grad()
+def fill(whole: Whole, config: Config, device: str, topology: Topology | None = None) -> Transformer:
+    """The model in fp32, in evaluation mode: all of it, or a rank's stage and slices. Only those are read.
+
+    To be followed by ``sigma.measure``, which is collective: when no rank has raised.
+
+    Raises:
+        DataError: The checkpoint is damaged, or does not hold the model.
+    """
     reader = Reader(whole.directory, whole.manifest)
     _refuse_larger(config, reader)
-    layers = layer_list(
-        config.model, TensorParallel(), config.run.seed, device, draw=False, multipliers=model_multipliers(config)
-    )
-    model = Transformer(layers)
+    tp = topology.tp if topology else TensorParallel()
+    layers = layer_list(config.model, tp, config.run.seed, device, draw=False, multipliers=model_multipliers(config))
+    model = Transformer(_stage(layers, topology) if topology else layers)
+
+    def read(known: Place) -> Tensor:
+        return reader.part("weight", Shard(known, 0, known.numel)).view(known.shape)
+
     for weight in model.parameters():
-        weight.copy_(reader.full(place(weight).name, "weight", place(weight).full_shape))
+        weight.copy_(read(place(weight)))
     for known, vector in sigma.vectors(model):
-        vector.copy_(reader.full(known.name, "weight", known.full_shape))
-    sigma.measure(model)
-    return config, model.to(device).eval(), whole.step
+        vector.copy_(read(known))
+    reader.close()
+    return model.to(device).eval()
+
+
+def _stage(layers: list[Layer], topology: Topology) -> list[Layer]:
+    """The layers of this rank's stage; a head that is tied to another stage's embedding has one of its own."""
+    blocks = [layer.name.startswith("blocks.") for layer in layers]
+    bounds = stage_bounds([layer.cost for layer in layers], blocks, topology.pipeline_size)
+    own = layers[bounds[topology.stage] : bounds[topology.stage + 1]]
+    here = {layer.name for layer in own}
+    by_name = {layer.name: layer for layer in layers}
+
+    def alone(layer: Layer) -> Layer:
+        if layer.tied is None or layer.tied in here:
+            return layer
+        return replace(layer, tied=None, build=_head_of(by_name[layer.tied].build, topology.tp))
+
+    return [alone(layer) for layer in own]
+
+
+def _head_of(build: Callable[[], nn.Module], tp: TensorParallel) -> Callable[[], nn.Module]:
+    def head() -> nn.Module:
+        embedding = build()
+        assert isinstance(embedding, VocabParallelEmbedding)
+        return Head(embedding.weight, tp)
+
+    return head
 
 
 def _refuse_larger(config: Config, reader: Reader) -> None:

@@ -24,7 +24,7 @@ VERBS = {
     "launch": "Start a run on the machines of a hostfile, after a look at each of them.",
     "status": "Say whether a run is being trained and where, its step, its rate, the time left, and its last events.",
     "stop": "Stop a run: it finishes the step in progress, saves and ends with exit code 0 on all ranks.",
-    "evaluate": "Measure loss and perplexity on a dataset.",
+    "evaluate": "Measure loss, perplexity and bits per byte on one or several datasets.",
     "generate": "Sample text from a trained run.",
     "report": "Make one HTML page of a run: loss with events, what was measured in each layer, speed, ledger, "
     "configuration.",

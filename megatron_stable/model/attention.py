@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model import flash
-from megatron_stable.model.backends import BACKENDS
+from megatron_stable.model.backends import BACKENDS, Backend
 from megatron_stable.model.flex import causal_mask, flex_attention
 from megatron_stable.model.init import output_init, qkv_init
 from megatron_stable.model.largest_logits import max_attention_logits
 from megatron_stable.model.norms import projection_norm
-from megatron_stable.model.positions import rotate
+from megatron_stable.model.positions import Positions, rotate
 from megatron_stable.model.probes import UNPROBED, Unprobed
 from megatron_stable.model.scores import Scores
 from megatron_stable.model.sigma import reparametrized
@@ -32,6 +32,7 @@ class Attention(nn.Module):
 
     Attributes:
         peaks: ``[heads/tp]``, raised to each head's largest logit, before any cap, whenever it trains; ``None``: not.
+        positions: Of the tokens of this pass; ``None``: 0, 1, ... in all rows.
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, backend: str, by: ModelMultipliers) -> None:
@@ -39,12 +40,13 @@ class Attention(nn.Module):
         self.tp, self.dropout = tp, config.attention_dropout
         self.probe: Unprobed = UNPROBED
         self.peaks: Tensor | None = None  # no buffer: half precision would round it, and checkpoints need not hold it
+        self.positions: Positions | None = None
         self.scores = Scores(
             by.attention_scale * config.attention_temperature, config.attention_cap, config.attention_clip
         )
         self.rope_theta = config.rope_theta if config.positions == "rope" else None
         self.head_dim, self.queries = config.head_dim, config.heads // config.groups
-        self.backend = BACKENDS[backend]
+        self.backend: Backend = BACKENDS[backend]
         width = config.heads * config.head_dim
         qkv = config.groups * (self.queries + 2) * config.head_dim
         self.qkv = reparametrized(
@@ -80,7 +82,7 @@ class Attention(nn.Module):
         q, k, v = (self.probe(name, part.flatten(2, 3)) for name, part in (("q", q), ("k", k), ("v", v)))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         if self.rope_theta is not None:
-            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+            q, k = (rotate(x, self.rope_theta, self.positions) for x in (q, k))
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

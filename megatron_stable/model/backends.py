@@ -21,12 +21,14 @@ from megatron_stable.model.scores import Scores, math_attention
 Backend = Callable[[Tensor, Tensor, Tensor, Scores, float], Tensor]
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:
-    """PyTorch's fused attention; it has no cap and no clip."""
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float, visible: Tensor | None = None
+) -> Tensor:
+    """PyTorch's fused attention; it has no cap and no clip. ``visible``: as :func:`math_attention` has it."""
     assert scores.cap is None and scores.clip is None
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, scale=scores.scale, enable_gqa=grouped
+        q, k, v, visible, dropout_p=dropout, is_causal=visible is None, scale=scores.scale, enable_gqa=grouped
     )
 
 

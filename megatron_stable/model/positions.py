@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,28 @@ def _rotary_table(length: int, width: int, theta: float, device: torch.device) -
     return torch.stack((angles.cos(), angles.sin())).float().to(device)
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of ``[b, s, heads, d]``: dimension i is paired with i + d/2; computed in fp32."""
-    cos, sin = rotary_table(x.shape[1], x.shape[-1], theta, x.device).unsqueeze(2)
+class Positions(NamedTuple):
+    """Where the tokens of a pass are in their sequences.
+
+    Attributes:
+        each: ``[b, s]``.
+        bound: More than any of them.
+    """
+
+    each: Tensor
+    bound: int
+
+
+def rotate(x: Tensor, theta: float, positions: Positions | None = None) -> Tensor:
+    """Rotary embedding of ``[b, s, heads, d]``: dimension i is paired with i + d/2; computed in fp32.
+
+    ``positions``: of the tokens; ``None``: 0, 1, ... in all rows.
+    """
+    if positions is None:
+        table = rotary_table(x.shape[1], x.shape[-1], theta, x.device)
+    else:
+        table = rotary_table(positions.bound, x.shape[-1], theta, x.device)[:, positions.each]
+    cos, sin = table.unsqueeze(-2)
     if torch.compiler.is_compiling():  # which fuses the plain equation
         first, second = x.chunk(2, -1)
         return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
@@ -58,11 +77,16 @@ class _Rotation(torch.autograd.Function):
 
 
 class EmbeddingOutput(nn.Module):
-    """What follows the token embedding: learned positions (if any), then dropout."""
+    """What follows the token embedding: learned positions (if any), then dropout.
+
+    Attributes:
+        positions: Of the tokens of this pass; ``None``: 0, 1, ... in all rows.
+    """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.tp, self.dropout = tp, config.dropout
+        self.positions: Positions | None = None
         learned = config.positions == "learned"
         shape = (config.sequence_length, config.hidden)
         self.weight = parameter(shape, embedding_init(config), partial=tp.sequence_sharded) if learned else None
@@ -70,7 +94,9 @@ class EmbeddingOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
         if self.weight is not None:
-            if self.tp.sequence_sharded:
+            if self.positions is not None:
+                x = x + F.embedding(self.positions.each, self.weight)
+            elif self.tp.sequence_sharded:
                 x = x + F.embedding(self._positions(x), self.weight)
             else:
                 x = x + self.weight[: x.shape[1]]

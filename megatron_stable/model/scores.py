@@ -25,15 +25,20 @@ class Scores(NamedTuple):
     clip: tuple[float, float] | None = None
 
 
-def math_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:
-    """The reference, with the s x s probabilities in memory; logits and softmax are fp32."""
+def math_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float, visible: Tensor | None = None
+) -> Tensor:
+    """The reference, with the s x s probabilities in memory; logits and softmax are fp32.
+
+    ``visible`` ``[b, 1, s, keys]``: which keys each query sees; ``None``: those up to its own.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scores.scale  # [b, heads, s, s]
     if scores.cap is not None:
         logits = soft_cap(logits, scores.cap)
     future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    probabilities = logits.masked_fill(future, -torch.inf).softmax(-1)
+    probabilities = logits.masked_fill(future if visible is None else ~visible, -torch.inf).softmax(-1)
     if scores.clip is not None:
         gamma, zeta = scores.clip
         probabilities = ((zeta - gamma) * probabilities + gamma).clamp(0, 1)

@@ -80,7 +80,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> Stopped | None:
                 if own:
                     leave_world()
             else:
-                lifeline.crash(_cause(error), _code(error))
+                lifeline.crash(cause(error), code(error))
             raise
         lifeline.leave()
     if own:
@@ -259,14 +259,15 @@ def _rank() -> int:
     return (seat() or Seat(0, 1, 0)).rank
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """What happened, in words; nothing if another rank is to blame."""
     if isinstance(error, MegatronStableError):
         return str(error)
     return "" if _lost_connection(error) else f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _code(error: BaseException) -> int:
+def code(error: BaseException) -> int:
+    """With which it ends a process."""
     return error.exit_code if isinstance(error, MegatronStableError) else 1
 
 
@@ -275,9 +276,9 @@ def _crash(error: BaseException) -> NoReturn:
     if _lost_connection(error):
         time.sleep(5.0)  # another rank is to blame; its word, or that of its neighbour, ends this one
     try:
-        _tell_crash(error, _code(error))
+        _tell_crash(error, code(error))
     finally:
-        os._exit(_code(error))  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
+        os._exit(code(error))  # no orderly end: DeepSpeed's and torch's exit handlers would wait for the other ranks
 
 
 def _tell_crash(error: BaseException, code: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_stable.analysis.evaluation import byte_lengths, evaluate, open_data
+from megatron_stable.analysis.evaluation import byte_lengths, evaluate, evaluate_each, open_data
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.commands.app import run_verb
@@ -104,6 +104,31 @@ def test_batches_of_a_blend_take_no_window_twice(small: SmallDemo, trained: Trai
     assert seen[-1] == (37, 37)
 
 
+def test_each_source_by_name(small: SmallDemo, trained: Trained, excerpt: Path) -> None:
+    other = small.directory / "train_validation"
+    blend = open_dataset({str(excerpt): 9, str(other): 1}, 64, 0)
+    datasets = {"a": open_data(trained, str(excerpt)), "mixed": blend}
+    found, whole = evaluate_each(trained, datasets, batches=3, micro_size=5)  # chunks hold windows of several sources
+    assert list(found) == ["a", f"mixed: {excerpt}", f"mixed: {other}"]
+    assert [each.tokens for each in found.values()] == [24 * 64, 22 * 64, 2 * 64]
+    alone = evaluate(trained, datasets["a"], batches=3)
+    assert found["a"].loss == pytest.approx(alone.loss, rel=1e-6)
+    assert found["a"].bytes == alone.bytes
+    assert whole.tokens == 48 * 64
+    assert whole.loss * 48 == pytest.approx(sum(each.loss * each.tokens / 64 for each in found.values()))
+    assert list(evaluate_each(trained, {"b": blend}, batches=1)[0]) == [str(excerpt), str(other)]
+
+
+@torch.no_grad()
+def test_standard_error_is_that_of_the_windows_means(small: SmallDemo, trained: Trained, excerpt: Path) -> None:
+    dataset = open_data(trained, str(excerpt))
+    _, model, _ = load_model(small.run)
+    samples = torch.from_numpy(np.stack([dataset.parts[0].indexed.read(64 * i, 65) for i in range(31)]).astype("i8"))
+    logits = model(samples[:, :-1])[..., :400].transpose(1, 2)
+    means = F.cross_entropy(logits, samples[:, 1:], reduction="none").mean(1).double()
+    assert evaluate(trained, dataset).standard_error == pytest.approx(float(means.std() / 31**0.5), rel=1e-4)
+
+
 def test_bits_per_byte(trained: Trained, excerpt: Path) -> None:
     assert trained.tokenizer is not None
     result = evaluate(trained, open_data(trained, str(excerpt)))
@@ -132,6 +157,20 @@ def test_the_verb(small: SmallDemo, excerpt: Path) -> None:
     facts = json.loads(structured.stdout)
     assert facts["loss"] == pytest.approx(total / count, rel=1e-6)
     assert (facts["tokens"], facts["step"], facts["data"]) == (count, 12, str(excerpt))
+    assert [source["name"] for source in facts["sources"]] == [str(excerpt)]
+
+
+def test_the_verb_tells_several_datasets_apart(small: SmallDemo, excerpt: Path) -> None:
+    other = small.directory / "train_validation"
+    named = ("--data", f"short={excerpt}", "--data", f"{other}", "--batches", 2)
+    plain, structured = verb(small.run, *named), verb(small.run, *named, "--json")
+    rows = [line.split() for line in plain.stdout.splitlines()]
+    facts = json.loads(structured.stdout)
+    assert [source["name"] for source in facts["sources"]] == ["short", str(other)]
+    for source, row in zip(facts["sources"], rows[1:3], strict=True):
+        wanted = [source["name"], f"{source['loss']:.4f}", f"{source['standard_error']:.4f}"]
+        assert row == [*wanted, f"{source['perplexity']:.4g}", f"{source['bits_per_byte']:.4f}", f"{16 * 64:,}"]
+    assert facts["tokens"] == 2 * 16 * 64
 
 
 def test_unusable_input_ends_with_a_message_and_its_exit_code(
@@ -141,6 +180,8 @@ def test_unusable_input_ends_with_a_message_and_its_exit_code(
         ((tmp_path,), 5, ["no run in"]),
         ((small.run, "--data", tmp_path / "nothing"), 5, ["nothing.idx does not exist"]),
         ((small.run, "--batches", 0), 2, ["--batches"]),
+        ((small.run, "--data", "a=x", "--data", "a=y"), 2, ["'a'", "a name of its own"]),
+        ((small.run, "parallel.tensor=2"), 2, ["parallel.tensor=2", "--ranks"]),
     ]:
         ended = run_verb(["evaluate", *map(str, arguments)])
         said = capsys.readouterr()

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_stable.analysis.generation import Sampling, choose_token, generate, text_pieces
+from megatron_stable.analysis import generation
+from megatron_stable.analysis.generation import Sampling, choose_token, generate, generate_each, text_pieces
+from megatron_stable.analysis.prompts import read_prompts
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint.model import load_model
 from megatron_stable.commands.app import run_verb
 from megatron_stable.config.load import load_config
+from megatron_stable.config.schema import Config
 from megatron_stable.data import Tokenizer
 from megatron_stable.errors import ConfigError, DataError
 from tests.commands.conftest import SmallDemo
@@ -44,17 +46,33 @@ def tokenizer(trained: Trained) -> Tokenizer:
     return trained.tokenizer
 
 
+class Said(torch.nn.Module):
+    """What looks like a model, but says the tokens of a script."""
+
+    def __init__(self, script: list[int]) -> None:
+        super().__init__()
+        said = iter(script)
+
+        def head(x: Tensor) -> Tensor:
+            return torch.nn.functional.one_hot(torch.tensor([[next(said)]]), 512).float()
+
+        self.layers = {"body": lambda tokens: torch.zeros(*tokens.shape, 4), "head": head}
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+
 def scripted(tokenizer: Tokenizer, script: list[int]) -> Trained:
-    """What looks like a trained model, but says the tokens of a script."""
-    said = iter(script)
+    model: Any = Said(script)
+    return Trained(load_config(None, ["model.sequence_length=8", "model.vocab_size=500"]), model, tokenizer, 1)
 
-    def head(x: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(torch.tensor([next(said)]), 512).float()
 
-    layers = {"body": lambda tokens: torch.zeros(*tokens.shape, 4), "head": head}
-    model: Any = SimpleNamespace(layers=layers, parameters=lambda: iter([torch.zeros(1)]))
-    config = load_config(None, ["model.sequence_length=8", "model.vocab_size=500"])
-    return Trained(config, model, tokenizer, 1)
+def windows(config: Config, ids: list[int], tokens: int) -> list[int]:
+    """Where the window of each of the next tokens begins, by the rule that is written down."""
+    length, starts, begin = config.model.sequence_length, [], max(0, len(ids) - config.model.sequence_length)
+    for end in range(len(ids), len(ids) + tokens):
+        if end - begin > length:
+            begin = end - 1 - length // 2
+        starts.append(begin)
+    return starts
 
 
 @torch.no_grad()
@@ -63,13 +81,35 @@ def test_greedy_takes_the_models_most_probable_token(small: SmallDemo, trained: 
     config, model, _ = load_model(small.run)
     tokenizer = Tokenizer(small.directory / "tokenizer.model")
     ids = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
-    begun, length = len(ids), config.model.sequence_length
-    for _ in range(70):  # past the window
-        ids.append(int(model(torch.tensor([ids[-length:]]))[0, -1, :400].argmax()))
+    begun = len(ids)
+    for begin in windows(config, ids, 110):  # past the window, twice
+        ids.append(int(model(torch.tensor([ids[begin:]]))[0, -1, :400].argmax()))
         if ids[-1] == tokenizer.end_of_document:
             ids.pop()
             break
-    assert list(generate(trained, prompt, 70, GREEDY)) == ids[begun:]
+    assert list(generate(trained, prompt, 110, GREEDY)) == ids[begun:]
+
+
+def test_a_text_does_not_depend_on_what_it_is_generated_beside(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["def ", "", "import os\n" * 60, "class A:\n    def __init__(self", "def "]
+    samplings = [Sampling(1.0, 0.9, seed) for seed in (3, 4, 5, 6, 7)]
+
+    def both() -> tuple[list[list[int]], list[list[int]]]:
+        beside: list[list[int]] = [[] for _ in prompts]
+        for number, token in generate_each(trained, prompts, 80, samplings):
+            beside[number].append(token)
+        return beside, [list(generate(trained, *each)) for each in zip(prompts, [80] * 5, samplings, strict=True)]
+
+    beside, alone = both()
+    assert beside == alone
+    assert alone[0] != alone[4]  # the same prompt, another seed
+    frequent = max(set(alone[0]), key=[token for ids in alone for token in ids].count)
+    monkeypatch.setattr(Tokenizer, "end_of_document", property(lambda self: frequent))
+    beside, alone = both()
+    assert beside == alone
+    assert len({len(ids) for ids in alone}) > 1  # documents that end make the batch smaller
 
 
 def test_the_same_seed_gives_the_same_text(trained: Trained) -> None:
@@ -92,6 +132,18 @@ def test_only_the_nucleus_is_drawn_from_and_in_proportion() -> None:
     squared = torch.tensor([0.01, 0.25, 0.09, 0.01])
     assert counts(Sampling(0.5, 1.0)) == pytest.approx((squared / squared.sum()).tolist(), abs=0.03)
     assert counts(Sampling(1e-9, 1.0), 50) == [0, 1, 0, 0]
+
+
+def test_a_nucleus_is_the_same_whether_or_not_the_vocabulary_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(1))
+
+    def draws(head: int, top_p: float) -> list[int]:
+        monkeypatch.setattr(generation, "HEAD", head)
+        generator = torch.Generator().manual_seed(2)
+        return [choose_token(logits, Sampling(1.0, top_p), generator) for _ in range(300)]
+
+    for top_p in (0.1, 0.6, 1.0):  # of which 40 tokens hold the first, not the others
+        assert draws(40, top_p) == draws(300, top_p)
 
 
 def test_ends_with_the_document_or_after_so_many_tokens(tokenizer: Tokenizer) -> None:
@@ -158,6 +210,43 @@ def test_the_verb_prints_prompt_and_continuation(small: SmallDemo, trained: Trai
     assert (facts["tokens"], facts["step"], facts["ended"]) == (len(ids), 12, "length")
 
 
+def test_several_prompts_from_a_file_with_seeds_of_their_own(
+    small: SmallDemo, trained: Trained, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ['{"prompt": "import ", "seed": 5}', "", '"def "', '{"prompt": "é \\n"}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    given = ["--prompts", str(tmp_path / "prompts.jsonl"), "--tokens", "9", "--seed", "2", "--batch", "2"]
+    assert run_verb(["generate", str(small.run), *given, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    asked = [("import ", 5), ("def ", 2), ("é \n", 2)]
+    assert [each["prompt"] for each in found] == [prompt for prompt, _ in asked]
+    texts = []
+    for prompt, seed in asked:
+        ids = list(generate(trained, prompt, 9, Sampling(seed=seed)))
+        texts.append(prompt + "".join(text_pieces(tokenizer, prompt, ids)))
+    assert [each["prompt"] + each["text"] for each in found] == texts
+    assert run_verb(["generate", str(small.run), *given]) == 0
+    shown = "".join(f"--- {number} of 3\n{text}\n" for number, text in enumerate(texts, start=1))
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no prompts"),
+        ('{"prompt": 1}', ":1: neither a string"),
+        ('"a"\n{"prompt": "x", "seed": -1}', ":2: seed -1"),
+        ('"a"\n{', ":2: no JSON"),
+        (None, "No such file"),
+    ],
+)
+def test_prompts_that_are_none(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "prompts").write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_prompts(tmp_path / "prompts")
+
+
 def test_unusable_input_ends_with_a_message_and_its_exit_code(
     small: SmallDemo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +261,9 @@ def test_unusable_input_ends_with_a_message_and_its_exit_code(
         ((tmp_path / "run",), 5, ["bytes", "newest that is whole: step"]),
         ((small.run, "--temperature", -1), 2, ["temperature -1"]),
         ((small.run, "--tokens", 0), 2, ["--tokens"]),
+        ((small.run, "--prompt", "a", "--prompts", "b"), 2, ["exclude each other"]),
+        ((small.run, "--prompts", tmp_path / "none"), 5, ["none: No such file"]),
+        ((small.run, "parallel.tensor=2"), 2, ["parallel.tensor=2", "--ranks"]),
     ]:
         ended = run_verb(["generate", *map(str, arguments)])
         said = capsys.readouterr()
