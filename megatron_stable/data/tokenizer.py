@@ -39,7 +39,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        file = _file(self.path)
+        file = tokenizer_file(self.path)
         self._model = TokenizerJson(file) if file.suffix == ".json" else SentencePieceModel(file)
         self.sha256 = self._model.sha256
         """Its fingerprint: of the file's bytes; of a tokenizer.json also of the token that ends a document."""
@@ -68,7 +68,7 @@ class Tokenizer:
         return self._model.decode(tokens)
 
 
-def _file(path: Path) -> Path:
+def tokenizer_file(path: Path) -> Path:
     """The file of a tokenizer that is given as itself or as its directory."""
     if not path.is_dir():
         return path

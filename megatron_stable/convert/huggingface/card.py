@@ -95,11 +95,11 @@ def _stretches(course: Any) -> list[tuple[int, int]]:
     return [(stretch[0], stretch[1]) for stretch in course.skip]
 
 
-def _data(train: str | dict[str, float] | None) -> str:
+def _data(train: str | tuple[str, ...] | dict[str, float] | None) -> str:
     if isinstance(train, dict):
         total = sum(train.values())
         return ", ".join(f"{_code(Path(prefix).name)} {weight / total:.1%}" for prefix, weight in train.items())
-    return _code(Path(train).name if train else None)
+    return ", ".join(map(_code, train)) if isinstance(train, tuple) else _code(train)
 
 
 def _code(name: str | None) -> str:

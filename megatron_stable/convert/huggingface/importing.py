@@ -37,7 +37,7 @@ from megatron_stable.persisted import read_json
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.events import Imported
 
-TOKENIZER = "tokenizer.model"
+TOKENIZERS = "tokenizer.model", "tokenizer.json"  # the first that is there
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # buffers that classes have stored, and the head where it is the embedding once more
 IDLE = re.compile(
@@ -139,7 +139,7 @@ def _config(family: Family, body: dict[str, Any], source: Path, output: Path) ->
     if differ := [name for name, value in knobs_of(config).items() if not _equal(value, knobs[name])]:
         raise DataError(f"config.json: {differ[0]} {knobs[differ[0]]!r} cannot be had with the rest of it")
     dtype = DTYPES.get(body.get("dtype") or body.get("torch_dtype") or "", "fp32")
-    tokenizer = str(output / TOKENIZER) if (source / TOKENIZER).is_file() else None
+    tokenizer = next((str(output / name) for name in TOKENIZERS if (source / name).is_file()), None)
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"directory": str(output)}),

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_stable.data.tokenizer import SPACE, Tokenizer
+from megatron_stable.data.sentencepiece_model import SPACE
+from megatron_stable.data.tokenizer import Tokenizer, tokenizer_file
 from megatron_stable.errors import DataError
 from megatron_stable.files import replace_file
 
@@ -20,10 +21,11 @@ NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # of its SentencePiece.Typ
 
 
 def write_tokenizer(path: Path, directory: Path, length: int) -> dict[str, Any]:
-    """Write ``tokenizer.model``, ``tokenizer.json`` and ``tokenizer_config.json``.
+    """Write ``tokenizer.model``, ``tokenizer.json`` and ``tokenizer_config.json``; of a tokenizer.json, itself and what
+    lies beside it.
 
     Args:
-        path: The SentencePiece model.
+        path: The tokenizer.
         length: The most tokens that the model takes.
 
     Returns:
@@ -34,8 +36,14 @@ def write_tokenizer(path: Path, directory: Path, length: int) -> dict[str, Any]:
     """
     from sentencepiece import sentencepiece_model_pb2 as messages
 
-    tokenizer = Tokenizer(path)
+    tokenizer, path = Tokenizer(path), tokenizer_file(path)
     data = path.read_bytes()
+    if path.suffix == ".json":
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (path.parent / name).is_file():
+                replace_file(directory / name, (path.parent / name).read_bytes())
+        replace_file(directory / "tokenizer.json", data)
+        return {"eos_token_id": tokenizer.end_of_document}
     proto = messages.ModelProto.FromString(data)  # type: ignore[attr-defined]
     replace_file(directory / MODEL, data)
     _write(directory / "tokenizer.json", tokenizer_json(proto, path))
