@@ -37,7 +37,7 @@ VERBS = {
     "checkpoints": "List a run's checkpoints: step, size, layout, and whether each is complete.",
     "inspect": "Name the documents in a step's batch, and tell whether data or state caused a spike.",
     "skip": "Roll back to a checkpoint before a loss spike and skip the data that caused it.",
-    "convert": "Rewrite a checkpoint, optimizer state included, for another layout.",
+    "convert": "Rewrite a checkpoint: for Hugging Face's tools, from them, or for another layout.",
 }
 
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
