@@ -374,9 +374,9 @@ class CheckpointConfig(Section):
     loss that is not finite."""
     on_signal: bool = True
     """Save when SIGTERM or Ctrl-C ends the run; false: leave at once, and repeat the steps since the last one."""
-    max_failed_saves: int = Field(3, ge=2)
+    max_failed_saves: int = Field(3, ge=1)
     """So many saves in a row that fail end the run, with exit code 1; training waits for the last of them, and for one
-    that is not complete when a further one has been due so many times."""
+    that is not complete when a further one has been due so many times. 1: training waits for each."""
 
 
 class LoggingConfig(Section):

@@ -24,7 +24,8 @@ QUICK = {
 def run_of(folder: Path, name: str, steps: int, **sections: Any) -> Values:
     """Settings of a run that is guarded closely."""
     guard = {**QUICK, **sections.pop("guard", {})}
-    checkpoint = {"every": 5, "keep": 30, "healthy_after": 3}
+    # steps are so fast that one which is still being written would put off the next
+    checkpoint = {"every": 5, "keep": 30, "healthy_after": 3, "max_failed_saves": 1}
     constant = {"kind": "constant", "warmup_steps": 2}
     return settings(folder, name, steps, guard=guard, checkpoint=checkpoint, schedule=constant, **sections)
 
