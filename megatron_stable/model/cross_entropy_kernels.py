@@ -8,26 +8,15 @@ has that beside PyTorch's steps. Arithmetic is fp32. There are no atomics: the s
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_stable.model.cross_entropy import Columns, Steps
+from megatron_stable.model.triton_support import INSTALLED, jit, tl, works
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it comes with PyTorch for CUDA, and not with that for CPUs
-    INSTALLED = False
-
-    def jit(kernel: Any) -> Any:
-        """As it is: nobody will start it."""
-        return kernel
-else:
-    INSTALLED, jit = True, triton.jit
+if INSTALLED:
     LOWEST = tl.constexpr(-1.0e30)  # of no columns, or where all are -inf, as inf - inf is not 0
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,21 +117,11 @@ TRITON = Steps(_statistics, _gradient, in_place=True)
 
 @cache
 def usable(device: torch.device) -> bool:
-    """Whether the kernels run on ``device``, found out by running them on one logit.
+    """Whether the kernels run on ``device``, found out by running them on one logit."""
 
-    Without Triton they do not, and nobody wonders. Triton without the C compiler that it calls is told as a warning.
-    """
-    if not INSTALLED:
-        return False
-    one, first = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    try:
+    def run() -> None:
+        one, first = torch.zeros(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         _statistics(one[None], first, Columns(0, 1, None))
         _gradient(one[None].clone(), first, one, one, one, Columns(0, 1, None))
-    except Exception as error:  # whatever a compiler, a linker or a driver comes up with
-        warnings.warn(
-            f"the loss is computed by PyTorch, slowly and with more memory, as Triton does not work here "
-            f"({type(error).__name__}: {error})",
-            stacklevel=2,
-        )
-        return False
-    return True
+
+    return works(run, "the loss is computed by PyTorch, slowly and with more memory")

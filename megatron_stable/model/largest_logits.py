@@ -7,24 +7,12 @@ number per block of queries, elsewhere PyTorch's operators on some queries at a 
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # it comes with PyTorch for CUDA, and not with that for CPUs
-    INSTALLED = False
-
-    def jit(kernel: Any) -> Any:
-        """As it is: nobody will start it."""
-        return kernel
-else:
-    INSTALLED, jit = True, triton.jit
+from megatron_stable.model.triton_support import jit, tl, works
 
 DTYPES = (torch.bfloat16, torch.float16)  # fp32 without TF32 is no work for tensor cores, and spills registers
 WARPS, STAGES = 8, 2
@@ -133,16 +121,9 @@ def by_kernel(q: Tensor, k: Tensor) -> Tensor:
 @cache
 def usable(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether the kernel runs on ``device`` for heads of such a width, found out by running it on one query."""
-    if not INSTALLED or dtype not in DTYPES:
-        return False
-    one = torch.ones(1, 1, 1, width, dtype=dtype, device=device)
-    try:
+
+    def run() -> None:
+        one = torch.ones(1, 1, 1, width, dtype=dtype, device=device)
         by_kernel(one, one)
-    except Exception as error:  # whatever a compiler, a linker or a driver comes up with
-        warnings.warn(
-            f"the largest attention logits are computed by PyTorch, slowly, as Triton does not work here "
-            f"({type(error).__name__}: {error})",
-            stacklevel=2,
-        )
-        return False
-    return True
+
+    return dtype in DTYPES and works(run, "the largest attention logits are computed by PyTorch, slowly")

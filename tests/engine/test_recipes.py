@@ -49,6 +49,7 @@ KNOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "embedding_norm_learned": ({"embedding_norm": True, "positions": "learned", "bias": True}, {}),
     "embedding_gradient_scale": ({"embedding_gradient": 0.1, "embedding_scale": True, "positions": "learned"}, {}),
+    "head_width": ({"head_width": 12, "qk_norm": True, "v_norm": True}, {}),
     "final_logit_cap": ({"final_logit_cap": 1.0}, {"z_loss": 0.1}),
     "mu_loss": ({}, {"mu_loss": 10.0}),
     "mu_loss_tied_cap": ({"tied_embeddings": True, "final_logit_cap": 2.0}, {"mu_loss": 10.0}),
