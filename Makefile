@@ -39,7 +39,8 @@ test: setup  ## the test suite
 test-hosts: setup  ## every launcher on two machines in namespaces; needs root, sshd, pdsh, Open MPI, Slurm
 	$(BIN)/python -m pytest tests/hosts -n $(JOBS) --dist loadfile
 
-test-all: setup  ## the test suite with the full product of layouts and recipes
+test-all: setup  ## the test suite with the full product of layouts and recipes, and other people's tools
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tools]'
 	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile
 
 lint: setup  ## ruff, mypy, codespell

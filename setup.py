@@ -55,6 +55,7 @@ setup(
             "peft",
             "tokenizers",
         ],
+        "tools": ["lm-eval", "trl"],  # tests of `make test-all` alone
         "wandb": ["wandb"],
         "slurm": ["submitit"],
         "mpi": ["mpi4py"],

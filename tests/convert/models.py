@@ -89,9 +89,9 @@ def tokens(rows: int = 3, length: int = 16) -> Tensor:
 
 @torch.no_grad()
 def our_logits(run: Path, ids: Tensor) -> Tensor:
-    """Of a run's model, ``[b, s, VOCAB]``."""
+    """Of a run's model, ``[b, s, vocabulary]``, without padding."""
     config, model, _ = load_model(run)
-    logits: Tensor = model(ids)[..., :VOCAB]
+    logits: Tensor = model(ids)[..., : config.model.vocab_size]
     cap = config.model.final_logit_cap
     return logits if cap is None else soft_cap(logits, cap)
 
