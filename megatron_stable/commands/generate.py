@@ -2,17 +2,17 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from megatron_stable.analysis.generation import Sampling, generate_each, need_tokenizer, text_pieces
 from megatron_stable.analysis.prompts import Prompt, read_prompts
 from megatron_stable.analysis.ranks import joined, several
-from megatron_stable.analysis.trained import Trained, open_on_ranks, open_run
+from megatron_stable.analysis.trained import open_on_ranks, open_run
 from megatron_stable.commands.again import as_rank, on_ranks
 from megatron_stable.errors import ConfigError
 from megatron_stable.training.pretrain import Tell
@@ -69,7 +69,6 @@ def generate(
     asked = read_prompts(prompts) if prompts is not None else [Prompt(text) for text in prompt or [""]]
     if ranks is not None:
         raise on_ranks(context, ranks)
-    say = _print_json if as_json else _print
 
     def work(tell: Tell = lambda error: None) -> int:
         with joined(tell) as lifeline:
@@ -79,16 +78,24 @@ def generate(
                 trained = open_run(run, step, tokenizer)
             else:
                 trained = open_on_ranks(run, step, tokenizer, lifeline, overrides or [], replicas=False)
-            todo, number = iter(asked), 0
-            while some := list(islice(todo, batch)):
+            encoded = need_tokenizer(trained)
+            for start in range(0, len(asked), batch):
+                some = asked[start : start + batch]
                 samplings = [Sampling(temperature, top_p, seed if one.seed is None else one.seed) for one in some]
                 stream = generate_each(trained, [one.text for one in some], tokens, samplings)
-                if trained.ranks.first:
-                    say(run, trained, some, tokens, stream, number, len(asked))
-                else:
-                    for _ in stream:
-                        pass
-                number += len(some)
+                if trained.ranks.first and len(asked) == 1 and not as_json:
+                    _print_as_it_comes(
+                        asked[0].text, text_pieces(encoded, asked[0].text, (token for _, token in stream))
+                    )
+                    continue
+                for i, (one, ids) in enumerate(zip(some, _gathered(stream, len(some)), strict=True), start + 1):
+                    text = "".join(text_pieces(encoded, one.text, ids))
+                    if trained.ranks.first and as_json:
+                        ended = "length" if len(ids) == tokens else "end_of_document"
+                        facts = {"run": str(run), "step": trained.step, "prompt": one.text, "text": text}
+                        typer.echo(json.dumps({**facts, "tokens": len(ids), "ended": ended}))
+                    elif trained.ranks.first:
+                        typer.echo(f"--- {i} of {len(asked)}\n{one.text}{text}")
         return 0
 
     if several():
@@ -96,49 +103,11 @@ def generate(
     work()
 
 
-def _print(
-    run: Path,
-    trained: Trained,
-    prompts: list[Prompt],
-    tokens: int,
-    stream: Iterator[tuple[int, int]],
-    number: int,
-    total: int,
-) -> None:
-    """The text as it comes, if there is one prompt; of several, one after the other."""
-    tokenizer = need_tokenizer(trained)
-    if total == 1:
-        typer.echo(prompts[0].text, nl=False)
-        for piece in text_pieces(tokenizer, prompts[0].text, (token for _, token in stream)):
-            typer.echo(piece, nl=False)
-            sys.stdout.flush()
-        typer.echo()
-        return
-    for i, (one, ids) in enumerate(zip(prompts, _gathered(stream, len(prompts)), strict=True), start=number + 1):
-        typer.echo(f"--- {i} of {total}")
-        typer.echo(one.text + "".join(text_pieces(tokenizer, one.text, ids)))
-
-
-def _print_json(
-    run: Path,
-    trained: Trained,
-    prompts: list[Prompt],
-    tokens: int,
-    stream: Iterator[tuple[int, int]],
-    number: int,
-    total: int,
-) -> None:
-    tokenizer = need_tokenizer(trained)
-    for one, ids in zip(prompts, _gathered(stream, len(prompts)), strict=True):
-        facts: dict[str, Any] = {
-            "run": str(run),
-            "step": trained.step,
-            "prompt": one.text,
-            "text": "".join(text_pieces(tokenizer, one.text, ids)),
-            "tokens": len(ids),
-            "ended": "length" if len(ids) == tokens else "end_of_document",
-        }
-        typer.echo(json.dumps(facts))
+def _print_as_it_comes(prompt: str, pieces: Iterable[str]) -> None:
+    for piece in chain([prompt], pieces):
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
 
 
 def _gathered(stream: Iterator[tuple[int, int]], prompts: int) -> list[list[int]]:
