@@ -36,7 +36,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             documents = TOKENS // LENGTH // shards
             for i in range(shards):
-                write(Path(folder, shard_prefix("huge", i, shards)), documents)
+                write_sparse(Path(folder, shard_prefix("huge", i, shards)), documents, LENGTH)
             index = sum(path.stat().st_size for path in Path(folder).glob("*.idx"))
             process = psutil.Process()
             data = None
@@ -58,17 +58,17 @@ def main() -> None:
             )
 
 
-def write(prefix: Path, documents: int) -> None:
-    """A shard of zeros."""
+def write_sparse(prefix: Path, documents: int, length: int) -> None:
+    """A dataset of zeros, uint16, that takes no space: of its index only what is read on opening is there."""
     with Path(f"{prefix}.bin").open("wb") as file:
-        file.truncate(2 * documents * LENGTH)
+        file.truncate(2 * documents * length)
     with Path(f"{prefix}.idx").open("wb") as file:
         file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1))
         file.truncate(34 + 20 * documents + 8)
         file.seek(34 + 4 * (documents - 1))
-        file.write(struct.pack("<i", LENGTH))
+        file.write(struct.pack("<i", length))
         file.seek(34 + 12 * documents - 8)
-        file.write(struct.pack("<q", 2 * (documents - 1) * LENGTH))
+        file.write(struct.pack("<q", 2 * (documents - 1) * length))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import struct
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from benchmarks.data_counts import write_sparse
 from megatron_stable.data import (
     IndexedDataset,
     TokenDataset,
@@ -106,22 +106,9 @@ def test_few_files_are_open_and_none_before_it_is_read(
     assert process.num_fds() == before
 
 
-def sparse(prefix: Path, documents: int, length: int) -> None:
-    """A dataset of zeros, uint16, that takes no space: of its index only what is read on opening is there."""
-    with Path(f"{prefix}.bin").open("wb") as file:
-        file.truncate(2 * documents * length)
-    with Path(f"{prefix}.idx").open("wb") as file:
-        file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, documents, documents + 1))
-        file.truncate(34 + 20 * documents + 8)
-        file.seek(34 + 4 * (documents - 1))
-        file.write(struct.pack("<i", length))
-        file.seek(34 + 12 * documents - 8)
-        file.write(struct.pack("<q", 2 * (documents - 1) * length))
-
-
 def test_a_trillion_tokens(tmp_path: Path) -> None:
     for i in range(500):
-        sparse(tmp_path / shard_prefix("huge", i, 500), 2_000_000, 1000)
+        write_sparse(tmp_path / shard_prefix("huge", i, 500), 2_000_000, 1000)
     process = psutil.Process()
     gc.collect()
     files, memory = process.num_fds(), process.memory_info().rss
