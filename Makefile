@@ -1,8 +1,10 @@
 # `make demo` and `make test` work in a fresh clone: both set up .venv first, and skip that when it is up to date.
 # Options: PYTHON=python3.12 chooses the interpreter that .venv is made from; TESTS=tests/config the tests that run;
 # JOBS=4 how many run side by side, a file each. A test takes up to 8 processes, so 2 jobs keep a few cores busy.
+# TORCH=2.11.0 is installed by `make setup` instead of the version in constraints.txt.
 
 PYTHON ?= python3
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 TESTS ?= tests
 JOBS ?= 2
 BIN := .venv/bin
@@ -26,8 +28,9 @@ $(STAMP): setup.py constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 		{ echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install setuptools wheel
-	$(BIN)/python -m pip install -c constraints.txt torch numpy
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv/constraints.txt
+	$(BIN)/python -m pip install -c .venv/constraints.txt torch numpy
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup  ## prepare text, train a small model on two ranks, show what came out
@@ -40,7 +43,7 @@ test-hosts: setup  ## every launcher on two machines in namespaces; needs root, 
 	$(BIN)/python -m pytest tests/hosts -n $(JOBS) --dist loadfile
 
 test-all: setup  ## the test suite with the full product of layouts and recipes, and other people's tools
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[tools]'
+	$(BIN)/python -m pip install -q -c .venv/constraints.txt -e '.[tools]'
 	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile
 
 lint: setup  ## ruff, mypy, codespell
