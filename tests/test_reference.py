@@ -79,9 +79,10 @@ def logits_by_torch(params: model.Parameters, tokens: Tensor, cfg: ModelConfig) 
         name = f"blocks.{i}.mlp"
         y = norm(f"{name}_input_norm", x)
         weight, bias = params[f"{name}.fc1.weight"], params.get(f"{name}.fc1.bias")
-        if cfg.activation == "swiglu":
+        if cfg.activation in ("swiglu", "geglu"):
             gate = F.linear(y, weight[0], None if bias is None else bias[0])
-            y = F.silu(gate) * F.linear(y, weight[1], None if bias is None else bias[1])
+            gate = F.silu(gate) if cfg.activation == "swiglu" else F.gelu(gate, approximate="tanh")
+            y = gate * F.linear(y, weight[1], None if bias is None else bias[1])
         elif cfg.activation == "gelu":
             y = F.gelu(F.linear(y, weight, bias), approximate="tanh")
         elif cfg.activation == "gelu_erf":
@@ -100,7 +101,13 @@ def logits_by_torch(params: model.Parameters, tokens: Tensor, cfg: ModelConfig) 
         for (norm, bias), (positions, kv_heads), (activation, qk_norm, tied) in itertools.product(
             [("layernorm", False), ("layernorm", True), ("rmsnorm", True)],
             [("rope", None), ("learned", 2), ("none", 1), ("rope", 2)],
-            [("gelu", False, True), ("gelu_erf", True, True), ("squared_relu", True, False), ("swiglu", True, True)],
+            [
+                ("gelu", False, True),
+                ("gelu_erf", True, True),
+                ("squared_relu", True, False),
+                ("swiglu", True, True),
+                ("geglu", False, False),
+            ],
         )
     ],
 )

@@ -203,7 +203,7 @@ class Layers:
         model = self.config.model
         features = model.ffn / self.config.parallel.tensor
         size = self.tokens * features * self.width
-        if model.activation == "swiglu":
+        if model.gated:
             both = self.column(tape, x, 2 * features)
             gate, up = tape.split(both, size, size)
             gated = tape.put(size, gate, saves=(both,))

@@ -118,7 +118,7 @@ def _micro_batch(
     passes = 3 * len(blocks) + again  # forward, twice that backward; forward once more
     tokens, tp = layers.tokens, parallel.tensor
     width, kv = model.heads * model.head_dim, 2 * model.groups * model.head_dim
-    ffn = model.ffn * (3 if model.activation == "swiglu" else 2)
+    ffn = model.ffn * (3 if model.gated else 2)
     products = 2.0 * model.hidden * (2 * width + kv + ffn) / tp * tokens * passes
     rows = padded_vocabulary(model.vocab_size or 0, tp) / tp
     if "head" in names:

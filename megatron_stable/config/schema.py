@@ -19,6 +19,7 @@ Factor = Annotated[float, Field(gt=0, le=1)]
 Verbosity: TypeAlias = Literal["quiet", "normal", "debug"]
 ProbeGroup: TypeAlias = Literal["outputs", "attention", "logits", "weights", "gradients", "updates", "moments", "noise"]
 PROBE_GROUPS: tuple[ProbeGroup, ...] = get_args(ProbeGroup)
+GATED = ("swiglu", "geglu")  # non-linearities of two halves, gate and up
 Prefixes = Annotated[tuple[str, ...], Field(min_length=1)]
 Blend = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
@@ -79,7 +80,7 @@ class ModelConfig(Section):
     head_width: int | None = Field(None, ge=1)
     """Width of an attention head; null: hidden / heads."""
     ffn_hidden: int | None = Field(None, ge=1)
-    """Width of the MLP; null: 4 x hidden, for swiglu 8/3 x hidden rounded up to a multiple of 64."""
+    """Width of the MLP; null: 4 x hidden, for swiglu and geglu 8/3 x hidden rounded up to a multiple of 64."""
     sequence_length: int = Field(256, ge=1)
     """Tokens per sample."""
     vocab_size: int | None = Field(None, ge=2)
@@ -93,9 +94,9 @@ class ModelConfig(Section):
     """Position information: rotary (arXiv 2104.09864), a learned table, or none."""
     rope_theta: float = Field(10000.0, gt=0)
     """Base of the rotary frequencies."""
-    activation: Literal["gelu", "gelu_erf", "squared_relu", "swiglu"] = "gelu"
+    activation: Literal["gelu", "gelu_erf", "squared_relu", "swiglu", "geglu"] = "gelu"
     """Non-linearity of the MLP; gelu: in its tanh form, gelu_erf: as it is defined (GPT-NeoX, nanoGPT; arXiv
-    1606.08415; on a CPU the faster), squared_relu: arXiv 2109.08668, swiglu: arXiv 2002.05202."""
+    1606.08415; on a CPU the faster), squared_relu: arXiv 2109.08668, swiglu and geglu (Gemma): arXiv 2002.05202."""
     bias: bool = False
     """Biases in linear layers and LayerNorm."""
     tied_embeddings: bool = False
@@ -189,7 +190,12 @@ class ModelConfig(Section):
         """Width of the MLP, resolved."""
         if self.ffn_hidden is not None:
             return self.ffn_hidden
-        return -(-8 * self.hidden // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.hidden
+        return -(-8 * self.hidden // (3 * 64)) * 64 if self.gated else 4 * self.hidden
+
+    @property
+    def gated(self) -> bool:
+        """Whether FC1 holds a gate and an up projection."""
+        return self.activation in GATED
 
 
 class ParallelConfig(Section):

@@ -36,7 +36,7 @@ class Readings:
         self.cuts = [*np.cumsum(sizes), self.sums + sizes[0]]
         self.sampled = model.sequence_length // stride_of(model.sequence_length, logging.probe_positions)
         queries, keys = model.heads * model.head_dim, model.groups * model.head_dim
-        fc1 = model.ffn * (2 if model.activation == "swiglu" else 1)
+        fc1 = model.ffn * (2 if model.gated else 1)
         self.widths = {"qkv": queries + 2 * keys, "q": queries, "k": keys, "v": keys, "fc1": fc1}
         self.wanted = [
             (where.tag, where, FORMULAS[where.probe.name])

@@ -19,11 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from megatron_stable.config.schema import GATED
 from megatron_stable.hf.configuration import MegatronStableConfig
 from megatron_stable.model import mlp
 from megatron_stable.model.elementwise import soft_cap
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**mlp.ACTIVATIONS, "swiglu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {**mlp.ACTIVATIONS, "swiglu": F.silu, "geglu": mlp.gelu}
 
 
 def make_norm(config: MegatronStableConfig, size: int, present: bool = True) -> nn.Module:
@@ -128,12 +129,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """``down(activation(up(x)))``, with swiglu ``down(silu(gate(x)) * up(x))``."""
+    """``down(activation(up(x)))``, where gated ``down(activation(gate(x)) * up(x))``."""
 
     def __init__(self, config: MegatronStableConfig) -> None:
         super().__init__()
         h, f, bias = config.hidden_size, config.intermediate_size, config.bias
-        self.gate_proj = nn.Linear(h, f, bias) if config.activation == "swiglu" else None
+        self.gate_proj = nn.Linear(h, f, bias) if config.activation in GATED else None
         self.up_proj, self.down_proj = nn.Linear(h, f, bias), nn.Linear(f, h, bias)
         self.activation = ACTIVATIONS[config.activation]
 

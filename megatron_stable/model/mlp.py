@@ -35,15 +35,23 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-ACTIVATIONS = {"gelu": gelu, "gelu_erf": gelu_erf, "squared_relu": squared_relu, "swiglu": swiglu}
+def geglu(x: Tensor) -> Tensor:
+    """GELU(gate) x up (arXiv 2002.05202), GELU in its tanh form, as Gemma has it: ``[..., 2f]`` to ``[..., f]``."""
+    gate, up = x.chunk(2, -1)
+    return gelu(gate) * up
+
+
+ACTIVATIONS = {
+    "gelu": gelu, "gelu_erf": gelu_erf, "squared_relu": squared_relu, "swiglu": swiglu, "geglu": geglu,
+}  # fmt: skip
 
 
 class MLP(nn.Module):
-    """``fc2(activation(fc1(x)))``; for swiglu FC1 holds gate and up projection, ``[2, ffn, hidden]``."""
+    """``fc2(activation(fc1(x)))``; where it is gated, FC1 holds gate and up projection, ``[2, ffn, hidden]``."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, by: ModelMultipliers) -> None:
         super().__init__()
-        width = (2, config.ffn) if config.activation == "swiglu" else config.ffn
+        width = (2, config.ffn) if config.gated else config.ffn
         self.fc1 = reparametrized(
             ColumnParallelLinear(config.hidden, width, fc1_init(config, by), tp, config.bias), config
         )

@@ -124,7 +124,7 @@ def layer_list(
         return module
 
     width, kv = config.heads * config.head_dim, 2 * config.groups * config.head_dim
-    ffn = config.ffn * (3 if config.activation == "swiglu" else 2)
+    ffn = config.ffn * (3 if config.gated else 2)
     block_cost = 2.0 * h * (2 * width + kv + ffn) + 4.0 * s * width
     head = layer(
         "head",

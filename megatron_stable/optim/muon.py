@@ -48,7 +48,7 @@ def newton_schulz(x: Tensor) -> Tensor:
 def matrices(name: str, value: Tensor, model: ModelConfig) -> Iterator[Tensor]:
     """The linear maps that a stored parameter holds, as views whose last dimension is the input.
 
-    QKV is three maps, all queries, all keys, all values, which the parameter interleaves group by group; FC1 of swiglu
+    QKV is three maps, all queries, all keys, all values, which the parameter interleaves group by group; a gated FC1
     is two, gate and up. Each is orthogonalised as a whole, over all its heads: how they are stored together is
     a matter of speed, which the update should not see.
     """

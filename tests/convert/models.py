@@ -36,9 +36,10 @@ CLASSES: dict[str, dict[str, dict[str, Any]]] = {
     "olmo2": {"olmo2": {**GATED, "recipe": "olmo2", "head_width": 12}},
     "gemma2": {
         "gemma2": {**GATED, "recipe": "gemma2", "tied_embeddings": True},
+        "gemma2_own": {**GATED, "activation": "geglu", "recipe": "gemma2", "tied_embeddings": True},
         "gemma2_untied": {**GATED, **SANDWICH, "final_logit_cap": 3.0, "head_width": 6},
     },
-    "gemma3_text": {"gemma3": {**GATED, **SANDWICH, "qk_norm": True, "tied_embeddings": True}},
+    "gemma3_text": {"gemma3": {**GATED, **SANDWICH, "activation": "geglu", "qk_norm": True, "tied_embeddings": True}},
     "gpt_neox": {"gpt_neox": {"bias": True}, "gpt_neox_erf": {"bias": True, "activation": "gelu_erf"}},
     "gpt2": {
         "gpt2": {"bias": True, "positions": "learned", "tied_embeddings": True},

@@ -129,7 +129,9 @@ def test_a_window_bounds_the_sequence_length(tmp_path: Path) -> None:
     torch.testing.assert_close(our_logits(tmp_path / "run", tokens(2, 8)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["LlamaForCausalLM", "GPT2LMHeadModel", "Qwen3ForCausalLM", "Olmo2ForCausalLM"])
+@pytest.mark.parametrize(
+    "family", ["LlamaForCausalLM", "GPT2LMHeadModel", "Qwen3ForCausalLM", "Olmo2ForCausalLM", "Gemma2ForCausalLM"]
+)
 def test_a_model_of_theirs_is_read(family: str, tmp_path: Path) -> None:
     kind = getattr(transformers, family)
     shape = {

@@ -26,6 +26,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "complete_p": {"optimizer": {"parametrization": "complete_p", "base_width": 16}, "layer_scale": 0.3},
     "mu_full": {"optimizer": {"parametrization": "mu_full", "base_width": 16}, "final_logit_cap": 0.5},
     "wide_heads": {"head_width": 12, "qk_norm": True, "v_norm": True, "kv_heads": 2},
+    "geglu": {**GATED, "activation": "geglu"},
     "no_mlp_norm": {"mlp_input_norm": False, "activation": "gelu_erf", "rope_theta": 77.0},
 }
 CASES = {name: {"recipe": name} for name in RECIPES} | KNOBS

@@ -50,6 +50,7 @@ MODELS = {
     "defaults": {},
     "bias_learned_squared_relu": {"bias": True, "positions": "learned", "activation": "squared_relu", "kv_heads": 1},
     "swiglu_rmsnorm_gqa_tied": {"activation": "swiglu", "norm": "rmsnorm", "kv_heads": 2, "tied_embeddings": True},
+    "geglu": {"activation": "geglu", "norm": "rmsnorm", "kv_heads": 2},
     "swiglu_bias_no_positions": {"activation": "swiglu", "bias": True, "positions": "none", "rope_theta": 100.0},
     "gelu_erf": {"activation": "gelu_erf"},
     "theta_and_eps": {"rope_theta": 50.0, "norm_eps": 0.1, "bias": True},
@@ -177,6 +178,8 @@ def test_activations_are_their_formulas() -> None:
     torch.testing.assert_close(ACTIVATIONS["gelu_erf"](x), x * 0.5 * torch.erfc(-x / 2**0.5))
     torch.testing.assert_close(ACTIVATIONS["squared_relu"](x), torch.where(x > 0, x * x, torch.zeros_like(x)))
     gate, up = x, x.flip(0) + 1
+    by_tanh = gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    torch.testing.assert_close(ACTIVATIONS["geglu"](torch.cat((gate, up))), by_tanh)
     torch.testing.assert_close(ACTIVATIONS["swiglu"](torch.cat((gate, up))), gate / (1 + (-gate).exp()) * up)
 
 

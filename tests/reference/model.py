@@ -52,7 +52,7 @@ def parameter_shapes(cfg: ModelConfig, vocab: int) -> dict[str, tuple[int, ...]]
         linear(f"{block}.attention.proj", h, cfg.heads * d)
         if cfg.mlp_input_norm:
             norm(f"{block}.mlp_input_norm", h)
-        linear(f"{block}.mlp.fc1", *((2, width, h) if cfg.activation == "swiglu" else (width, h)))
+        linear(f"{block}.mlp.fc1", *((2, width, h) if cfg.activation in ("swiglu", "geglu") else (width, h)))
         linear(f"{block}.mlp.fc2", h, width)
         for part in ("attention", "mlp"):
             if getattr(cfg, f"{part}_output_norm"):
@@ -186,12 +186,12 @@ def attention(params: Parameters, name: str, x: Tensor, cfg: ModelConfig, scale:
 
 def mlp(params: Parameters, name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
     """The MLP of x [b, s, h], before the residual is added."""
-    if cfg.activation == "swiglu":
+    if cfg.activation in ("swiglu", "geglu"):
         both = torch.einsum("bsh,kfh->kbsf", x, matrix(params, f"{name}.fc1"))
         if cfg.bias:
             both = both + params[f"{name}.fc1.bias"][:, None, None, :]
         gate, up = both[0], both[1]
-        y = gate * torch.sigmoid(gate) * up
+        y = (gate * torch.sigmoid(gate) if cfg.activation == "swiglu" else gelu(gate)) * up
     else:
         y = linear(params, f"{name}.fc1", x)
         if cfg.activation == "squared_relu":
@@ -199,8 +199,13 @@ def mlp(params: Parameters, name: str, x: Tensor, cfg: ModelConfig) -> Tensor:
         elif cfg.activation == "gelu_erf":
             y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
         else:
-            y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+            y = gelu(y)
     return linear(params, f"{name}.fc2", y)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """In its tanh form."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def linear(params: Parameters, name: str, x: Tensor) -> Tensor:

@@ -174,6 +174,7 @@ NON_LINEAR = {
     "gelu_python": "gelu_erf",
     "relu2": "squared_relu",
 }
+GATES = {"gelu_pytorch_tanh": "geglu", "silu": "swiglu", "swish": "swiglu"}
 
 
 def _whole(value: Any) -> int:
@@ -201,9 +202,9 @@ def _shape(eps: str, tied: bool = False) -> tuple[Key, ...]:
     )
 
 
-def _non_linear(name: str, default: str) -> Key:
-    first = {ours: theirs for theirs, ours in reversed(NON_LINEAR.items())}
-    return Key(name, "activation", default, first.__getitem__, NON_LINEAR.__getitem__, tuple(first))
+def _non_linear(name: str, default: str, named: dict[str, str] = NON_LINEAR) -> Key:
+    first = {ours: theirs for theirs, ours in reversed(named.items())}
+    return Key(name, "activation", default, first.__getitem__, named.__getitem__, tuple(first))
 
 
 def _rope(theta: float = 10000.0) -> Key:
@@ -253,15 +254,15 @@ CLASSIC = {"head_width": usual_width, "norm": "layernorm", "bias": True, "kv_hea
 OUTPUT_NORMS = {"attention_output_norm": True, "mlp_output_norm": True}
 SILU = {"hidden_act": Fixed(("silu", "swish"), "silu")}
 NO_BIAS = {"attention_bias": Fixed((False,), False)}
-GEMMA = GATED | OUTPUT_NORMS | {"bias": False, "embedding_scale": True}
+GEMMA = {"norm": "rmsnorm", "positions": "rope"} | OUTPUT_NORMS | {"bias": False, "embedding_scale": True}
 GEMMA_KEYS = (
     *_shape(RMS, tied=True),
     *_heads(256),
     Key("query_pre_attn_scalar", "attention_scale", theirs=_square, ours=lambda value: value**-0.5),
     Key("attn_logit_softcapping", "attention_cap", None),
     Key("final_logit_softcapping", "final_logit_cap", None),
+    _non_linear("hidden_activation", "gelu_pytorch_tanh", GATES),
 )
-GEMMA_FIXED = NO_BIAS | {"hidden_activation": Fixed(("silu",), "gelu_pytorch_tanh")}
 
 
 LLAMA = Family(
@@ -313,7 +314,7 @@ GEMMA2 = Family(
     "Gemma2ForCausalLM",
     GEMMA,
     (*GEMMA_KEYS, _rope()),
-    GEMMA_FIXED,
+    NO_BIAS,
     lambda knobs: names.gemma_names(),
     _full,
     lambda config: config.get("sliding_window", 4096) if _slides(config) else None,
@@ -323,7 +324,7 @@ GEMMA3 = Family(
     "Gemma3ForCausalLM",
     GEMMA | {"qk_norm": True},
     (*GEMMA_KEYS, _rope(1e6)),
-    GEMMA_FIXED,
+    NO_BIAS,
     lambda knobs: names.gemma_names(),
     lambda knobs: (
         _full(knobs)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_stable.config.schema import ModelConfig
+from megatron_stable.config.schema import GATED, ModelConfig
 from megatron_stable.model.transformer import layer_list
 from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.topology import TensorParallel
@@ -151,7 +151,7 @@ def own_names(knobs: Knobs) -> dict[str, Map]:
         more[f"{side}_scale"] = same(f"{layer}{side}_layer_scale")
     more |= {"attention__v_norm": same(f"{layer}self_attn.v_norm")}
     more |= {"positions": same("model.embed_positions"), "embedding_norm": same("model.embed_norm")}
-    if knobs["activation"] != "swiglu":
+    if knobs["activation"] not in GATED:
         more["mlp__fc1"] = same(f"{layer}mlp.up_proj")
     return llama_names(**more)
 
