@@ -33,7 +33,7 @@ def test_sources_are_a_blend_by_name(folder: Path) -> None:
     blend = opened(folder, GOOD)
     assert isinstance(blend, Blend)
     assert [(part.indexed.prefix, part.indexed.tokens) for part in blend.parts] == [("web", 300), ("code", 110)]
-    assert blend.counts(4000) == [3000, 1000]
+    assert blend.stages.counts(4000) == {"web": 3000, "code": 1000}
     same = open_dataset({str(folder / "web"): 3, str(folder / "python"): 1}, 8, seed=1)
     assert [blend.sample(k).tolist() for k in range(0, 100, 4)] == [same.sample(k).tolist() for k in range(0, 100, 4)]
 
