@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import Self
 
 from megatron_stable.config.schema import ParallelConfig
-from megatron_stable.data.stages import in_words
+from megatron_stable.stability.blend import Blend as Blend
 from megatron_stable.stability.event import Event as Event
 from megatron_stable.stability.event import Number, Step, one_line
 from megatron_stable.stability.event import count as _count
@@ -59,28 +59,6 @@ class Resume(Start):
     def words(self) -> str:
         changes = [f"{key} {_value(before)} → {_value(now)}" for key, (before, now) in self.changed.items()]
         return f"training resumed on {self._where()}" + (f"; changed: {', '.join(changes)}" if changes else "")
-
-
-class Blend(Event):
-    """Another blend of sources begins to hold, in the batch of this step."""
-
-    event: Literal["blend"] = "blend"
-    sample: Step
-    """Of the data order: the first one that it holds for."""
-    shares: dict[str, float]
-    """Part of the samples that comes from each source."""
-    added: tuple[str, ...] = ()
-    """Sources that were not in the blend before."""
-    removed: tuple[str, ...] = ()
-    """Sources that are not in it any more."""
-    read: dict[str, int]
-    """Samples of each source that were taken before, from which it goes on; what was skipped is among them."""
-
-    def words(self) -> str:
-        read = {name: self.read.get(name, 0) for name in self.added}
-        notes = {name: f" (from its sample {count} on)" if count else " (new)" for name, count in read.items()}
-        gone = f"; no more of {', '.join(self.removed)}" if self.removed else ""
-        return f"another blend from sample {self.sample} on: {in_words(self.shares, notes)}{gone}"
 
 
 class Converted(Event):
