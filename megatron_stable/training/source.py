@@ -101,6 +101,11 @@ class Source:
         """This replica's micro batches ``[micro, s + 1]`` of a training step."""
         return self._micro_batches(self._batches(self._train, self.course), step)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether all that was ever trained on is open, and may be asked about."""
+        return self.stages is None or set(self.stages.ahead(0)) <= self._datasets.keys()
+
     def entered(self, step: int) -> Stage | None:
         """The stage that begins in the batch of a step, if one does: the last."""
         assert self.stages is not None

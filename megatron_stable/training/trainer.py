@@ -107,7 +107,7 @@ class Trainer:
         sample = self.source.arrange(before, self.step, self.recovery.interventions)
         if before is not None and sample is not None:
             changed |= self._tell_sources(before, sample, changed)
-        elif "run.seed" in changed:
+        elif "run.seed" in changed or not self.source.looks_back:
             self.guard.forget_batches()
         self.callbacks.message(f"resumed from {found.directory} (step {self.step})")
         return changed
@@ -318,8 +318,8 @@ class Trainer:
     def _follow(self, course: Course, step: int) -> None:
         """Do what the configuration and the interventions say from behind a step of a course."""
         self.source.follow(course, step, self.recovery.interventions)
-        if self.source.course.eras[-1].step == step:
-            self.guard.forget_batches()  # the engine evaluates batches of today's size alone
+        if self.source.course.eras[-1].step == step or not self.source.looks_back:
+            self.guard.forget_batches()  # the engine evaluates batches of today's size alone, of what is open
         self.engine.set_clip_factor(self.recovery.interventions.clip_factor)
 
     def _record(self, outcome: Outcome[Judgement], clock: Clock) -> Record:

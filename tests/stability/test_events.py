@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from megatron_stable.config.schema import ParallelConfig
 from megatron_stable.stability.events import (
-    Blend,
     AnyEvent,
+    Blend,
     Converted,
     Divergence,
     Drop,

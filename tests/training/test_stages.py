@@ -17,7 +17,7 @@ from megatron_stable.records.ledger import Ledger
 from megatron_stable.records.stages import read_stages
 from megatron_stable.stability.events import Blend, Resume
 from tests.harness.ranks import Ranks
-from tests.training.runs import SEQUENCE, metrics, train, write_data
+from tests.training.runs import SEQUENCE, Values, metrics, train, write_data
 from tests.training.test_batch_size import Legs, numbers
 
 TOKENS = {"web": 1601, "code": 801, "math": 1201}
@@ -156,3 +156,26 @@ def test_sources_that_cannot_go_on(ranks: Ranks, tmp_path: Path, capsys: pytest.
     refused(5, "source code holds 900 tokens in 1 documents, and held 801 in 1 when this run began to read it")
     (legs.run / "stages.json").write_text('{"streams": {}}')
     refused(5, "stages.json: stages: Field required; restore it from a backup")
+
+
+def train_as_before(values: Values) -> int:
+    """On a rank: as a version did that noted no stages."""
+    from megatron_stable.training import trainer
+
+    state = trainer.RunState
+    trainer.RunState = lambda **fields: state(**{**fields, "stages": None})  # type: ignore[assignment, misc]
+    return train(values)
+
+
+def test_a_run_of_an_older_version_goes_on(ranks: Ranks, tmp_path: Path) -> None:
+    legs = Staged(ranks, tmp_path)
+    web, code, math = (str(tmp_path / name) for name in TOKENS)
+    legs.values["data"] = {"train": {web: 3, code: 1}}
+    first = {**legs.values, "run": {**legs.values["run"], "steps": 2}}
+    assert ranks.run(1, train_as_before, first) == [0]
+    (legs.run / "stages.json").unlink()
+    state = store.entries(legs.run / "checkpoints")[-1].manifest.state  # type: ignore[union-attr]
+    assert state.stages is None
+    legs.values["data"] = {"train": {web: 1, math: 1}}
+    legs.go(3, size=8, micro=8, world=1)
+    assert legs.read() == {web: list(range(16)), code: list(range(4)), math: list(range(4))}
