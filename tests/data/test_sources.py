@@ -80,9 +80,9 @@ def test_weights_by_stage(folder: Path) -> None:
     staged = open_dataset(str(folder / "data.yaml"), 8, 1, [(0, {"web": 1}), (10, {"code": 1, "web": 1})])
     assert isinstance(staged, Blend)
     assert staged.stages.counts(14) == {"web": 12, "code": 2}, "weights of the file do not hold then"
-    with pytest.raises(ConfigError, match="web must have a path and a weight: .*; or give weights by data.stages"):
+    with pytest.raises(ConfigError, match=r"web must have a path and a weight: .*; or give weights by data.stages"):
         open_dataset(str(folder / "data.yaml"), 8, 1)
-    with pytest.raises(ConfigError, match="a part of 'wob', which data.train does not name; it names web, code"):
+    with pytest.raises(ConfigError, match=r"a part of 'wob', which data.train does not name; it names web, code"):
         open_dataset(str(folder / "data.yaml"), 8, 1, [(0, {"web": 1}), (10, {"wob": 1})])
 
 
