@@ -86,7 +86,7 @@ class Stages(Persisted):
     """All stages of a run. Questions take O(log stages + sources).
 
     Attributes:
-        streams: All sources that any stage names, or has named.
+        streams: All sources that any stage names, or has named, as they were when they were begun.
         stages: Those that hold, by rising samples, from 0 on.
         configured: What the configuration asked for when it was last looked at; unless that changes, nothing does.
     """
@@ -151,12 +151,24 @@ class Stages(Persisted):
         stages = before.stages
         if not _alike(wanted, before.configured):
             stages = tuple(_merged([*(stage for stage in stages if stage.sample < sample), *rest]))
-        begun = before.counts(sample)
-        result = Stages(streams={**before.streams, **streams}, stages=stages, configured=tuple(wanted))
+        known, begun = dict(before.streams), before.counts(sample)
+        for name, stream in streams.items():
+            if not begun.get(name) or stream.holds_as(known[name]):  # else it has to be what it was, if it goes on
+                known[name] = stream
+        result = Stages(streams=known, stages=stages, configured=tuple(wanted))
         for name in result.ahead(sample):
-            if begun.get(name) and not result.streams[name].holds_as(before.streams[name]):
-                raise _other_data(name, before.streams[name], result.streams[name])
+            result.require_same(name, streams.get(name, known[name]))
         return result
+
+    def require_same(self, name: str, now: Stream) -> None:
+        """DataError: a source holds something else than when it was begun."""
+        before = self.streams[name]
+        if not now.holds_as(before):
+            raise DataError(
+                f"source {name} holds {now.tokens:,} tokens in {now.documents:,} documents, and held "
+                f"{before.tokens:,} in {before.documents:,} when this run began to read it: its samples would be "
+                "others, and some come again. Put it back as it was, and give what is new as another source"
+            )
 
     def renamed(self, streams: Mapping[str, Stream]) -> Stages:
         """These with the names that sources have now which are at another place than before."""
@@ -233,11 +245,3 @@ def _require_known(stages: Sequence[Stage], streams: Collection[str], before: Co
                     f"data.stages: from sample {stage.sample} on there is a part of {name!r}, which data.train {why}; "
                     f"it names {', '.join(streams)}: {remedy}"
                 )
-
-
-def _other_data(name: str, before: Stream, now: Stream) -> DataError:
-    return DataError(
-        f"source {name} holds {now.tokens:,} tokens in {now.documents:,} documents, and held {before.tokens:,} in "
-        f"{before.documents:,} when this run began to read it: its samples would be others, and some come again. Put "
-        "it back as it was, and give what is new as another source"
-    )

@@ -150,13 +150,17 @@ class Source:
         return Blend(self._datasets, self.stages)
 
     def _require_datasets(self, sample: int) -> None:
-        """Open what samples from this one on come from that is not open, as a source that was removed further on is
-        read once more after going back."""
-        if self.stages is not None:
-            ahead = self.stages.ahead(sample)
-            closed = {name: self.stages.streams[name].paths for name in ahead if name not in self._datasets}
-            if closed:
-                self._open(closed)
+        """Have open what samples from this one on come from, as it was: a source that was removed or changed further
+        on is read once more after going back. Collective."""
+        if self.stages is None:
+            return
+        ahead = {name: self.stages.streams[name].paths for name in self.stages.ahead(sample)}
+        closed = {name: paths for name, paths in ahead.items() if name not in self._datasets}
+        if closed:
+            self._open(closed)
+        with together():
+            for name, paths in ahead.items():
+                self.stages.require_same(name, stream_of(paths, self._datasets[name]))
 
     def _open(self, paths: Mapping[str, Paths], others: Sequence[Samples] = ()) -> None:
         """Open sources, and see that they and others are of this vocabulary and tokenizer. Collective."""

@@ -217,7 +217,10 @@ def test_a_source_that_holds_something_else() -> None:
     with pytest.raises(DataError, match=r"source a holds 101 tokens in 10 documents, and held 100 in 10") as caught:
         order.resumed(40, grown, order.configured)
     assert caught.value.exit_code == 5
-    assert order.resumed(50, grown, order.configured).streams == grown, "it is over"
+    over = order.resumed(50, grown, order.configured)
+    assert over.streams == STREAMS, "it is over, but not forgotten"
+    with pytest.raises(DataError, match="source a holds 101 tokens"):
+        over.resumed(40, grown, order.configured)
     late = {**STREAMS, "b": Stream(paths="data/b", tokens=101, documents=10)}
     assert order.resumed(40, late, order.configured).streams == late, "it has not been begun"
     with pytest.raises(DataError, match="source a holds 101 tokens"):
