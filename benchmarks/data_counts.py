@@ -1,7 +1,8 @@
 """What a dataset of 10^12 tokens takes: counted on shards of that size whose files are sparse, so that they fit.
 
 Of each index only what opening reads is written; tokens are zeros. Opening, samples from everywhere, file handles,
-memory and sizes are real, reading from a disk is not. Run: python benchmarks/data_counts.py [--shards 4000]
+memory and sizes are real, reading from a disk is not. Then what it takes to know which source a sample behind the
+10^12-th token comes from, by the number of sources and stages. Run: python benchmarks/data_counts.py [--shards 4000]
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_stable.data import TokenDataset
+from megatron_stable.data import Stage, Stages, Stream, TokenDataset
 from megatron_stable.data.shards import shard_prefix
 
 TOKENS, LENGTH, WINDOW = 10**12, 1000, 4096
@@ -56,6 +57,28 @@ def main() -> None:
                 f"{memory / 1e6:9.1f}  {each * 1e6:9.0f}",
                 flush=True,
             )
+
+    print("sources  stages  JSON KB  first question s  a sample's source us")
+    for sources, stages in ((3, 1), (10, 10), (100, 10), (100, 100)):
+        print_stages(sources, stages, given.samples)
+
+
+def print_stages(sources: int, stages: int, samples: int) -> None:
+    """A row: blends of all sources, each other than the one before."""
+    streams = {f"source {i}": Stream(paths=f"data/source_{i}", tokens=10**9, documents=10**6) for i in range(sources)}
+    weights = [{name: 1.0 + (i * n) % 7 for i, name in enumerate(streams)} for n in range(stages)]
+    end = TOKENS // WINDOW
+    blends = [Stage(sample=end * n // stages, weights=each) for n, each in enumerate(weights)]
+    start = time.perf_counter()
+    known = Stages.begin(streams, blends)
+    known.locate(end)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    for k in range(end, end + samples):
+        known.locate(k)
+    each = (time.perf_counter() - start) / samples
+    size = len(known.model_dump_json()) / 1e3
+    print(f"{sources:7}  {stages:6}  {size:7.1f}  {first:16.4f}  {each * 1e6:20.1f}", flush=True)
 
 
 def write_sparse(prefix: Path, documents: int, length: int) -> None:

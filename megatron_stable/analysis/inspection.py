@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import numpy as np
 import torch
 
 from megatron_stable.analysis.flight import Before, before
-from megatron_stable.analysis.position import Position, as_it_was, configuration, find_step
+from megatron_stable.analysis.position import DECIDING, Position, as_it_was, configuration, find_step, stages_of
 from megatron_stable.analysis.second_opinion import Heard, Posed, hear, pose
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Location, Samples, Tokenizer, check_tokenizer, open_dataset
+from megatron_stable.data import Blend, Location, Samples, Stages, Tokenizer, check_tokenizer, open_dataset, open_source
 from megatron_stable.data.check import check_ids
 from megatron_stable.errors import DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
@@ -37,7 +38,7 @@ class Document:
     """The part of a document that a sample trains on.
 
     Attributes:
-        dataset: Prefix of the .bin/.idx.
+        dataset: Name of the source, which is the prefix of its .bin/.idx if it has no other.
         number: In the dataset, from 0.
         first: Where in the document the part begins, in tokens from 0.
         tokens: Of the part.
@@ -151,20 +152,22 @@ def inspect(
     """
     today, checkpoints = configuration(run), tuple(dict.fromkeys(checkpoints))
     position = find_step(run, step, data_step)
-    config, changed = as_it_was(run, today, position.step)
+    stages = stages_of(run)
+    deciding = DECIDING if stages is None else ("run.seed",)
+    config, changed = as_it_was(run, today, position.step, deciding)
     position = position._replace(notes=(*position.notes, *changed))
     have = {entry.step for entry in store.entries(Path(run) / "checkpoints")}
     for wanted in checkpoints:
         if wanted not in have:
             newest_whole(run, wanted)  # says which there are, before any work is done
-    dataset = _open_dataset(run, config)
-    decoder = _open_tokenizer(run, config, tokenizer)
-    if decoder is not None:
-        check_tokenizer(dataset, decoder)
-    posed = _posed(run, today, config, position) if checkpoints else None
+    posed = _posed(run, today, config, position, deciding) if checkpoints else None
     others = posed.samples.values() if isinstance(posed, Posed) else ()
     places = list(dict.fromkeys((position.samples, *others)))
     numbers = [[k for first, end in place for k in range(first, end)] for place in places]
+    dataset = _open_dataset(run, config, stages, chain.from_iterable(numbers))
+    decoder = _open_tokenizer(run, config, tokenizer)
+    if decoder is not None:
+        check_tokenizer(dataset, decoder)
     where = [[dataset.locate(k) for k in batch] for batch in numbers]
     found = [_measure(run, chosen, where, tokenizer, progress) for chosen in checkpoints]  # each of [n, s]
     samples = _samples(numbers[0], where[0], [nll[0] for nll in found], decoder, excerpt)
@@ -199,11 +202,16 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def _open_dataset(run: str | Path, config: Config) -> Samples:
-    if config.data.train is None:
+def _open_dataset(run: str | Path, config: Config, stages: Stages | None, samples: Iterable[int]) -> Samples:
+    """What a run trains on, as far as some samples come from it."""
+    data, cut = config.data, (config.model.sequence_length, config.run.seed)
+    if stages is None and data.train is None and not data.stages:
         raise DataError(f"{run} names no data.train in its config.yaml")
     try:
-        return open_dataset(config.data.train, config.model.sequence_length, config.run.seed)
+        if stages is None:
+            return open_dataset(data.train, *cut, data.stages)
+        names = dict.fromkeys(stages.locate(k)[0] for k in samples)
+        return Blend({name: open_source(name, stages.streams[name].paths, *cut) for name in names}, stages)
     except DataError as error:
         raise DataError(
             f"{error}. {run} names it in data.train: start where the run was started, "
@@ -221,10 +229,12 @@ def _open_tokenizer(run: str | Path, config: Config, given: str | Path | None) -
         ) from None
 
 
-def _posed(run: str | Path, today: Config, config: Config, position: Position) -> Posed | str:
+def _posed(
+    run: str | Path, today: Config, config: Config, position: Position, deciding: Collection[str]
+) -> Posed | str:
     """The question about a step that had this configuration; or why there is none."""
     posed = pose(list(read_metrics(RunDirectory(run).metrics)), position.record)
-    if isinstance(posed, Posed) and as_it_was(run, today, min(posed.samples))[0] != config:
+    if isinstance(posed, Posed) and as_it_was(run, today, min(posed.samples), deciding)[0] != config:
         return "shortly before, batches were still put together in another way"
     return posed
 

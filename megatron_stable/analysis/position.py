@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_stable.checkpoint import store
 from megatron_stable.config.load import load_config, parse_config
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Course
+from megatron_stable.data import Course, Stages
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.records.directory import RunDirectory, require_known_format
 from megatron_stable.records.metrics import Record, batch_of, read_metrics
+from megatron_stable.records.stages import read_stages
 from megatron_stable.stability.events import Resume
 
-DECIDING = ("run.seed", "data.train")  # besides the sequence length, which cannot change in a run
+# besides the sequence length, which cannot change in a run, and where it is known, the stages of its data
+DECIDING = ("run.seed", "data.train", "data.stages")
 
 
 class Position(NamedTuple):
@@ -104,7 +107,21 @@ def configuration(run: str | Path) -> Config:
     return load_config(path)
 
 
-def as_it_was(run: str | Path, config: Config, step: int | None) -> tuple[Config, list[str]]:
+def stages_of(run: str | Path) -> Stages | None:
+    """Which source each sample of a run comes from; ``None``: an older version trained it, and did not note that.
+
+    Raises:
+        DataError: What the run has noted cannot be used.
+    """
+    if (noted := read_stages(Path(run))) is not None:
+        return noted
+    stored = [entry.manifest for entry in store.entries(Path(run) / "checkpoints") if entry.usable and entry.manifest]
+    return stored[-1].state.stages if stored else None
+
+
+def as_it_was(
+    run: str | Path, config: Config, step: int | None, deciding: Collection[str] = DECIDING
+) -> tuple[Config, list[str]]:
     """The configuration with what decides on a batch as it was at a step, which resumes since may have changed; and
     notes on that. The ledger knows."""
     values, notes = config.model_dump(mode="json"), []
@@ -114,7 +131,7 @@ def as_it_was(run: str | Path, config: Config, step: int | None) -> tuple[Config
         if not isinstance(event, Resume) or event.step < step:
             continue
         for key, (before, now) in event.changed.items():
-            if key in DECIDING:
+            if key in deciding:
                 section, field = key.split(".")
                 values[section][field] = before
                 notes.append(f"{key} was {before} at step {step}, and {now} from step {event.step + 1} on")

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from megatron_stable.checkpoint import store
 from megatron_stable.config.load import load_config
 from megatron_stable.records.directory import RunDirectory, require_known_format, require_run
+from megatron_stable.records.metrics import EPOCHS
 from megatron_stable.records.presence import last_start, owner
 
 TAIL = 2**16  # bytes from the end of a file in which to look for its last lines at first
@@ -28,6 +29,7 @@ class Status(BaseModel):
         step, steps: The last that was recorded, and the last that is to come.
         loss, grad_norm, tokens_per_second: Of that step.
         seconds_left: At that rate.
+        epochs: How often each source of the data has been read.
         checkpoint: The step that it would go on from.
         orphans: Process ids by rank of those on this machine that live although nobody trains it.
         events: The last ones, in words, oldest first.
@@ -43,6 +45,7 @@ class Status(BaseModel):
     grad_norm: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    epochs: dict[str, float] = {}
     checkpoint: int | None = None
     orphans: dict[int, int] = {}
     events: list[str] = []
@@ -74,6 +77,7 @@ def status_of(run: Path) -> Status:
         grad_norm=last.get("grad_norm"),
         tokens_per_second=rate,
         seconds_left=left * tokens / rate if found and rate else None,
+        epochs={key.removeprefix(EPOCHS): last[key] for key in last if key.startswith(EPOCHS)},
         checkpoint=max(whole, default=None),
         orphans=start.alive_here() if start and not found else {},
         events=[event.sentence() for event in list(directory.ledger.read())[-EVENTS:]],

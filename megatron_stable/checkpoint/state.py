@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_stable.data.course import Course
+from megatron_stable.data.stages import Stages
 from megatron_stable.engine.loss_scaler import LossScalerState
 from megatron_stable.optim.clipping_state import ClippingState
 from megatron_stable.persisted import Count, Persisted, Positive
@@ -38,6 +39,7 @@ class RunState(Persisted):
         optimizer: Statistics of the clipping rule, if it keeps any.
         loss_scaler: Of fp16.
         course: Where the run is in its data, in samples, and what was and will be left out, as it was known then.
+        stages: Which source each sample comes from, as it was known then; `None`: an older version wrote it.
         bad_steps: The latest steps with a bad verdict.
         interventions: The interventions in force, oldest first.
         guard: What the guard has come to know.
@@ -48,6 +50,7 @@ class RunState(Persisted):
     optimizer: ClippingState | None = None
     loss_scaler: LossScalerState | None = None
     course: Course
+    stages: Stages | None = None
     bad_steps: tuple[Count, ...] = ()
     interventions: tuple[Intervention, ...] = ()
     guard: GuardState = GuardState()

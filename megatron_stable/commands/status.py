@@ -46,6 +46,10 @@ def _text(run: Path, found: Status) -> str:
     if found.seconds_left is not None:
         progress.append(f"{duration(found.seconds_left)} left")
     lines.append(" · ".join(progress))
+    if found.epochs:
+        lines.append(
+            "data read: " + ", ".join(f"{name} {epochs:.3g}" for name, epochs in found.epochs.items()) + " epochs"
+        )
     lines.append(f"checkpoint: step {found.checkpoint:,}" if found.checkpoint is not None else "no checkpoint yet")
     if found.orphans:
         pids = " ".join(map(str, found.orphans.values()))

@@ -1,9 +1,12 @@
 """Conflicts between fields that are each valid: both fields, their values, and what to do about it."""
 
+from itertools import pairwise
+
 from megatron_stable.config.attention import limits
 from megatron_stable.config.notation import inline
 from megatron_stable.config.problems import Problem, fail
 from megatron_stable.config.schema import Config, ModelConfig
+from megatron_stable.persisted import LARGEST
 
 
 def check(config: Config, world_size: int | None = None) -> None:
@@ -26,6 +29,7 @@ def conflicts(config: Config, world_size: int | None = None) -> list[Problem]:
         *_model(config),
         *_layout(config),
         *_batch(config, world_size),
+        *_stages(config),
         *_optimization(config),
         *_guard(config),
     ]
@@ -174,6 +178,26 @@ def _batch(config: Config, world_size: int | None) -> list[Problem]:
             )
         ]
     return []
+
+
+def _stages(config: Config) -> list[Problem]:
+    train, samples, found = config.data.train, [sample for sample, _ in config.data.stages], []
+    if samples and samples[0] != 0:
+        message = f"data.stages begins at sample {samples[0]}: the first stage must say what holds from sample 0 on"
+        found.append(Problem(("data.stages",), message))
+    for before, then in pairwise(samples):
+        if before >= then:
+            message = f"data.stages has sample {then} behind sample {before}: put them in order, each sample once"
+            found.append(Problem(("data.stages",), message))
+    if samples and samples[-1] >= LARGEST:
+        found.append(Problem(("data.stages",), f"data.stages has sample {samples[-1]}: give one below {LARGEST}"))
+    if samples and train is not None and not (isinstance(train, str) and train.endswith((".yaml", ".yml"))):
+        message = (
+            "data.stages and data.train both say which blend holds: leave data.train unset, as stages name prefixes "
+            "themselves, or let it name a .yaml of sources"
+        )
+        found.append(Problem(("data.stages", "data.train"), message))
+    return found
 
 
 def _optimization(config: Config) -> list[Problem]:

@@ -238,6 +238,11 @@ class DataConfig(Section):
     train: str | Prefixes | Blend | None = None
     """Training data: prefix of a .bin/.idx or of shards, a glob, a list of these, a blend {prefix: weight, ...}, or a
     .yaml of sources with names and weights."""
+    stages: tuple[tuple[Annotated[int, Field(ge=0)], Blend], ...] = ()
+    """Blends that change in mid-run: [sample, {source: weight, ...}], each from a sample of the data order on, the
+    first from 0. With a .yaml under `train`, sources are its names, and weights in it do not hold; without `train`,
+    they are prefixes or globs. Each source goes on where it was left. What changes in it on a resume holds from there
+    on."""
     validation: str | Prefixes | Blend | None = None
     """Validation data, given like `train`; null: no evaluation."""
     skip: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()

@@ -2,13 +2,24 @@
 
 from megatron_stable.data.check import check_share, check_tokenizer, check_vocabulary, remember, unchecked
 from megatron_stable.data.course import Course, Era
-from megatron_stable.data.dataset import Blend, Location, Samples, TokenDataset, open_dataset
+from megatron_stable.data.dataset import (
+    Blend,
+    Location,
+    Samples,
+    TokenDataset,
+    open_dataset,
+    open_source,
+    stream_of,
+)
 from megatron_stable.data.documents import DocumentReader, RawDocument, UndecodableError
 from megatron_stable.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from megatron_stable.data.interleave import Interleave
 from megatron_stable.data.loader import Batches
 from megatron_stable.data.order import SampleOrder, permute
 from megatron_stable.data.preprocess import PreprocessSummary, preprocess
 from megatron_stable.data.skip import SkipWindows
+from megatron_stable.data.sources import Wanted, unrecorded, wanted
+from megatron_stable.data.stages import Paths, Stage, Stages, Stream
 from megatron_stable.data.tokenizer import Tokenizer, TokenizerSummary, train_tokenizer
 
 __all__ = [
@@ -19,24 +30,34 @@ __all__ = [
     "Era",
     "IndexedDataset",
     "IndexedWriter",
+    "Interleave",
     "Location",
+    "Paths",
     "PreprocessSummary",
     "RawDocument",
     "SampleOrder",
     "Samples",
     "SkipWindows",
+    "Stage",
+    "Stages",
+    "Stream",
     "TokenDataset",
     "Tokenizer",
     "TokenizerSummary",
     "UndecodableError",
+    "Wanted",
     "check_share",
     "check_tokenizer",
     "check_vocabulary",
     "open_dataset",
+    "open_source",
     "permute",
     "preprocess",
     "remember",
+    "stream_of",
     "token_dtype",
     "train_tokenizer",
     "unchecked",
+    "unrecorded",
+    "wanted",
 ]

@@ -74,6 +74,13 @@ class Course(Persisted):
         """The sample behind the last one of a step; where the run began, its first."""
         return self.samples(step)[-1].stop if step > self.eras[0].step else self.eras[0].sample
 
+    def open(self, step: int, ahead: SkipWindows) -> int:
+        """The first sample behind a step from which the order of the data may be another: that is what is trained on
+        next, but for windows that lie ahead, which mean samples of the order that there was."""
+        position = self.position(step)
+        behind = [end for _, end in ahead.stretches if end > position]
+        return self.windows.sample(self.windows.kept(max([position, *behind])))
+
     def trained(self, step: int) -> int:
         """Samples that were trained on up to a step."""
         return self.windows.kept(self.position(step))

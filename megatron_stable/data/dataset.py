@@ -1,14 +1,12 @@
 """Samples out of token streams: one dataset in shuffled windows, or several blended by weight.
 
-Sample k is found in O(1) time and memory, from nothing but k, the seed and the weights; there is no index to build.
+Sample k is found in O(1) time and memory, from nothing but k, the seed and the stages; there is no index to build.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from math import isfinite
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +14,9 @@ import numpy as np
 
 from megatron_stable.data.order import SampleOrder
 from megatron_stable.data.shards import Tokens, open_tokens
-from megatron_stable.data.sources import read_sources
-from megatron_stable.errors import ConfigError, DataError
-
-YAML = (".yaml", ".yml")
+from megatron_stable.data.sources import is_file, wanted
+from megatron_stable.data.stages import Paths, Stages, Stream
+from megatron_stable.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -94,75 +91,53 @@ class TokenDataset:
 
 
 class Blend:
-    """Several datasets mixed sample by sample in proportion to their weights, whatever their sizes.
+    """Several datasets mixed sample by sample, each in its own order, by weights that change from stage to stage."""
 
-    The first dataset gets its share of all samples, spread evenly; the second its share of what is left; and so on.
-    Each share is a rounded multiple of k (a Beatty sequence) in exact arithmetic, so that the counts after k samples
-    are a formula, and stay within a small constant of weight x k for ever. Raises ConfigError for unusable weights.
-    """
+    def __init__(self, datasets: Mapping[str, TokenDataset], stages: Stages) -> None:
+        self.datasets, self.stages = datasets, stages
+        self.sequence_length = next(iter(datasets.values())).sequence_length
 
-    def __init__(self, datasets: Sequence[TokenDataset], weights: Sequence[float]) -> None:
-        if not datasets or len(datasets) != len(weights):
-            raise ConfigError(
-                f"a blend needs datasets with a weight each; got {len(datasets)} and {len(weights)} weights"
-            )
-        for dataset, weight in zip(datasets, weights, strict=True):
-            if not (isfinite(weight) and weight > 0):
-                raise ConfigError(
-                    f"weight {weight} of {dataset.indexed.prefix} in the blend: it must be a number above 0"
-                )
-        self.parts: Sequence[TokenDataset] = list(datasets)
-        self.sequence_length = datasets[0].sequence_length
-        # 0.1 is meant to be one tenth, not the nearest binary fraction.
-        exact = [Fraction(repr(float(weight))) for weight in weights]
-        self._shares = [(share / sum(exact[i:])).as_integer_ratio() for i, share in enumerate(exact)]
-
-    def assign(self, k: int) -> tuple[int, int]:
-        """Which dataset sample k comes from, and which of that dataset's samples it is, both from 0."""
-        for i, share in enumerate(self._shares):
-            before = _rounded(k, share)
-            if _rounded(k + 1, share) > before:
-                return i, before
-            k -= before
-        raise AssertionError("the last dataset takes all that is left")
-
-    def counts(self, k: int) -> list[int]:
-        """How many of the first k samples come from each dataset."""
-        counts = []
-        for share in self._shares:
-            counts.append(_rounded(k, share))
-            k -= counts[-1]
-        return counts
+    @property
+    def parts(self) -> Sequence[TokenDataset]:
+        """The datasets that are open."""
+        return list(self.datasets.values())
 
     def locate(self, k: int) -> Location:
         """Where sample k (from 0) lies."""
-        part, own = self.assign(k)
-        return self.parts[part].locate(own)
+        name, own = self.stages.locate(k)
+        return self.datasets[name].locate(own)
 
     def sample(self, k: int) -> np.ndarray:
         """Tokens of sample k (from 0), int64 `[sequence_length + 1]`."""
         return self.locate(k).read()
 
 
-def _rounded(k: int, share: tuple[int, int]) -> int:
-    """k x share, rounded half up."""
-    numerator, denominator = share
-    return (2 * k * numerator + denominator) // (2 * denominator)
+def open_source(name: str, paths: Paths, sequence_length: int, seed: int) -> TokenDataset:
+    """Open a source of a run."""
+    opened = open_tokens(paths) if isinstance(paths, str) else open_tokens(paths, name)
+    return TokenDataset(opened, sequence_length, seed)
+
+
+def stream_of(paths: Paths, dataset: TokenDataset) -> Stream:
+    """What a run notes of a source that it has opened."""
+    return Stream(paths=paths, tokens=dataset.indexed.tokens, documents=dataset.indexed.documents)
 
 
 def open_dataset(
-    source: str | Path | Sequence[str] | Mapping[str, float], sequence_length: int, seed: int
+    source: str | Path | Sequence[str] | Mapping[str, float] | None,
+    sequence_length: int,
+    seed: int,
+    stages: Sequence[tuple[int, Mapping[str, float]]] = (),
 ) -> TokenDataset | Blend:
-    """Open what the configuration names under data.train.
+    """Open what the configuration names under data.train or data.validation.
 
     Args:
         source: A prefix of a .bin/.idx or of shards, a glob, a list of these, or these with their weights; or a .yaml
             that lists sources.
+        stages: What it names under data.stages, for data that nobody has trained on yet.
     """
-    if isinstance(source, Mapping):
-        return Blend([TokenDataset(prefix, sequence_length, seed) for prefix in source], list(source.values()))
-    if not isinstance(source, str | Path) or Path(source).suffix not in YAML:
+    if source is not None and not stages and not isinstance(source, Mapping) and not is_file(source):
         return TokenDataset(source, sequence_length, seed)
-    sources = read_sources(source)
-    opened = [TokenDataset(open_tokens(each.paths, each.name), sequence_length, seed) for each in sources]
-    return Blend(opened, [each.weight for each in sources])
+    paths, blends = wanted(source, stages)
+    opened = {name: open_source(name, each, sequence_length, seed) for name, each in paths.items()}
+    return Blend(opened, Stages.begin({name: stream_of(paths[name], each) for name, each in opened.items()}, blends))

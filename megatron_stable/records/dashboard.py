@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_stable.config.schema import LoggingConfig
+from megatron_stable.records.metrics import EPOCHS
 from megatron_stable.stability.probes import LINEARS, PROBES, Probe, tag
 
 Charts = dict[str, tuple[str, ...]]  # regular expressions by title
@@ -57,6 +58,7 @@ def _categories(logging: LoggingConfig) -> dict[str, Charts]:
         "dropped updates": _exactly("guard/dropped"),
     }
     categories["run"] = {
+        "epochs by source": (f"^{EPOCHS}",),
         "z-loss": _exactly("train/z_loss", "train/mu_loss"),
         "loss scale": _exactly("train/loss_scale"),
         "tokens per second": _exactly("train/tokens_per_second"),

@@ -13,6 +13,7 @@ from megatron_stable.files import explain_os_errors
 from megatron_stable.records import jsonl
 
 Record = dict[str, Any]
+EPOCHS = "epochs/"  # before the name of a source: how often it has been read
 
 
 def read_metrics(path: Path, broken: list[int] | None = None) -> Iterator[Record]:

@@ -60,6 +60,10 @@ _SPIKE = {"level": 3.481, "scale": 0.1529, "onset": 157}
 EXAMPLES: tuple[Event, ...] = (
     types.Start(step=0, ranks=8, layout=_LAYOUT),
     types.Resume(step=60, ranks=8, layout=_LAYOUT, changed={"optimizer.learning_rate": (0.001, 0.0005)}),
+    types.Blend(
+        step=126, data_step=126, sample=1000, shares={"web": 0.5, "code": 0.3, "math": 0.2}, added=("math",),
+        removed=("books",), read={"web": 700, "code": 200, "books": 100},
+    ),
     types.Converted(step=200, source="runs/first/checkpoints/step_00000200", tensor=4, pipeline=1, data=2),
     types.Imported(step=0, source="models/llama", architecture="LlamaForCausalLM"),
     types.Spike(step=159, data_step=159, series="loss", value=5.358, score=12.27, **_SPIKE),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from megatron_stable.records.metrics import Record
+from megatron_stable.records.metrics import EPOCHS, Record
 from megatron_stable.stability.events import Event, Rollback
 from megatron_stable.stability.probes import parse
 
@@ -27,14 +27,14 @@ TAGS = {
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a record by tag; a probe's is its key. What was not finite is left out."""
+    """The numbers of a record by tag: of probes and epochs it is their key. What was not finite is left out."""
     return {tag: float(value) for key, value in record.items() if value is not None and (tag := tag_of(key))}
 
 
 @cache
 def tag_of(key: str) -> str | None:
     """The tag of a record's key; ``None``: it is not charted."""
-    return TAGS.get(key) or (key if parse(key) else None)
+    return TAGS.get(key) or (key if key.startswith(EPOCHS) or parse(key) else None)
 
 
 def markers(event: Event) -> tuple[str, ...]:

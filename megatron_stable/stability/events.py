@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import Self
 
 from megatron_stable.config.schema import ParallelConfig
+from megatron_stable.stability.blend import Blend as Blend
 from megatron_stable.stability.event import Event as Event
 from megatron_stable.stability.event import Number, Step, one_line
 from megatron_stable.stability.event import count as _count
@@ -468,7 +469,7 @@ class Unknown(Event):
 
 
 AnyEvent: TypeAlias = Annotated[
-    Start | Resume | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop
+    Start | Resume | Blend | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop
     | Rollback | GaveUp | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip

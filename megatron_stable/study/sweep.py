@@ -173,13 +173,13 @@ def _ready(grid: Grid) -> list[Cell]:
                 assert data.tokenizer is not None
                 sizes[data.tokenizer] = Tokenizer(data.tokenizer).vocab_size
             cells.append(cell._replace(config=with_vocabulary(cell.config, sizes[data.tokenizer])))
-            if data.train is None:
+            if data.train is None and not data.stages:
                 raise ConfigError("data.train is not set: name the prefix of a .bin/.idx dataset, below config")
-            for source in (data.train, data.validation):
-                key = (json.dumps(source), length := cell.config.model.sequence_length)
-                if source is not None and key not in opened:
+            for source, stages in ((data.train, data.stages), (data.validation, ())):
+                key = (json.dumps([source, stages]), length := cell.config.model.sequence_length)
+                if (source is not None or stages) and key not in opened:
                     opened.add(key)
-                    open_dataset(source, length, seed=0)
+                    open_dataset(source, length, 0, stages)
         except MegatronStableError as error:
             problems[str(error)] = None
     problems |= dict.fromkeys(problem for cell in cells if (problem := _other(cell)))

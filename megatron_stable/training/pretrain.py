@@ -102,6 +102,7 @@ def _train_in_world(
     from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.records.presence import Rank, forget_request, write_start
+    from megatron_stable.records.stages import write_stages
     from megatron_stable.records.wandb import require_wandb
     from megatron_stable.stability.events import Resume, Start, Stop
     from megatron_stable.training.compilation import choose_compilation
@@ -157,6 +158,8 @@ def _train_in_world(
         with together():
             if rank == 0:
                 directory.commit(config)
+                if trainer.source.stages is not None:
+                    write_stages(directory.path, trainer.source.stages)
                 write_start(directory.path, ranks, place)
                 started: dict[str, Any] = {"step": trainer.step, "ranks": world, "layout": config.parallel}
                 with directory.explained():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Course
 from megatron_stable.engine.outcome import Outcome
 from megatron_stable.numbers import finite
-from megatron_stable.records.metrics import Record
+from megatron_stable.records.metrics import EPOCHS, Record
 from megatron_stable.stability.guard import Judgement
+from megatron_stable.training.source import Source
 
 
 def record_of(
-    step: int, outcome: Outcome[Judgement], config: Config, course: Course, rate: float, speed: float | None
+    step: int, outcome: Outcome[Judgement], config: Config, source: Source, rate: float, speed: float | None
 ) -> Record:
     """The record of a step, without what is measured inside the model. Collective if nobody has judged the step.
 
@@ -19,7 +19,7 @@ def record_of(
         rate: The learning rate.
         speed: Tokens per second since the last record, if that is known.
     """
-    metrics, judgement = outcome.metrics, outcome.judgement
+    metrics, judgement, course = outcome.metrics, outcome.judgement, source.course
     record: Record = {
         "step": step,
         "loss": finite(metrics.loss),
@@ -35,6 +35,7 @@ def record_of(
     }
     if judgement is not None:
         record |= {f"{name}_score": finite(score) for name, score in judgement.scores.items()}
+    record |= {f"{EPOCHS}{name}": epochs for name, epochs in source.epochs(course.position(step)).items()}
     if config.loss.mu_loss:
         record["mu_loss"] = finite(metrics.mu_loss)
     return record

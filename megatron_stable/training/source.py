@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,16 +11,23 @@ from torch import Tensor
 from megatron_stable.config.schema import Config
 from megatron_stable.data import (
     Batches,
+    Blend,
     Course,
+    Paths,
     Samples,
+    Stage,
+    Stages,
+    TokenDataset,
     Tokenizer,
     check_share,
     check_tokenizer,
     open_dataset,
+    open_source,
     remember,
+    stream_of,
     unchecked,
+    wanted,
 )
-from megatron_stable.errors import ConfigError
 from megatron_stable.parallel.agreement import decided, together
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.stability.interventions import Interventions
@@ -36,50 +43,83 @@ class Source:
 
     Attributes:
         course: Which samples each step trains on.
+        stages: Which source each sample comes from.
 
     Raises:
         MegatronStableError: On all ranks alike: the data cannot be used.
     """
 
     def __init__(self, config: Config, topology: Topology, tokenizer: Tokenizer | None = None) -> None:
-        self.config, self.topology = config, topology
-        data, vocab_size = config.data, config.model.vocab_size
-        assert vocab_size is not None
+        self.config, self.topology, self.tokenizer = config, topology, tokenizer
+        data = config.data
+        self._wanted = decided(lambda: wanted(data.train, data.stages))
+        self._datasets: dict[str, TokenDataset] = {}
         with together():
-            if data.train is None:
-                raise ConfigError(
-                    "data.train is not set: name the prefix of a .bin/.idx dataset; `megatron-stable preprocess` "
-                    "makes one"
-                )
-            self._train = self._open(data.train)
-            validation = self._open(data.validation) if data.validation else None
-            opened = [each for each in (self._train, validation) if each is not None]
-            if tokenizer and topology.rank == 0:
-                for each in opened:
-                    check_tokenizer(each, tokenizer)
-        self._check(opened, vocab_size)
+            validation = open_dataset(data.validation, *self._cut) if data.validation else None
+        self._open(self._wanted.paths, [validation] if validation is not None else [])
         self.course = Course.begin(config.batch.global_size)
+        self.stages: Stages | None = None
         self._validation = self._batches(validation, self.course) if validation is not None else None
 
-    def _check(self, opened: list[Samples], vocab_size: int) -> None:
-        """See that token ids are of the vocabulary, where nobody has yet: each rank reads its share. Collective."""
-        parts = [part.indexed for each in opened for part in each.parts]
-        new = decided(lambda: unchecked(parts, vocab_size))
-        with together():
-            check_share([parts[i] for i in new], vocab_size, self.topology.rank, self.topology.world)
-        if self.topology.rank == 0:
-            for i in new:
-                remember(parts[i], vocab_size)
+    def arrange(self, before: Stages | None, step: int, interventions: Interventions) -> int | None:
+        """Know which source each sample comes from. Collective.
+
+        What the configuration has changed since holds from behind a step on, and behind what interventions skip, as
+        that is of the order of before.
+
+        Args:
+            before: As it was known; ``None``: the run begins.
+            step: The last one that was trained, of the course.
+
+        Returns:
+            The sample from which something has been changed; ``None``: nothing was.
+
+        Raises:
+            ConfigError, DataError: On all ranks alike: the sources are not what they have to be.
+        """
+        streams = {name: stream_of(paths, self._datasets[name]) for name, paths in self._wanted.paths.items()}
+        sample = self.course.open(step, interventions.skip)
+
+        def arranged() -> Stages:
+            if before is None:
+                return Stages.begin(streams, self._wanted.stages)
+            return before.resumed(sample, streams, self._wanted.stages)
+
+        self.stages = decided(arranged)
+        self._require_datasets(self.course.position(step))
+        edited = before is not None and self.stages.stages != before.renamed(streams).stages
+        return sample if edited else None
 
     def follow(self, course: Course, step: int, interventions: Interventions) -> None:
         """Go on behind a step of a course, in batches of today's size, skipping what configuration and interventions
-        say. What windows of the configuration meant once they mean for good."""
+        say. What windows of the configuration meant once they mean for good. Collective."""
         size, known = self.config.batch.global_size, self.course.configured
         self.course = course.resumed(step, size, self.config.data.skip, interventions.skip, known)
+        self._require_datasets(self.course.position(step))
 
     def step(self, step: int) -> Iterator[Tensor]:
         """This replica's micro batches ``[micro, s + 1]`` of a training step."""
         return self._micro_batches(self._batches(self._train, self.course), step)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether all that was ever trained on is open, and may be asked about."""
+        return self.stages is None or set(self.stages.ahead(0)) <= self._datasets.keys()
+
+    def entered(self, step: int) -> Stage | None:
+        """The stage that begins in the batch of a step, if one does: the last."""
+        assert self.stages is not None
+        first = step == self.course.eras[0].step + 1
+        before = 0 if first else self.stages.number(self.course.position(step - 1) - 1)
+        now = self.stages.number(self.course.position(step) - 1)
+        return self.stages.stages[now] if now != before else None
+
+    def epochs(self, sample: int) -> dict[str, float]:
+        """How often each source has been read before a sample, what was skipped of it included."""
+        assert self.stages is not None
+        length, streams = self.config.model.sequence_length, self.stages.streams
+        counts = self.stages.counts(sample).items()
+        return {name: count / windows for name, count in counts if (windows := streams[name].windows(length))}
 
     @property
     def validates(self) -> bool:
@@ -93,19 +133,58 @@ class Source:
             yield self._micro_batches(self._validation, number)
 
     def grown(self, before: Iterable[int], since: Iterable[int]) -> tuple[str, ...]:
-        """The datasets of a blend that have more of the samples of some steps than of others, the most first."""
+        """The sources of a blend that have more of the samples of some steps than of others, the most first."""
         old, new = self._shares(before), self._shares(since)
-        grown = {prefix: share - old.get(prefix, 0.0) for prefix, share in new.items()}
-        named = [prefix for prefix, more in grown.items() if more >= GREW]
-        return tuple(sorted(named, key=lambda prefix: -grown[prefix]))
+        grown = {name: share - old.get(name, 0.0) for name, share in new.items()}
+        named = [name for name, more in grown.items() if more >= GREW]
+        return tuple(sorted(named, key=lambda name: -grown[name]))
 
     def _shares(self, steps: Iterable[int]) -> dict[str, float]:
         samples = (k for step in steps for piece in self.course.samples(step) for k in piece)
         found = Counter(str(self._train.locate(k).dataset.indexed.prefix) for k in samples)
-        return {prefix: count / found.total() for prefix, count in found.items()}
+        return {name: count / found.total() for name, count in found.items()}
 
-    def _open(self, prefixes: str | tuple[str, ...] | dict[str, float]) -> Samples:
-        return open_dataset(prefixes, self.config.model.sequence_length, self.config.run.seed)
+    @property
+    def _train(self) -> Blend:
+        assert self.stages is not None
+        return Blend(self._datasets, self.stages)
+
+    def _require_datasets(self, sample: int) -> None:
+        """Have open what samples from this one on come from, as it was: a source that was removed or changed further
+        on is read once more after going back. Collective."""
+        if self.stages is None:
+            return
+        ahead = {name: self.stages.streams[name].paths for name in self.stages.ahead(sample)}
+        closed = {name: paths for name, paths in ahead.items() if name not in self._datasets}
+        if closed:
+            self._open(closed)
+        with together():
+            for name, paths in ahead.items():
+                self.stages.require_same(name, stream_of(paths, self._datasets[name]))
+
+    def _open(self, paths: Mapping[str, Paths], others: Sequence[Samples] = ()) -> None:
+        """Open sources, and see that they and others are of this vocabulary and tokenizer. Collective."""
+        vocab_size, rank = self.config.model.vocab_size, self.topology.rank
+        assert vocab_size is not None
+        with together():
+            opened = {name: open_source(name, each, *self._cut) for name, each in paths.items()}
+            checked = [*opened.values(), *others]
+            if self.tokenizer and rank == 0:
+                for each in checked:
+                    check_tokenizer(each, self.tokenizer)
+        parts = [part.indexed for each in checked for part in each.parts]
+        new = decided(lambda: unchecked(parts, vocab_size))  # each rank reads its share
+        with together():
+            check_share([parts[i] for i in new], vocab_size, rank, self.topology.world)
+        if rank == 0:
+            for i in new:
+                remember(parts[i], vocab_size)
+        self._datasets |= opened
+
+    @property
+    def _cut(self) -> tuple[int, int]:
+        """What decides on the samples of a dataset: their length, and the seed of their order."""
+        return self.config.model.sequence_length, self.config.run.seed
 
     def _batches(self, dataset: Samples, course: Course) -> Batches:
         return Batches(dataset, course, self.config.batch.micro_size, self.config.model.vocab_size)

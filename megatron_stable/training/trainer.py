@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from math import exp, inf
 from statistics import fmean
 from typing import Any, NoReturn
@@ -11,7 +12,7 @@ from megatron_stable.checkpoint import loader
 from megatron_stable.checkpoint.format import stored_config
 from megatron_stable.checkpoint.state import RunState
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Course, Tokenizer
+from megatron_stable.data import Course, Stage, Stages, Tokenizer, unrecorded
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.outcome import Outcome, StepMetrics
 from megatron_stable.errors import DivergenceError, LossScaleError, MegatronStableError
@@ -24,7 +25,8 @@ from megatron_stable.records.callbacks import Callbacks
 from megatron_stable.records.directory import RunDirectory, differences
 from megatron_stable.records.interventions import read_interventions
 from megatron_stable.records.metrics import Record
-from megatron_stable.stability.events import LossScaleFloor, Rollback, Stop
+from megatron_stable.records.stages import read_stages
+from megatron_stable.stability.events import Blend, LossScaleFloor, Rollback, Stop
 from megatron_stable.stability.guard import Guard, GuardState, Judgement
 from megatron_stable.stability.interventions import Interventions
 from megatron_stable.stability.recovery import Trouble
@@ -92,19 +94,38 @@ class Trainer:
         made = decided(lambda: read_interventions(self.directory.path))
         if found is None:
             self.recovery.interventions = made or Interventions()
+            self.source.arrange(None, 0, self.recovery.interventions)
             self._follow(self.source.course, 0)
             return {}
-        changed = differences(stored_config(found.directory, found.manifest), self.config)
+        stored, state = stored_config(found.directory, found.manifest), found.manifest.state
+        changed = differences(stored, self.config)
         # a checkpoint that was brought here from another run's directory brings them along
-        self.recovery.interventions = made or Interventions(found.manifest.state.interventions)
+        self.recovery.interventions = made or Interventions(state.interventions)
+        known = decided(lambda: read_stages(self.directory.path)) or state.stages
         self._go_to(found)
-        if "data.train" in changed:
-            self.guard.restore(GuardState())
-            self.callbacks.message("data.train has changed: the guard's statistics start anew")
-        elif "run.seed" in changed:
+        before = known or decided(lambda: unrecorded(stored.data.train, stored.data.stages))
+        sample = self.source.arrange(before, self.step, self.recovery.interventions)
+        if before is not None and sample is not None:
+            changed |= self._tell_sources(before, sample, changed)
+        elif "run.seed" in changed or not self.source.looks_back:
             self.guard.forget_batches()
         self.callbacks.message(f"resumed from {found.directory} (step {self.step})")
         return changed
+
+    def _tell_sources(self, before: Stages, sample: int, changed: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Say that the blend has changed from a sample on; what is to be said of it that the configuration's fields do
+        not, as it stands in a file that they name."""
+        stages = self.source.stages
+        assert stages is not None
+        self.guard.restore(GuardState())
+        self.callbacks.message(
+            f"the blend of the data has changed; from sample {sample} on it is {stages.blend(sample).words()}; "
+            "the guard's statistics start anew"
+        )
+        if {"data.train", "data.stages"} & changed.keys():
+            return {}
+        plain = [[[stage.sample, stage.weights] for stage in each.configured] for each in (before, stages)]
+        return {"data.train": plain}
 
     def run(self, stop: StopSignal, lifeline: Lifeline) -> Stopped | None:
         """Train to ``run.steps``.
@@ -127,6 +148,8 @@ class Trainer:
                 self.save()  # there is always something to go back to
         while self.step < config.run.steps and not stopped:
             self.step += 1
+            if (stage := self.source.entered(self.step)) is not None:
+                self._tell_stage(stage)
             with lifeline.step(self.step):
                 outcome = self._train_step(stop)
             stop.defer()
@@ -199,6 +222,23 @@ class Trainer:
         self.checkpoints.note(self.step, bad)
         return self._floor() if outcome.loss_scale_exhausted else trouble
 
+    def _tell_stage(self, stage: Stage) -> None:
+        """Another blend begins to hold in the step."""
+        stages, data_step = self.source.stages, self.source.course.data_step(self.step)
+        assert stages is not None
+        before = stages.blend(stage.sample - 1)
+        self.callbacks.event(
+            Blend(
+                step=self.step,
+                data_step=data_step,
+                sample=stage.sample,
+                shares=stage.shares,
+                added=tuple(name for name in stage.weights if name not in before.weights),
+                removed=tuple(name for name in before.weights if name not in stage.weights),
+                read=stages.counts(stage.sample),
+            )
+        )
+
     def _tell(self, judgement: Judgement) -> None:
         data_step = self.source.course.data_step(self.step)
         for event in judgement.events:
@@ -261,6 +301,7 @@ class Trainer:
         state = RunState(
             **self.engine.state(),
             course=self.source.course,
+            stages=self.source.stages,
             bad_steps=tuple(self.checkpoints.bad_steps),
             interventions=self.recovery.interventions.items,
             guard=self.guard.state(),
@@ -277,14 +318,14 @@ class Trainer:
     def _follow(self, course: Course, step: int) -> None:
         """Do what the configuration and the interventions say from behind a step of a course."""
         self.source.follow(course, step, self.recovery.interventions)
-        if self.source.course.eras[-1].step == step:
-            self.guard.forget_batches()  # the engine evaluates batches of today's size alone
+        if self.source.course.eras[-1].step == step or not self.source.looks_back:
+            self.guard.forget_batches()  # the engine evaluates batches of today's size alone, of what is open
         self.engine.set_clip_factor(self.recovery.interventions.clip_factor)
 
     def _record(self, outcome: Outcome[Judgement], clock: Clock) -> Record:
         steps_per_second = clock.lap(self.step)
         speed = steps_per_second and steps_per_second * self.config.tokens_per_step
-        record = record_of(self.step, outcome, self.config, self.source.course, self.rate, speed)
+        record = record_of(self.step, outcome, self.config, self.source, self.rate, speed)
         if self.peak and speed:
             record["mfu"] = speed / self.peak
         return record | self.probing.record()

@@ -14,6 +14,22 @@ def build(**sections) -> Config:
 
 
 CONFLICTS = {
+    "first stage": (build(data={"stages": [[5, {"a": 1}]]}), None, ["data.stages begins at sample 5", "from sample 0"]),
+    "order of stages": (
+        build(data={"stages": [[0, {"a": 1}], [9, {"a": 2}], [9, {"b": 1}]]}),
+        None,
+        ["data.stages has sample 9 behind sample 9", "in order"],
+    ),
+    "stages without end": (
+        build(data={"stages": [[0, {"a": 1}], [2**48, {"a": 2}]]}),
+        None,
+        [f"sample {2**48}", f"below {2**48}"],
+    ),
+    "stages, train": (
+        build(data={"stages": [[0, {"a": 1}]], "train": {"a": 1}}),
+        None,
+        ["data.stages and data.train", "leave data.train unset", ".yaml"],
+    ),
     "hidden, heads": (
         build(model={"hidden": 250, "heads": 4}),
         None,

@@ -54,14 +54,21 @@ def resumed(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def epochs(run: Path) -> str:
+    """What tells how often the run's dataset has been read."""
+    return f"epochs/{run.parent / 'data'}"
+
+
 def test_metrics_hold_a_line_per_step(resumed: Path) -> None:
     records = metrics(resumed)
     assert list(records) == list(range(1, 11))
     for step, record in records.items():
         evaluated = step in (4, 7, 8, 10)
         own = {key for key in record if parse(key) is None}
+        assert record[epochs(resumed)] == step * 8 / ((4000 - 1) // 16), "of the windows of the dataset"
+        own -= {epochs(resumed)}
         assert own == KEYS | ({"validation_loss", "validation_perplexity"} if evaluated else set())
-        assert (own != set(record)) == (step == 10), "probes at each tenth step"
+        assert (own | {epochs(resumed)} != set(record)) == (step == 10), "probes at each tenth step"
         assert (record["tokens"], record["data_step"], record["skipped"]) == (step * 8 * 16, step, False)
         assert record["loss_scale"] == 1 and 0 < record["z_loss"] < 0.1 and record["grad_norm"] > 0
         assert (record["tokens_per_second"] is None) == (step in (1, 8))  # which warm up
@@ -76,7 +83,7 @@ def test_tensorboard_shows_the_same_numbers(resumed: Path) -> None:
     events.Reload()
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     records = metrics(resumed)
-    keys = TAGS | {key: key for key in records[10] if parse(key)}
+    keys = TAGS | {key: key for key in records[10] if parse(key)} | {epochs(resumed): epochs(resumed)}
     assert set(events.Tags()["scalars"]) == set(keys)
     for tag, key in keys.items():
         expected = {step: float(record[key]) for step, record in records.items() if record.get(key) is not None}
@@ -107,7 +114,7 @@ def test_the_configuration_is_there_resolved(resumed: Path) -> None:
 def test_only_what_the_design_names_is_in_the_directory(resumed: Path) -> None:
     assert {path.name for path in resumed.iterdir()} == {
         "config.yaml", "metrics.jsonl", "ledger.jsonl", "logbook.md", "tensorboard", "checkpoints", "format.json",
-        "ranks.json", ".lock",
+        "ranks.json", "stages.json", ".lock",
     }  # fmt: skip
     assert (resumed / "checkpoints/latest").read_text() == "step_00000010\n"
     names = {path.name for path in (resumed / "checkpoints").iterdir()}

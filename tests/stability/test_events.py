@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from megatron_stable.config.schema import ParallelConfig
 from megatron_stable.stability.events import (
     AnyEvent,
+    Blend,
     Converted,
     Divergence,
     Drop,
@@ -59,6 +60,12 @@ TOLD: list[tuple[Event, str]] = [
         ),
         "training resumed on 8 ranks (TP 2, PP 4, SP, ZeRO 1); "
         "changed: optimizer.learning_rate 0.001 → 0.0005, data.train a → null",
+    ),
+    (
+        Blend(
+            **AT, sample=40, shares={"a": 0.25, "b": 0.7495, "c": 5e-4}, added=("b", "c"), removed=("d",), read={"c": 3}
+        ),
+        "another blend from sample 40 on: 75 % b (new), 25 % a, 0.05 % c (from its sample 3 on); no more of d",
     ),
     (Converted(**AT, source="runs/a", tensor=2, pipeline=1, data=4), "converted from runs/a to TP 2, PP 1, DP 4"),
     (Imported(**AT, source="a", architecture="LlamaForCausalLM"), "imported LlamaForCausalLM from a"),

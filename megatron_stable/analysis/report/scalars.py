@@ -12,6 +12,7 @@ from megatron_stable.analysis.report.marks import draw_marks_of
 from megatron_stable.analysis.report.reading import where
 from megatron_stable.analysis.report.run import Run
 from megatron_stable.analysis.report.thinning import Line
+from megatron_stable.records.metrics import EPOCHS
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, GAP = 10.0, 0.75, 0.2, 0.4, 0.5, 0.32  # inches
 SMALL = 8.5  # points of text
@@ -80,8 +81,8 @@ CHARTS = (
     Chart(
         "data",
         "Position in the data",
-        "The data step that each step trained on, and the tokens so far. The first rises by one a step; where data "
-        "were skipped, it jumps.",
+        "The data step that each step trained on, the tokens so far, and how often each source has been read. The "
+        "first rises by one a step; where data were skipped, it jumps.",
         (Panel(("data_step",), "data step", 1.1), Panel(("tokens",), "tokens", 1.0)),
     ),
 )
@@ -91,11 +92,14 @@ ELSEWHERE = {"validation_perplexity"}  # the exponential of a series that is dra
 def scalar_charts(runs: Sequence[Run]) -> Iterator[Chart]:
     """The charts of which any run has a series; numbers that nobody foresaw come last."""
     keys = dict.fromkeys(key for run in runs for key in run.curves.series.keys)
-    known = ELSEWHERE.union(*(panel.keys for chart in CHARTS for panel in chart.panels))
+    epochs = tuple(key for key in keys if key.startswith(EPOCHS))
+    known = ELSEWHERE.union(epochs, *(panel.keys for chart in CHARTS for panel in chart.panels))
     other = [key for key in keys if key not in known and where(key) is None][:MOST_OTHER]
     more = Chart("other", "Other numbers", "What else is recorded.", tuple(Panel((key,), key, 1.0) for key in other))
     for chart in (*CHARTS, more):
-        panels = tuple(panel for panel in chart.panels if any(_has_values(runs, key) for key in panel.keys))
+        sources = (Panel(epochs, "epochs", 1.3),) if chart.name == "data" else ()
+        drawn = (*chart.panels, *sources)
+        panels = tuple(panel for panel in drawn if any(_has_values(runs, key) for key in panel.keys))
         if panels:
             yield chart._replace(panels=panels)
 

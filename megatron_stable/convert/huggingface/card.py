@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_stable.checkpoint.catalog import Whole
 from megatron_stable.config.load import dump_config
-from megatron_stable.config.schema import Config, ModelConfig
+from megatron_stable.config.schema import Config, DataConfig, ModelConfig
 from megatron_stable.convert.huggingface.families import OURS, Family
 from megatron_stable.convert.huggingface.function import TRAINING
 from megatron_stable.model.transformer import parameter_count
@@ -79,7 +79,7 @@ def facts(whole: Whole, config: Config) -> list[tuple[str, str]]:
         ("parameters", f"{parameter_count(model)[0]:,}"),
         ("recipe", f"`{model.recipe}`"),
         ("tokens", f"{samples * model.sequence_length:,} in {whole.step:,} steps"),
-        ("data", _data(config.data.train)),
+        ("data", _data(config.data)),
         ("skipped", f"{sum(high - low for low, high in _stretches(course)):,} sequences"),
         ("tokenizer", _code(config.data.tokenizer)),
         ("sequence length", f"{model.sequence_length:,}"),
@@ -95,11 +95,17 @@ def _stretches(course: Any) -> list[tuple[int, int]]:
     return [(stretch[0], stretch[1]) for stretch in course.skip]
 
 
-def _data(train: str | tuple[str, ...] | dict[str, float] | None) -> str:
-    if isinstance(train, dict):
-        total = sum(train.values())
-        return ", ".join(f"{_code(Path(prefix).name)} {weight / total:.1%}" for prefix, weight in train.items())
-    return ", ".join(map(_code, train)) if isinstance(train, tuple) else _code(train)
+def _data(data: DataConfig) -> str:
+    if data.stages:
+        return "; ".join(f"from sequence {sample:,} on {_blend(weights)}" for sample, weights in data.stages)
+    if isinstance(data.train, dict):
+        return _blend(data.train)
+    return ", ".join(map(_code, data.train)) if isinstance(data.train, tuple) else _code(data.train)
+
+
+def _blend(weights: dict[str, float]) -> str:
+    total = sum(weights.values())
+    return ", ".join(f"{_code(Path(prefix).name)} {weight / total:.1%}" for prefix, weight in weights.items())
 
 
 def _code(name: str | None) -> str:

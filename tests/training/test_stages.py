@@ -1,0 +1,181 @@
+"""Blends that change on real runs: by plan, on a resume, across a rollback; each source is read once, in its order."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_stable.analysis.inspection import inspect
+from megatron_stable.analysis.status import status_of
+from megatron_stable.checkpoint import store
+from megatron_stable.data import TokenDataset
+from megatron_stable.records.ledger import Ledger
+from megatron_stable.records.stages import read_stages
+from megatron_stable.stability.events import Blend, Resume
+from tests.harness.ranks import Ranks
+from tests.training.runs import SEQUENCE, Values, metrics, train, write_data
+from tests.training.test_batch_size import Legs, numbers
+
+TOKENS = {"web": 1601, "code": 801, "math": 1201}
+
+
+class Staged(Legs):
+    """A run on sources of a YAML file, which is written anew before each start."""
+
+    def __init__(self, ranks: Ranks, folder: Path, **sections: Any) -> None:
+        super().__init__(ranks, folder, data={"train": str(folder / "data.yaml")}, **sections)
+        for seed, (name, tokens) in enumerate(TOKENS.items()):
+            write_data(folder / name, tokens, seed=seed)
+        self.folder = folder
+
+    def sources(self, **weights: float | None) -> None:
+        listed = {name: {"path": name, **({"weight": weight} if weight else {})} for name, weight in weights.items()}
+        (self.folder / "data.yaml").write_text(json.dumps({"sources": listed}))
+
+    def stage(self, *stages: tuple[int, dict[str, float]]) -> None:
+        self.values["data"] = {**self.values["data"], "stages": [[sample, blend] for sample, blend in stages]}
+
+    @property
+    def events(self) -> list[Any]:
+        return Ledger(self.run / "ledger.jsonl").read()
+
+    def read(self) -> dict[str, list[int]]:
+        """The own samples of each source that the run as it stands has trained on, in order, by the run's order."""
+        order, found = read_stages(self.run), defaultdict(list)
+        assert order is not None
+        for batch in self.batches():
+            for name, own in map(order.locate, batch):
+                found[name].append(own)
+        return found
+
+
+def test_stages_and_sources_that_come_and_go(ranks: Ranks, tmp_path: Path) -> None:
+    legs = Staged(ranks, tmp_path)
+    legs.sources(web=None, code=None)
+    legs.stage((0, {"web": 3, "code": 1}), (20, {"web": 1, "code": 1}))
+    assert legs.go(4, size=8, micro=4, world=1) == numbers((0, 32))  # web 15 + 6, code 5 + 6
+    (entered,) = (event for event in legs.events if isinstance(event, Blend))
+    assert (entered.step, entered.sample, entered.read) == (3, 20, {"web": 15, "code": 5})
+    assert entered.shares == {"web": 0.5, "code": 0.5} and not entered.added
+
+    legs.sources(web=None, math=None)  # code is gone, which the stage that is over may go on to name
+    legs.stage((0, {"web": 3, "code": 1}), (32, {"math": 1, "web": 1}), (40, {"math": 1}))
+    assert legs.go(6, size=6, micro=3, world=2) == numbers((32, 44))
+    assert [event.removed for event in legs.events if isinstance(event, Blend)] == [(), ("code",), ("web",)]
+
+    legs.sources(code=1, web=1)  # and comes back: from its 11th sample on
+    legs.stage()
+    assert legs.go(8, size=4, micro=4, world=1) == numbers((44, 52))
+    assert legs.read() == {"web": list(range(29)), "code": list(range(15)), "math": list(range(8))}
+    back = [event for event in legs.events if isinstance(event, Blend)][-1]
+    assert back.added == ("code", "web") and back.removed == ("math",)
+    assert "50 % code (from its sample 11 on)" in back.sentence() and "no more of math" in back.sentence()
+
+    record = metrics(legs.run)[8]
+    epochs = {key.removeprefix("epochs/"): value for key, value in record.items() if key.startswith("epochs/")}
+    windows = {name: (tokens - 1) // SEQUENCE for name, tokens in TOKENS.items()}
+    assert epochs == {"web": 29 / windows["web"], "code": 15 / windows["code"], "math": 8 / windows["math"]}
+    assert status_of(legs.run).epochs == epochs
+    state = store.entries(legs.run / "checkpoints")[-1].manifest.state  # type: ignore[union-attr]
+    assert state.stages == read_stages(legs.run)
+
+    order = read_stages(legs.run)
+    assert order is not None
+    for step in (2, 5, 8):
+        for sample in inspect(legs.run, step).samples:
+            name, own = order.locate(sample.number)
+            assert {part.dataset for part in sample.documents} == {name}
+            assert sample.start == TokenDataset(tmp_path / name, SEQUENCE, 3).locate(own).start
+
+
+def test_an_edit_of_the_file_is_noticed(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    legs = Staged(ranks, tmp_path)
+    legs.sources(web=1, code=1)
+    legs.go(2, size=8, micro=8, world=1)
+    legs.sources(web=7, code=7)
+    legs.go(3, size=8, micro=8, world=1)
+    resumed = [event for event in legs.events if isinstance(event, Resume)]
+    assert resumed[-1].changed == {"run.steps": (2, 3)} and not [e for e in legs.events if isinstance(e, Blend)]
+    capsys.readouterr()
+    legs.sources(web=1, code=3)
+    legs.go(4, size=8, micro=8, world=1)
+    assert "the blend of the data has changed; from sample 24 on it is 75 % code, 25 % web" in capsys.readouterr().out
+    changed = [event for event in legs.events if isinstance(event, Resume)][-1].changed
+    assert changed["data.train"] == ([[0, {"web": 7.0, "code": 7.0}]], [[0, {"web": 1.0, "code": 3.0}]])
+    assert [event.sample for event in legs.events if isinstance(event, Blend)] == [24]
+    legs.go(5, size=8, micro=8, world=1)
+    assert legs.read() == {"web": list(range(16)), "code": list(range(24))}
+
+
+def test_back_across_an_edit(ranks: Ranks, tmp_path: Path) -> None:
+    """The edit stays where it was made, so that what is skipped is what was meant; a removed source is read again."""
+    legs = Staged(ranks, tmp_path)
+    legs.sources(web=1, code=1)
+    legs.go(2, size=8, micro=8, world=1)
+    legs.go(5, size=8, micro=8, world=1)
+    legs.sources(web=1, math=1)
+    legs.go(8, size=8, micro=8, world=1)
+    before = read_stages(legs.run)
+    assert before is not None and [stage.sample for stage in before.stages] == [0, 40]
+    assert legs.skip(4, 6) == 2, "samples 24 to 47, on both sides of it"
+    assert legs.go(5, size=8, micro=8, world=1) == numbers((16, 24), (48, 64))
+    assert read_stages(legs.run) == before
+    legs.sources(web=1)
+    legs.go(8, size=8, micro=8, world=1)
+    assert legs.read() == {
+        "web": numbers((0, 12), (24, 56)),
+        "code": numbers((0, 12)),
+        "math": numbers((4, 12)),
+    }
+
+
+def test_sources_that_cannot_go_on(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    legs = Staged(ranks, tmp_path)
+    legs.sources(web=None, code=None)
+    legs.stage((0, {"web": 1, "code": 1}))
+    legs.go(1, size=8, micro=8, world=1)
+    index = (tmp_path / "code.idx").read_bytes()
+    on = {**legs.values, "run": {**legs.values["run"], "steps": 2}}
+
+    def refused(code: int, message: str) -> None:
+        assert ranks.run(1, train, on) == [code]
+        assert message in capsys.readouterr().out
+
+    legs.sources(web=1)
+    refused(2, "sample 8 on there is a part of 'code', which data.train does not name any more; it names web")
+    legs.sources(web=1, code=1)
+    (tmp_path / "code.idx").unlink()
+    refused(5, "code")
+    (tmp_path / "code.idx").write_bytes(index)
+    legs.go(1, size=8, micro=8, world=1)
+    write_data(tmp_path / "code", 900)
+    refused(5, "source code holds 900 tokens in 1 documents, and held 801 in 1 when this run began to read it")
+    (legs.run / "stages.json").write_text('{"streams": {}}')
+    refused(5, "stages.json: stages: Field required; restore it from a backup")
+
+
+def train_as_before(values: Values) -> int:
+    """On a rank: as a version did that noted no stages."""
+    from megatron_stable.training import trainer
+
+    state = trainer.RunState
+    trainer.RunState = lambda **fields: state(**{**fields, "stages": None})  # type: ignore[assignment, misc]
+    return train(values)
+
+
+def test_a_run_of_an_older_version_goes_on(ranks: Ranks, tmp_path: Path) -> None:
+    legs = Staged(ranks, tmp_path)
+    web, code, math = (str(tmp_path / name) for name in TOKENS)
+    legs.values["data"] = {"train": {web: 3, code: 1}}
+    first = {**legs.values, "run": {**legs.values["run"], "steps": 2}}
+    assert ranks.run(1, train_as_before, first) == [0]
+    (legs.run / "stages.json").unlink()
+    state = store.entries(legs.run / "checkpoints")[-1].manifest.state  # type: ignore[union-attr]
+    assert state.stages is None
+    legs.values["data"] = {"train": {web: 1, math: 1}}
+    legs.go(3, size=8, micro=8, world=1)
+    assert legs.read() == {web: list(range(16)), code: list(range(4)), math: list(range(4))}
