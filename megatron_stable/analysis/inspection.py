@@ -280,7 +280,8 @@ def token_losses(trained: Trained, tokens: np.ndarray) -> np.ndarray:
     """
     model = trained.config.model
     inputs, targets = (torch.from_numpy(part).to(trained.device) for part in (tokens[:, :-1], tokens[:, 1:]))
-    logits = trained.model(inputs)
+    with trained.reading(inputs):
+        logits = trained.model(inputs)
     nll, _ = vocab_parallel_cross_entropy(logits, targets, vocab_size=model.vocab_size, cap=model.final_logit_cap)
     return nll.float().cpu().numpy()
 

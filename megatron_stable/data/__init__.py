@@ -1,6 +1,13 @@
 """Text to tokens to batches: tokenizer, .bin/.idx datasets, sample order, skip windows, loader. Needs no torch."""
 
-from megatron_stable.data.check import check_share, check_tokenizer, check_vocabulary, remember, unchecked
+from megatron_stable.data.check import (
+    check_boundaries,
+    check_share,
+    check_tokenizer,
+    check_vocabulary,
+    remember,
+    unchecked,
+)
 from megatron_stable.data.course import Course, Era
 from megatron_stable.data.dataset import Blend, Location, Samples, TokenDataset, open_dataset
 from megatron_stable.data.documents import DocumentReader, RawDocument, UndecodableError
@@ -8,6 +15,7 @@ from megatron_stable.data.indexed import IndexedDataset, IndexedWriter, token_dt
 from megatron_stable.data.loader import Batches
 from megatron_stable.data.order import SampleOrder, permute
 from megatron_stable.data.preprocess import PreprocessSummary, preprocess
+from megatron_stable.data.repetition import RepetitionFilter
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.data.tokenizer import Tokenizer, TokenizerSummary, train_tokenizer
 
@@ -22,6 +30,7 @@ __all__ = [
     "Location",
     "PreprocessSummary",
     "RawDocument",
+    "RepetitionFilter",
     "SampleOrder",
     "Samples",
     "SkipWindows",
@@ -29,6 +38,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerSummary",
     "UndecodableError",
+    "check_boundaries",
     "check_share",
     "check_tokenizer",
     "check_vocabulary",

@@ -25,6 +25,13 @@ class Scores(NamedTuple):
     clip: tuple[float, float] | None = None
 
 
+def visible(starts: Tensor, device: torch.device) -> Tensor:
+    """Which keys each query sees, ``[b, 1, s, s]``: those from its document's start ``[b, s]`` to its own."""
+    starts = starts.to(device, non_blocking=True)
+    places = torch.arange(starts.shape[1], device=device)
+    return ((places <= places[:, None]) & (places >= starts[..., None])).unsqueeze(1)
+
+
 def math_attention(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float, visible: Tensor | None = None
 ) -> Tensor:

@@ -12,8 +12,10 @@ from megatron_stable.config.schema import Config
 from megatron_stable.data import (
     Batches,
     Course,
+    RepetitionFilter,
     Samples,
     Tokenizer,
+    check_boundaries,
     check_share,
     check_tokenizer,
     open_dataset,
@@ -57,9 +59,16 @@ class Source:
             if tokenizer and topology.rank == 0:
                 for each in opened:
                     check_tokenizer(each, tokenizer)
+            if data.document_mask and topology.rank == 0:
+                assert data.end_of_document is not None
+                for each in opened:
+                    check_boundaries(each, data.end_of_document)
         self._check(opened, vocab_size)
         self.course = Course.begin(config.batch.global_size)
         self._validation = self._batches(validation, self.course) if validation is not None else None
+        self._repetitive: RepetitionFilter | None = None
+        if data.repetition_filter is not None:
+            self._repetitive = RepetitionFilter(data.repetition_filter, *data.repetition_periods)
 
     def _check(self, opened: list[Samples], vocab_size: int) -> None:
         """See that token ids are of the vocabulary, where nobody has yet: each rank reads its share. Collective."""
@@ -79,7 +88,7 @@ class Source:
 
     def step(self, step: int) -> Iterator[Tensor]:
         """This replica's micro batches ``[micro, s + 1]`` of a training step."""
-        return self._micro_batches(self._batches(self._train, self.course), step)
+        return self._micro_batches(self._batches(self._train, self.course, self._repetitive), step)
 
     @property
     def validates(self) -> bool:
@@ -107,8 +116,8 @@ class Source:
     def _open(self, prefixes: str | tuple[str, ...] | dict[str, float]) -> Samples:
         return open_dataset(prefixes, self.config.model.sequence_length, self.config.run.seed)
 
-    def _batches(self, dataset: Samples, course: Course) -> Batches:
-        return Batches(dataset, course, self.config.batch.micro_size, self.config.model.vocab_size)
+    def _batches(self, dataset: Samples, course: Course, repetitive: RepetitionFilter | None = None) -> Batches:
+        return Batches(dataset, course, self.config.batch.micro_size, self.config.model.vocab_size, repetitive)
 
     def _micro_batches(self, batches: Batches, step: int) -> Iterator[Tensor]:
         topology = self.topology

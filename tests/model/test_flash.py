@@ -80,7 +80,7 @@ def test_version_3_has_no_dropout_and_returned_two_things_once(install: Callable
         name="flash_attn_interface",
     )  # fmt: skip
     assert flash.module(dropout=False) is None or torch.cuda.get_device_capability()[0] == 9
-    flash._KERNELS[False] = __import__("flash_attn_interface").flash_attn_func  # as on Hopper
+    flash._KERNELS[False, False] = __import__("flash_attn_interface").flash_attn_func  # as on Hopper
     q, k, v = tensors()
     torch.testing.assert_close(
         flash.flash_attention(q, k, v, Scores(0.7, 5.0), 0.0), math_attention(q, k, v, Scores(0.7, 5.0), 0.0)
