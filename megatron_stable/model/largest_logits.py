@@ -37,13 +37,13 @@ def max_attention_logits(q: Tensor, k: Tensor, scale: float, starts: Tensor | No
 
 
 @torch.library.custom_op("megatron_stable::largest_products", mutates_args=())
-def _largest_products(q: Tensor, k: Tensor, starts: Tensor | None) -> Tensor:
+def _largest_products(q: Tensor, k: Tensor, starts: Tensor | None = None) -> Tensor:
     kernel = q.is_cuda and usable(q.device, q.dtype, q.shape[-1])
     return by_kernel(q, k, starts) if kernel else by_chunks(q, k, starts=starts)
 
 
 @_largest_products.register_fake
-def _(q: Tensor, k: Tensor, starts: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, starts: Tensor | None = None) -> Tensor:
     return q.new_empty(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
