@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel as restrict
 
 from megatron_stable.config.attention import limits
 from megatron_stable.config.schema import ModelConfig
@@ -22,15 +24,21 @@ from megatron_stable.model.scores import Scores, math_attention, visible
 Backend = Callable[..., Tensor]
 
 
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float, visible: Tensor | None = None
 ) -> Tensor:
     """PyTorch's fused attention; it has no cap and no clip. ``visible``: as :func:`math_attention` has it."""
     assert scores.cap is None and scores.clip is None
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, visible, dropout_p=dropout, is_causal=visible is None, scale=scores.scale, enable_gqa=grouped
-    )
+    # with a mask, cuDNN 9.20 gives gradients that are NaN (pytorch#196678)
+    usable = restrict(NOT_CUDNN) if visible is not None and q.is_cuda else nullcontext()
+    with usable:
+        return F.scaled_dot_product_attention(
+            q, k, v, visible, dropout_p=dropout, is_causal=visible is None, scale=scores.scale, enable_gqa=grouped
+        )
 
 
 BACKENDS: dict[str, Backend] = {

@@ -44,8 +44,13 @@ def math_attention(
     logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scores.scale  # [b, heads, s, s]
     if scores.cap is not None:
         logits = soft_cap(logits, scores.cap)
-    future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    probabilities = logits.masked_fill(future if visible is None else ~visible, -torch.inf).softmax(-1)
+    if visible is None:
+        logits = logits.masked_fill(
+            torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+        )
+    else:
+        logits = torch.where(visible, logits, -torch.inf)
+    probabilities = logits.softmax(-1)
     if scores.clip is not None:
         gamma, zeta = scores.clip
         probabilities = ((zeta - gamma) * probabilities + gamma).clamp(0, 1)
