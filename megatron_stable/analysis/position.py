@@ -14,7 +14,8 @@ from megatron_stable.records.directory import RunDirectory, require_known_format
 from megatron_stable.records.metrics import Record, batch_of, read_metrics
 from megatron_stable.stability.events import Resume
 
-DECIDING = ("run.seed", "data.train")  # besides the sequence length, which cannot change in a run
+# besides the sequence length, which cannot change in a run
+DECIDING = ("run.seed", "data.train", "data.repetition_filter", "data.repetition_periods")
 
 
 class Position(NamedTuple):

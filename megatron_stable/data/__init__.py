@@ -15,7 +15,7 @@ from megatron_stable.data.indexed import IndexedDataset, IndexedWriter, token_dt
 from megatron_stable.data.loader import Batches
 from megatron_stable.data.order import SampleOrder, permute
 from megatron_stable.data.preprocess import PreprocessSummary, preprocess
-from megatron_stable.data.repetition import RepetitionFilter
+from megatron_stable.data.repetition import RepetitionFilter, repetition_filter
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.data.tokenizer import Tokenizer, TokenizerSummary, train_tokenizer
 
@@ -46,6 +46,7 @@ __all__ = [
     "permute",
     "preprocess",
     "remember",
+    "repetition_filter",
     "token_dtype",
     "train_tokenizer",
     "unchecked",

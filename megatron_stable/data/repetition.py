@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_stable.config.schema import DataConfig
+
 
 class RepetitionFilter(NamedTuple):
     """Which samples repeat themselves.
@@ -34,6 +36,12 @@ class RepetitionFilter(NamedTuple):
             return False
         differ = np.flatnonzero(tokens[period:] != tokens[:-period])
         return bool(np.diff(differ, prepend=-1, append=len(tokens) - period).max() > least)
+
+
+def repetition_filter(config: DataConfig) -> RepetitionFilter | None:
+    """The filter of a run, if it has one."""
+    times = config.repetition_filter
+    return RepetitionFilter(times, *config.repetition_periods) if times is not None else None
 
 
 def left_out(tokens: np.ndarray) -> np.ndarray:

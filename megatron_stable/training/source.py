@@ -20,6 +20,7 @@ from megatron_stable.data import (
     check_tokenizer,
     open_dataset,
     remember,
+    repetition_filter,
     unchecked,
 )
 from megatron_stable.errors import ConfigError
@@ -66,9 +67,7 @@ class Source:
         self._check(opened, vocab_size)
         self.course = Course.begin(config.batch.global_size)
         self._validation = self._batches(validation, self.course) if validation is not None else None
-        self._repetitive: RepetitionFilter | None = None
-        if data.repetition_filter is not None:
-            self._repetitive = RepetitionFilter(data.repetition_filter, *data.repetition_periods)
+        self._repetitive = repetition_filter(data)
 
     def _check(self, opened: list[Samples], vocab_size: int) -> None:
         """See that token ids are of the vocabulary, where nobody has yet: each rank reads its share. Collective."""

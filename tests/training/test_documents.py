@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_stable.analysis.evaluation import evaluate, open_data
-from megatron_stable.analysis.inspection import token_losses
+from megatron_stable.analysis.inspection import inspect, token_losses
 from megatron_stable.analysis.trained import open_run
 from megatron_stable.data import IndexedDataset, IndexedWriter, preprocess, train_tokenizer
 from tests.harness.ranks import Ranks
@@ -55,6 +55,8 @@ def test_a_run_from_start_to_evaluation(ranks: Ranks, folder: Path, values: Valu
     found = np.mean([record["left_out"] for record in records.values()])
     assert 0.1 < share < 0.9 and abs(found - share) < 0.2 and all(0 <= r["left_out"] < 1 for r in records.values())
     assert {record["left_out"] * 8 % 1 for record in records.values()} == {0.0}
+    found = inspect(folder / "run", step=3, checkpoints=[5])
+    assert sum(sample.left_out for sample in found.samples) == 8 * records[3]["left_out"] > 0
     trained = open_run(folder / "run")
     assert trained.config.data.document_mask
     result = evaluate(trained, open_data(trained), batches=2)
