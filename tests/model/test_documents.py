@@ -16,7 +16,7 @@ from megatron_stable.model.attention import Attention
 from megatron_stable.model.backends import BACKENDS, SEEN, choose_backend
 from megatron_stable.model.documents import DocumentMask, document_starts
 from megatron_stable.model.peaks import Peaks
-from megatron_stable.model.probes import attention_statistics
+from megatron_stable.model.probes import Unprobed, attention_statistics
 from megatron_stable.model.scores import Scores, visible
 from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.parallel.parameters import place
@@ -247,3 +247,18 @@ def test_qk_clip_s_largest_logits_are_of_what_is_seen() -> None:
     wanted = logits.masked_fill(~visible(STARTS, CPU), -torch.inf).amax((0, 2, 3))
     torch.testing.assert_close(peaks.rows[0], wanted)
     assert (wanted < logits.masked_fill(~torch.ones(11, 11).tril().bool(), -torch.inf).amax((0, 2, 3))).any()
+
+
+def test_probes_are_told_where_documents_begin() -> None:
+    cfg, told = config(recipe="baseline", layers=1), []
+
+    class Told(Unprobed):
+        def attention(self, q: Tensor, k: Tensor, scores: Scores, starts: Tensor | None = None) -> None:
+            told.append(starts)
+
+    model = Transformer(layer_list(cfg, ALONE, seed=0, documents=True))
+    model.layers["blocks_0"].measure(Told())
+    model(ROWS)
+    masked(model, cfg).announce(ROWS)
+    model(ROWS)
+    assert told[0] is None and torch.equal(told[1], STARTS)
