@@ -38,10 +38,6 @@ CASES: dict[str, dict[str, Any]] = {
     "document_mask": MASK,
     "repetition_filter": {"repetition_filter": 32},
 }
-    "no mask, again": {},
-    "document_mask": MASK,
-    "repetition_filter": {"repetition_filter": 32},
-}
 
 
 def make_config(args: argparse.Namespace, data: dict[str, Any]) -> Config:
