@@ -10,12 +10,13 @@ with a cap keeps the s x s scores, and the logits' gradient lies beside them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_stable.analysis.tape import Tape, Value
 from megatron_stable.config.attention import limits
 from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
-from megatron_stable.model.backends import FASTEST, NEEDS_CUDA
+from megatron_stable.model.backends import FASTEST, FASTEST_AMONG_DOCUMENTS, NEEDS_CUDA
 from megatron_stable.model.cross_entropy import CHUNK
 from megatron_stable.model.transformer import padded_vocabulary, recomputes
 
@@ -27,7 +28,8 @@ def backend(config: Config, device: str) -> str:
     """The attention backend that a run takes on ``device`` ("cuda", "cpu"), which need not be there."""
     if config.model.attention != "auto":
         return config.model.attention
-    here = [name for name in FASTEST if device == "cuda" or name not in NEEDS_CUDA]
+    fastest = FASTEST_AMONG_DOCUMENTS if config.data.document_mask else FASTEST
+    here = [name for name in fastest if device == "cuda" or name not in NEEDS_CUDA]
     return next((name for name in here if not any(limits(name, config.model))), "math")
 
 
@@ -51,6 +53,16 @@ class Layers:
     def tokens(self) -> int:
         """Of a micro batch."""
         return self.config.batch.micro_size * self.config.model.sequence_length
+
+    @cached_property
+    def documents(self) -> tuple[Value, ...]:
+        """What layers share of a micro batch's documents: turns of rotary embeddings, and for math who sees whom."""
+        model = self.config.model
+        if not self.config.data.document_mask:
+            return ()
+        turns = 2 * self.tokens * model.head_dim * FP32 if model.positions == "rope" else 0
+        math = backend(self.config, self.device) == "math"
+        return Value(turns), Value(self.tokens * model.sequence_length * BOOL if math else 0)
 
     @property
     def positions(self) -> float:
@@ -158,7 +170,10 @@ class Layers:
         else:
             y = Value(q.size)
             statistics = Value(self.tokens * heads * FP32)
-            tape.put(0.0, q, k, v, saves=(of_q, of_k, of_v, y, statistics), scratch=q.size / self.width * FP32)
+            # SDPA makes a number of each element of a mask, anew in each layer
+            mask = self.tokens * model.sequence_length * self.width if self.documents and name == "sdpa" else 0
+            saves = (of_q, of_k, of_v, y, statistics, Value(mask), *self.documents)
+            tape.put(0.0, q, k, v, saves=saves, scratch=q.size / self.width * FP32)
             tape.operations[-1].outputs = (y,)
         return self.row(tape, y, heads * model.head_dim)
 
@@ -182,7 +197,8 @@ class Layers:
             tape.operations[-1].saves = (scores,)
             scores = tape.put(size, scores)
         if not fused:
-            scores = tape.put(size, scores, saves=(Value(model.sequence_length**2 * BOOL),))
+            hidden = self.documents or (Value(model.sequence_length**2 * BOOL),)
+            scores = tape.put(size, scores, saves=hidden)
         probabilities = tape.put(size, scores, scratch=size)
         tape.operations[-1].saves = (probabilities,)
         if model.attention_clip is not None:
@@ -265,7 +281,8 @@ class Layers:
             x = self.norm(tape, x, self.positions)
         if model.positions == "learned":
             weight = model.sequence_length * model.hidden * self.width
-            x = tape.put(x.size, x, weight=weight, through=True)
+            places = self.tokens * INT64 if self.config.data.document_mask else 0
+            x = tape.put(x.size, x, weight=weight, saves=(Value(places),), through=True)
         return self.dropout(tape, x)
 
     def final_norm(self, tape: Tape, x: Value) -> Value:

@@ -153,7 +153,8 @@ def _losses(trained: Trained, samples: Tensor) -> list[float]:
     config, ranks = trained.config.model, trained.ranks
     assert config.vocab_size is not None
     inputs, targets = samples[:, :-1], samples[:, 1:]
-    logits = ranks.hand_on(inputs, list(trained.model.layers.values()), config.hidden)
+    with trained.reading(inputs):
+        logits = ranks.hand_on(inputs, list(trained.model.layers.values()), config.hidden)
     if logits is None:
         return []
     nll, _ = vocab_parallel_cross_entropy(

@@ -18,7 +18,18 @@ from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.config.schema import Config
-from megatron_stable.data import Blend, Location, Samples, Stages, Tokenizer, check_tokenizer, open_dataset, open_source
+from megatron_stable.data import (
+    Blend,
+    Location,
+    RepetitionFilter,
+    Samples,
+    Stages,
+    Tokenizer,
+    check_tokenizer,
+    open_dataset,
+    open_source,
+    repetition_filter,
+)
 from megatron_stable.data.check import check_ids
 from megatron_stable.errors import DataError
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
@@ -71,6 +82,7 @@ class Sample:
         documents: Whose tokens it predicts, in order.
         losses: Under each checkpoint, nats per token.
         scores: Robust standard deviations above the batch's median, under each.
+        left_out: Whether it was read and not predicted, as it repeats itself (``data.repetition_filter``).
     """
 
     number: int
@@ -79,6 +91,7 @@ class Sample:
     documents: tuple[Document, ...]
     losses: tuple[float, ...]
     scores: tuple[float, ...]
+    left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,16 +183,23 @@ def inspect(
         check_tokenizer(dataset, decoder)
     where = [[dataset.locate(k) for k in batch] for batch in numbers]
     found = [_measure(run, chosen, where, tokenizer, progress) for chosen in checkpoints]  # each of [n, s]
-    samples = _samples(numbers[0], where[0], [nll[0] for nll in found], decoder, excerpt)
+    filtered = repetition_filter(config.data)
+    samples = _samples(numbers[0], where[0], [nll[0] for nll in found], decoder, excerpt, filtered)
     opinion: Heard | str | None
     if isinstance(posed, Posed):
-        means = [{place: float(nll.mean()) for place, nll in zip(places, each, strict=True)} for each in found]
+        counts = [[filtered is None or not filtered.finds(location.read()) for location in batch] for batch in where]
+        means = [{p: _mean(nll, rows) for p, nll, rows in zip(places, each, counts, strict=True)} for each in found]
         said = [answer(posed.question, [mean[place] for place in posed.samples.values()]) for mean in means]
         opinion = hear(posed.question, dict(zip(checkpoints, said, strict=True)))
     else:
         opinion = posed
     kept = before(Path(run), position.step, position.data_step) if position.step is not None else None
     return Inspection(position, checkpoints, tuple(samples), opinion, kept)
+
+
+def _mean(nll: np.ndarray, counts: list[bool]) -> float:
+    """Of losses ``[n, s]`` of samples: as the run tells it, without samples that do not count."""
+    return float(nll[counts].mean() if any(counts) else nll.mean())
 
 
 def scores(losses: np.ndarray) -> np.ndarray:
@@ -240,7 +260,12 @@ def _posed(
 
 
 def _samples(
-    numbers: Iterable[int], where: list[Location], losses: list[np.ndarray], decoder: Tokenizer | None, chars: int
+    numbers: Iterable[int],
+    where: list[Location],
+    losses: list[np.ndarray],
+    decoder: Tokenizer | None,
+    chars: int,
+    filtered: RepetitionFilter | None,
 ) -> Iterable[Sample]:
     """The samples of a batch; ``losses`` are of their tokens under each checkpoint, ``[n, s]``."""
     means = [nll.mean(1) for nll in losses]
@@ -249,7 +274,8 @@ def _samples(
     for i, (k, location) in enumerate(zip(numbers, where, strict=True)):
         documents = _documents(location, [nll[i] for nll in losses], usual, len(where), decoder, chars)
         own, above = (tuple(float(values[i]) for values in each) for each in (means, high))
-        yield Sample(k, location.epoch, location.start, tuple(documents), own, above)
+        left_out = filtered is not None and filtered.finds(location.read())
+        yield Sample(k, location.epoch, location.start, tuple(documents), own, above, left_out)
 
 
 def _measure(
@@ -290,7 +316,8 @@ def token_losses(trained: Trained, tokens: np.ndarray) -> np.ndarray:
     """
     model = trained.config.model
     inputs, targets = (torch.from_numpy(part).to(trained.device) for part in (tokens[:, :-1], tokens[:, 1:]))
-    logits = trained.model(inputs)
+    with trained.reading(inputs):
+        logits = trained.model(inputs)
     nll, _ = vocab_parallel_cross_entropy(logits, targets, vocab_size=model.vocab_size, cap=model.final_logit_cap)
     return nll.float().cpu().numpy()
 

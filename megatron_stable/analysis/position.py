@@ -17,7 +17,7 @@ from megatron_stable.records.stages import read_stages
 from megatron_stable.stability.events import Resume
 
 # besides the sequence length, which cannot change in a run, and where it is known, the stages of its data
-DECIDING = ("run.seed", "data.train", "data.stages")
+DECIDING = ("run.seed", "data.train", "data.stages", "data.repetition_filter", "data.repetition_periods")
 
 
 class Position(NamedTuple):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_stable.analysis.ranks import Ranks, layout
 from megatron_stable.checkpoint.catalog import newest_whole
@@ -16,6 +18,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.data import Tokenizer
 from megatron_stable.errors import DataError
 from megatron_stable.model import sigma
+from megatron_stable.model.documents import DocumentMask
 from megatron_stable.model.transformer import Transformer
 from megatron_stable.parallel import agreement
 from megatron_stable.parallel.lifeline import Lifeline
@@ -35,6 +38,19 @@ class Trained(NamedTuple):
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @contextmanager
+    def reading(self, tokens: Tensor) -> Iterator[None]:
+        """Within, the model is given the rows ``[b, s]`` of token ids of a data set, and sees documents in them as it
+        did in training."""
+        data = self.config.data
+        if not data.document_mask or data.end_of_document is None:
+            yield
+            return
+        mask = DocumentMask(self.model, self.config.model, data.end_of_document, self.device)
+        mask.announce(tokens)
+        yield
+        mask.forget()
 
 
 def open_run(run: str | Path, step: int | None = None, tokenizer: str | Path | None = None) -> Trained:

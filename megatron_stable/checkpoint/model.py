@@ -67,7 +67,8 @@ def fill(whole: Whole, config: Config, device: str, topology: Topology | None = 
     reader = Reader(whole.directory, whole.manifest)
     _refuse_larger(config, reader)
     tp = topology.tp if topology else TensorParallel()
-    layers = layer_list(config.model, tp, config.run.seed, device, draw=False, multipliers=model_multipliers(config))
+    by, documents = model_multipliers(config), config.data.document_mask
+    layers = layer_list(config.model, tp, config.run.seed, device, False, by, documents=documents)
     model = Transformer(_stage(layers, topology) if topology else layers)
 
     def read(known: Place) -> Tensor:

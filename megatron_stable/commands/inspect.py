@@ -135,8 +135,8 @@ def _print_samples(found: Inspection, names: dict[str, str], every: bool, consol
         numbers = [text for loss, score in pairs for text in (_number(loss, ".4f"), _number(score, "+.1f"))]
         documents = [str(document.number) for document in sample.documents]
         more = f" and {len(documents) - 5} more" if len(documents) > 5 else ""
-        name = names[sample.documents[0].dataset]
-        table.add_row(str(sample.number), *numbers, Text(f"{name} {', '.join(documents[:5])}{more}"))
+        name, left_out = names[sample.documents[0].dataset], " (left out of the loss)" * sample.left_out
+        table.add_row(str(sample.number), *numbers, Text(f"{name} {', '.join(documents[:5])}{more}{left_out}"))
     console.print(table, soft_wrap=False)
     _print_rest(len(samples), every, console)
 

@@ -30,6 +30,7 @@ def conflicts(config: Config, world_size: int | None = None) -> list[Problem]:
         *_layout(config),
         *_batch(config, world_size),
         *_stages(config),
+        *_data(config),
         *_optimization(config),
         *_guard(config),
     ]
@@ -197,6 +198,51 @@ def _stages(config: Config) -> list[Problem]:
             "themselves, or let it name a .yaml of sources"
         )
         found.append(Problem(("data.stages", "data.train"), message))
+    return found
+
+
+def _data(config: Config) -> list[Problem]:
+    data, vocab_size, length, found = config.data, config.model.vocab_size, config.model.sequence_length, []
+    default, (shortest, longest) = type(data)(), data.repetition_periods
+
+    def problem(keys: tuple[str, ...], message: str) -> None:
+        found.append(Problem(tuple(f"data.{key}" for key in keys), message))
+
+    if data.document_mask and data.end_of_document is None and data.tokenizer is None:
+        message = (
+            "data.document_mask true does not know where documents end, as data.tokenizer and data.end_of_document are "
+            "unset: set one of them, or data.document_mask=false"
+        )
+        problem(("document_mask", "end_of_document"), message)
+    if data.end_of_document is not None and vocab_size is not None and data.end_of_document >= vocab_size:
+        message = (
+            f"data.end_of_document {data.end_of_document} is not in the vocabulary, model.vocab_size {vocab_size}: "
+            "name the token id between documents, or leave it unset to take the tokenizer's"
+        )
+        problem(("end_of_document",), message)
+    if data.end_of_document is not None and not data.document_mask:
+        message = (
+            f"data.end_of_document {data.end_of_document} has no effect with data.document_mask false: "
+            "set data.document_mask=true, or data.end_of_document=null"
+        )
+        problem(("end_of_document", "document_mask"), message)
+    if data.repetition_filter is None and data.repetition_periods != default.repetition_periods:
+        message = (
+            f"data.repetition_periods {list(data.repetition_periods)} has no effect with data.repetition_filter null: "
+            f"set data.repetition_filter=32, or data.repetition_periods={list(default.repetition_periods)}"
+        )
+        problem(("repetition_periods", "repetition_filter"), message)
+    if shortest > longest:
+        problem(
+            ("repetition_periods",),
+            f"data.repetition_periods [{shortest}, {longest}] ends before it begins: give [shortest, longest]",
+        )
+    elif data.repetition_filter is not None and data.repetition_filter * shortest > length + 1:
+        message = (
+            f"data.repetition_filter {data.repetition_filter} times data.repetition_periods {shortest} tokens are more "
+            f"than a sample has, model.sequence_length {length} + 1: lower the first, or set it to null"
+        )
+        problem(("repetition_filter", "repetition_periods"), message)
     return found
 
 

@@ -245,6 +245,16 @@ class DataConfig(Section):
     on."""
     validation: str | Prefixes | Blend | None = None
     """Validation data, given like `train`; null: no evaluation."""
+    document_mask: bool = False
+    """Keep attention and positions within documents, of which a sample holds several or parts: each begins at position
+    0 and sees nothing of the one before it, in training and in evaluation."""
+    end_of_document: int | None = Field(None, ge=0)
+    """For `document_mask`: the token id that stands between documents; null: the tokenizer's."""
+    repetition_filter: int | None = Field(None, ge=2)
+    """Leave samples out of the loss in which a few tokens come so often in a row, or more (OLMo 2, arXiv 2501.00656:
+    32); null: train on all. Validation is not filtered."""
+    repetition_periods: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 13)
+    """For `repetition_filter`: how few and how many tokens may be what is repeated, [shortest, longest]."""
     skip: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = ()
     """Windows of data steps that are not trained on, [first, last], inclusive and counted from 1 as the run counts
     them when it first sees the window, which then stands for the same samples whatever becomes of the batch size; the

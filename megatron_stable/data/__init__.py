@@ -1,6 +1,13 @@
 """Text to tokens to batches: tokenizer, .bin/.idx datasets, sample order, skip windows, loader. Needs no torch."""
 
-from megatron_stable.data.check import check_share, check_tokenizer, check_vocabulary, remember, unchecked
+from megatron_stable.data.check import (
+    check_boundaries,
+    check_share,
+    check_tokenizer,
+    check_vocabulary,
+    remember,
+    unchecked,
+)
 from megatron_stable.data.course import Course, Era
 from megatron_stable.data.dataset import (
     Blend,
@@ -17,6 +24,7 @@ from megatron_stable.data.interleave import Interleave
 from megatron_stable.data.loader import Batches
 from megatron_stable.data.order import SampleOrder, permute
 from megatron_stable.data.preprocess import PreprocessSummary, preprocess
+from megatron_stable.data.repetition import RepetitionFilter, repetition_filter
 from megatron_stable.data.skip import SkipWindows
 from megatron_stable.data.sources import Wanted, unrecorded, wanted
 from megatron_stable.data.stages import Paths, Stage, Stages, Stream
@@ -35,6 +43,7 @@ __all__ = [
     "Paths",
     "PreprocessSummary",
     "RawDocument",
+    "RepetitionFilter",
     "SampleOrder",
     "Samples",
     "SkipWindows",
@@ -46,6 +55,7 @@ __all__ = [
     "TokenizerSummary",
     "UndecodableError",
     "Wanted",
+    "check_boundaries",
     "check_share",
     "check_tokenizer",
     "check_vocabulary",
@@ -54,6 +64,7 @@ __all__ = [
     "permute",
     "preprocess",
     "remember",
+    "repetition_filter",
     "stream_of",
     "token_dtype",
     "train_tokenizer",

@@ -16,6 +16,7 @@ from megatron_stable.files import replace_file
 
 BLOCK = 1 << 12  # tokens that are read at a time
 MOST = 1 << 24  # tokens that are read in all, of all datasets, by all ranks
+LOOKED_AT = 64  # documents of a dataset
 CHECKED = "checked"  # in .meta.json
 
 
@@ -88,6 +89,27 @@ def check_ids(ids: np.ndarray, vocab_size: int, source: Tokens, start: int) -> N
         f"the vocabulary 0 .. {vocab_size - 1}: tokenizer and data do not match; "
         "run preprocess with this tokenizer, or name the one that was used"
     )
+
+
+def check_boundaries(dataset: Samples, end_of_document: int) -> None:
+    """Check that documents end with, or begin behind, the token that stands between them; raises DataError if not.
+
+    Of each dataset up to 64 documents are looked at, evenly spread.
+    """
+    for part in dataset.parts:
+        tokens, count = part.indexed, part.indexed.documents
+        for document in sorted({i * (count - 1) // LOOKED_AT for i in range(LOOKED_AT + 1)}):
+            _, end = tokens.document_span(document)
+            if end == tokens.tokens and count > 1:  # the last may have been cut
+                continue
+            around = tokens.read(end - 1, min(2, tokens.tokens - end + 1))
+            if end_of_document not in around:
+                raise DataError(
+                    f"dataset {tokens.prefix}: document {document} does not end with token {end_of_document}, which "
+                    "data.document_mask finds documents by: run preprocess, which puts the tokenizer's end of a "
+                    "document behind each (Megatron-LM: --append-eod), name another token in data.end_of_document, or "
+                    "set data.document_mask=false"
+                )
 
 
 def check_tokenizer(dataset: Samples, tokenizer: Tokenizer) -> None:

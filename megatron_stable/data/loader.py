@@ -10,17 +10,27 @@ import numpy as np
 from megatron_stable.data.check import check_ids
 from megatron_stable.data.course import Course
 from megatron_stable.data.dataset import Samples
+from megatron_stable.data.repetition import RepetitionFilter, left_out
 from megatron_stable.errors import ConfigError
 
 
 class Batches:
     """Cuts a dataset into the global batches of a course, and these into micro batches for each rank.
 
-    With `vocab_size`, every batch read is checked against it, and DataError raised for ids outside.
+    With `vocab_size`, every batch read is checked against it, and DataError raised for ids outside. Samples that
+    `repetitive` finds are not to be predicted: see `left_out`.
     """
 
-    def __init__(self, dataset: Samples, course: Course, micro_size: int, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        dataset: Samples,
+        course: Course,
+        micro_size: int,
+        vocab_size: int | None = None,
+        repetitive: RepetitionFilter | None = None,
+    ) -> None:
         self.dataset, self.course, self.micro_size, self.vocab_size = dataset, course, micro_size, vocab_size
+        self.repetitive = repetitive
 
     def samples(self, step: int) -> list[int]:
         """The samples of optimizer step `step` (from 1), over all ranks."""
@@ -58,4 +68,4 @@ class Batches:
         tokens = location.read()
         if self.vocab_size is not None:
             check_ids(tokens, self.vocab_size, location.dataset.indexed, location.start)
-        return tokens
+        return left_out(tokens) if self.repetitive is not None and self.repetitive.finds(tokens) else tokens

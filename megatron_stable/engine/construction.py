@@ -35,7 +35,14 @@ def training_layers(
     """
     whole, dtype = config.parallel.zero_stage < 3, DTYPES[config.precision.dtype]
     layers = layer_list(
-        config.model, topology.tp, config.run.seed, device, draw and whole, model_multipliers(config), dtype
+        config.model,
+        topology.tp,
+        config.run.seed,
+        device,
+        draw and whole,
+        model_multipliers(config),
+        dtype,
+        config.data.document_mask,
     )
 
     def split(layer: Layer) -> Layer:

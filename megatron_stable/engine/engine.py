@@ -46,6 +46,7 @@ from megatron_stable.engine.shards import (
 )
 from megatron_stable.engine.unpromised import require_engine, require_pipeline
 from megatron_stable.model import sigma
+from megatron_stable.model.documents import DocumentMask
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.peaks import Peaks
 from megatron_stable.model.transformer import Transformer
@@ -57,7 +58,8 @@ from megatron_stable.parallel.random import seed_step
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.parallel.world import quiet
 
-# each [micro, s + 1] int64: inputs are all but the last token, targets all but the first
+# each [micro, s + 1] int64: inputs are all but the last token, targets all but the first; under
+# data.repetition_filter, samples that are read and not predicted come as their complements, below 0
 MicroBatches = Iterable[Tensor]
 UNDERSCALE = 2.0**-12  # of the loss scale at which fp16 overflows
 
@@ -77,7 +79,9 @@ class Engine:
         self.device = torch.device(get_accelerator().current_device_name())
         self.vocab_size = config.model.vocab_size
         self.accumulation = config.batch.global_size // (config.batch.micro_size * topology.data_size)
-        self._sums = torch.zeros(3, device=self.device)  # the parts of the loss, summed over micro batches
+        self._filtered = config.data.repetition_filter is not None
+        # the parts of the loss, summed over micro batches; of filtered ones also the share that is predicted
+        self._sums = torch.zeros(4 if self._filtered else 3, device=self.device)
         self._filled = draw  # whether the weights are anything
         settings = deepspeed_config(config, topology.data_size)
         layers = training_layers(config, topology, settings, self.device.type, draw)
@@ -96,7 +100,14 @@ class Engine:
                     dist_init_required=False,
                 )
         require_engine(self.deepspeed, self.module)
-        self.schedule = Schedule(self.deepspeed, topology, self._stream(), self.accumulation) if pipelined else None
+        self.documents: DocumentMask | None = None
+        if config.data.document_mask:
+            assert config.data.end_of_document is not None
+            self.documents = DocumentMask(self.module, config.model, config.data.end_of_document, self.device)
+        self.schedule: Schedule | None = None
+        if pipelined:
+            all_read = self.documents is not None
+            self.schedule = Schedule(self.deepspeed, topology, self._stream(), self.accumulation, all_read)
         shards = local_shards(self.deepspeed, self.module)
         held = [(weight, s) for weight, s in zip(self.module.parameters(), shards, strict=True) if s.numel]
         if config.precision.dtype == "bf16" and config.parallel.zero_stage == 1:
@@ -226,9 +237,13 @@ class Engine:
         wishes = torch.full_like(norm, wish())
         values = torch.stack([*(sums / self.accumulation), known, self._fault(), wishes])
         dist.all_reduce(values)
-        loss, z_loss, mu_loss, total, found, stop = (values / share).tolist()
+        loss, z_loss, mu_loss, *predicted, total, found, stop = (values / share).tolist()
+        kept = predicted[0] if predicted else 1.0
+        if 0 < kept < 1:  # of the tokens that are predicted
+            loss, z_loss = loss / kept, z_loss / kept
         finite = isfinite(total) and not found
-        return StepMetrics(loss, z_loss, mu_loss, total if finite else inf, loss_scale, not finite, stop > 0)
+        grad_norm = total if finite else inf
+        return StepMetrics(loss, z_loss, mu_loss, grad_norm, loss_scale, not finite, stop > 0, 1 - kept)
 
     def _global_norm(self) -> Tensor:
         """Of the step's gradient, unscaled; infinite where it is no number."""
@@ -265,9 +280,12 @@ class Engine:
                 self.deepspeed.eval()
                 for inputs, targets in self._pairs(micro_batches):
                     self._loss(self.deepspeed(inputs), targets)
-            losses.append(self._sums[0] / self.accumulation)
+            losses.append(self._sums / self.accumulation)
         self.deepspeed.train()
-        return self._average(torch.stack(losses)).tolist() if losses else []
+        if not losses:
+            return []
+        loss, _, _, *predicted = self._average(torch.stack(losses)).unbind(1)
+        return (loss / predicted[0] if predicted else loss).tolist()
 
     def shards(self) -> list[ShardState]:
         """What this rank holds of weights and moments, as views."""
@@ -323,9 +341,10 @@ class Engine:
         return messages
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        predicted = targets >= 0 if self._filtered else None
         losses = language_model_loss(
             logits,
-            targets,
+            targets if predicted is None else read(targets),
             self.topology.tp,
             self.vocab_size,
             self.config.loss.z_loss,
@@ -333,14 +352,19 @@ class Engine:
             self.config.loss.mu_loss,
             self._output,
             self.probes.activations.see_logits if self.probes is not None else None,
+            predicted,
         )
-        self._sums += torch.stack([part.detach() for part in losses])
+        parts = [part.detach() for part in losses]
+        self._sums += torch.stack(parts if predicted is None else [*parts, predicted.float().mean()])
         return self.faults.loss(sum(losses[1:], start=losses[0]), self._sums)
 
     def _pairs(self, micro_batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
         for tokens in micro_batches:
+            if self.documents is not None:
+                self.documents.announce(read(tokens[:, :-1]))
             tokens = tokens.to(self.device, non_blocking=True)
-            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+            yield read(inputs) if self._filtered else inputs, targets
 
     def _stream(self) -> Tensor:
         """Like what pipeline stages hand on: ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
@@ -354,6 +378,11 @@ class Engine:
         # TP ranks agree already, so the sum over the whole world counts each replica TP times
         dist.all_reduce(value)
         return value / (self.topology.data_size * self.topology.tensor_size)
+
+
+def read(tokens: Tensor) -> Tensor:
+    """Token ids, whether they are predicted, or handed on as their complements because they are not."""
+    return tokens.maximum(~tokens)
 
 
 class _Approval(Generic[J]):

@@ -19,6 +19,7 @@ class StepMetrics:
         loss_scale: fp16's loss scale, else 1.
         skipped: Whether the update was not made: gradients were not finite, or it was not approved.
         stop: Whether a rank wished to stop after the step.
+        left_out: Share of the tokens that were read and not predicted.
     """
 
     loss: float
@@ -28,6 +29,7 @@ class StepMetrics:
     loss_scale: float
     skipped: bool
     stop: bool = False
+    left_out: float = 0.0
 
 
 class Approval(Protocol):

@@ -42,12 +42,16 @@ class Schedule:
         engine: DeepSpeed's, of a pipeline; its ``module`` has the loss.
         stream: What stages hand on, of its shape, dtype and device.
         micro_batches: Of a step.
+        all_read: Whether every stage reads the tokens, for the documents in them, and not the first and last alone.
     """
 
-    def __init__(self, engine: Any, topology: Topology, stream: Tensor, micro_batches: int) -> None:
+    def __init__(
+        self, engine: Any, topology: Topology, stream: Tensor, micro_batches: int, all_read: bool = False
+    ) -> None:
         self.engine, self.micro_batches = engine, micro_batches
         self.stage, self.stages = topology.stage, topology.pipeline_size
         self.first, self.last = self.stage == 0, topology.last_stage
+        self.reads = self.first or self.last or all_read
         # gradients have the group of the whole world, on which nothing else is sent meanwhile
         self.down = Line(topology, topology.pipeline_group, self.stage + 1, self.stage - 1, stream)
         self.up = Line(topology, None, self.stage - 1, self.stage + 1, stream)
@@ -76,7 +80,7 @@ class Schedule:
         self.down.settle()
 
     def _forward(self, pairs: Pairs) -> tuple[Tensor, Tensor | GradientEdge]:
-        batch: Any = next(pairs) if self.first or self.last else None
+        batch: Any = next(pairs) if self.reads else None
         x = batch[0] if self.first else self.down.receive().requires_grad_(torch.is_grad_enabled())
         out = DeepSpeedEngine.forward(self.engine, x)
         if self.last:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model import flash
 from megatron_stable.model.backends import BACKENDS, Backend
+from megatron_stable.model.documents import Documents
 from megatron_stable.model.flex import causal_mask, flex_attention
 from megatron_stable.model.init import output_init, qkv_init
 from megatron_stable.model.largest_logits import max_attention_logits
@@ -59,34 +62,36 @@ class Attention(nn.Module):
             RowParallelLinear(width, config.hidden, output_init(config, width, by), tp, config.bias), config
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
-        q, k, v = (part.transpose(1, 2) for part in self.project(x))
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
+        """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same; ``documents`` of the rows, ``None``: one in each."""
+        q, k, v = (part.transpose(1, 2) for part in self.project(x, documents))
+        starts = documents.starts if documents is not None else None
         if self.peaks is not None and self.training:
-            self.peaks.copy_(torch.maximum(self.peaks, max_attention_logits(q, k, self.scores.scale)))
-        self.probe.attention(q, k, self.scores)
-        y = self._attend(q, k, v)
+            self.peaks.copy_(torch.maximum(self.peaks, max_attention_logits(q, k, self.scores.scale, starts)))
+        self.probe.attention(q, k, self.scores, starts)
+        y = self._attend(q, k, v, () if documents is None else (documents.seen,))
         return self.probe("proj", self.proj(y.transpose(1, 2).flatten(2)))
 
-    def prepare(self, x: Tensor) -> None:
+    def prepare(self, x: Tensor, documents: Documents | None = None) -> None:
         """Have what a compiled block must find made, for its input ``[b, s, h]``, under SP ``[b, s/tp, h]``."""
-        if self.backend is flex_attention:
+        if self.backend is flex_attention and documents is None:
             causal_mask(x.shape[1] * (self.tp.size if self.tp.sequence else 1), str(x.device))
         if self.backend is flash.flash_attention:
-            flash.kernel(self.training and self.dropout > 0)
+            flash.kernel(self.training and self.dropout > 0, documents is not None)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[b, s, heads/tp, d]``, keys and values ``[b, s, groups/tp, d]``, as attention takes them."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.queries + 2, self.head_dim))  # [b, s, groups/tp, q..kv, d]
         q, k, v = qkv.split((self.queries, 1, 1), dim=-2)
         q, k, v = (self.probe(name, part.flatten(2, 3)) for name, part in (("q", q), ("k", k), ("v", v)))
         q, k, v = self.q_norm(q), self.k_norm(k), self.v_norm(v)
         if self.rope_theta is not None:
-            q, k = (rotate(x, self.rope_theta, self.positions) for x in (q, k))
+            positions = self.positions if documents is None else documents.positions
+            q, k = (rotate(x, self.rope_theta, positions) for x in (q, k))
         return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, seen: tuple[Any, ...]) -> Tensor:
         if not (self.training and self.dropout):
-            return self.backend(q, k, v, self.scores, 0.0)
+            return self.backend(q, k, v, self.scores, 0.0, *seen)
         with sharded_region(self.tp):  # each rank has heads of its own, and so masks
-            return self.backend(q, k, v, self.scores, self.dropout)
+            return self.backend(q, k, v, self.scores, self.dropout, *seen)

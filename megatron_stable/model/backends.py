@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.nn.attention import sdpa_kernel as restrict
 
 from megatron_stable.config.attention import limits
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.errors import ConfigError
 from megatron_stable.model import flash
-from megatron_stable.model.flex import flex_attention
-from megatron_stable.model.scores import Scores, math_attention
+from megatron_stable.model.flex import document_blocks, flex_attention
+from megatron_stable.model.scores import Scores, math_attention, visible
 
-# q, k, v: [b, heads, s, d] (k and v may have fewer heads), scores, dropout -> [b, heads, s, d]
-Backend = Callable[[Tensor, Tensor, Tensor, Scores, float], Tensor]
+# q, k, v: [b, heads, s, d] (k and v may have fewer heads), scores, dropout, with documents in the rows what SEEN makes
+# of them -> [b, heads, s, d]
+Backend = Callable[..., Tensor]
+
+
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def sdpa_attention(
@@ -27,9 +33,12 @@ def sdpa_attention(
     """PyTorch's fused attention; it has no cap and no clip. ``visible``: as :func:`math_attention` has it."""
     assert scores.cap is None and scores.clip is None
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, visible, dropout_p=dropout, is_causal=visible is None, scale=scores.scale, enable_gqa=grouped
-    )
+    # with a mask, cuDNN 9.20 gives gradients that are NaN (pytorch#196678)
+    usable = restrict(NOT_CUDNN) if visible is not None and q.is_cuda else nullcontext()
+    with usable:
+        return F.scaled_dot_product_attention(
+            q, k, v, visible, dropout_p=dropout, is_causal=visible is None, scale=scores.scale, enable_gqa=grouped
+        )
 
 
 BACKENDS: dict[str, Backend] = {
@@ -38,7 +47,15 @@ BACKENDS: dict[str, Backend] = {
     "flex": flex_attention,
     "flash": flash.flash_attention,
 }
+# of where documents begin, [b, s]: what a backend takes to keep queries within theirs, on a device
+SEEN: dict[str, Callable[[Tensor, torch.device], Any]] = {
+    "math": visible,
+    "sdpa": visible,
+    "flex": document_blocks,
+    "flash": flash.document_ends,
+}
 FASTEST = ("sdpa", "flex")  # that come with PyTorch, the faster first
+FASTEST_AMONG_DOCUMENTS = ("flex", "sdpa")  # which takes their mask as a matrix, and leaves its fastest kernels for it
 NEEDS_CUDA = {"flex": "it has no backward on a CPU", "flash": "flash-attn is made for it"}
 
 
@@ -49,8 +66,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_backend(config: ModelConfig, device: str) -> Choice:
+def choose_backend(config: ModelConfig, device: str, documents: bool = False) -> Choice:
     """The fastest backend that computes ``config`` exactly on ``device`` ("cpu", "cuda"), or the one it names.
+
+    Args:
+        documents: Whether attention stays within documents, of which rows hold several.
 
     Raises:
         ConfigError: The one it names does not run here.
@@ -58,10 +78,12 @@ def choose_backend(config: ModelConfig, device: str) -> Choice:
     if config.attention != "auto":
         _refuse_absent(config, device)
         return Choice(config.attention, "the configuration names it")
-    if flash.taken() and device == "cuda" and config.attention_cap is not None and not any(limits("flash", config)):
-        return Choice("flash", "it is installed, agrees with PyTorch's operators here, and is the fastest with a cap")
+    suits = config.attention_cap is not None or documents
+    if flash.taken() and device == "cuda" and suits and not any(limits("flash", config)):
+        what = "within documents" if documents else "with a cap"
+        return Choice("flash", f"it is installed, agrees with PyTorch's operators here, and is the fastest {what}")
     reasons = []
-    for name in FASTEST:
+    for name in FASTEST_AMONG_DOCUMENTS if documents else FASTEST:
         wrong = [f"cannot compute {limit}" for limit in limits(name, config)]
         if name in NEEDS_CUDA and device != "cuda":
             wrong.append(f"needs a CUDA GPU, as {NEEDS_CUDA[name]}")

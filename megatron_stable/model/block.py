@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_stable.config.parametrization import ModelMultipliers
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model.attention import Attention
+from megatron_stable.model.documents import Documents
 from megatron_stable.model.elementwise import LayerScale, Scale
 from megatron_stable.model.mlp import MLP
 from megatron_stable.model.norms import residual_norm
@@ -36,6 +37,9 @@ class Block(nn.Module):
     Args:
         recompute: Keep only the block's input and recompute its activations in backward.
         by: Multipliers of the parametrization.
+
+    Attributes:
+        documents: Of the rows of the next forward pass; ``None``: one in each.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Block(nn.Module):
         self.tp, self.dropout, self.recompute = tp, config.dropout, recompute
         self.random = bool(config.dropout or config.attention_dropout)
         self.probe: Unprobed = UNPROBED
+        self.documents: Documents | None = None
         # DeepNorm's alpha, decoder-only (arXiv 2203.00555)
         self.skip = Scale((2 * config.layers) ** 0.25) if config.deepnorm else nn.Identity()
         self.attention_input_norm = residual_norm(config, tp, config.attention_input_norm)
@@ -68,15 +73,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
-        self.attention.prepare(x)
+        documents = self.documents  # handed on: when it recomputes, other micro batches have been announced
+        self.attention.prepare(x, documents)
         if self.recompute and torch.is_grad_enabled():
             # the reentrant form, because under ZeRO-3 the weights are gathered anew for the recomputation
-            y: Tensor = checkpoint(self._forward, x, use_reentrant=True, preserve_rng_state=self.random)
+            y: Tensor = checkpoint(self._forward, x, documents, use_reentrant=True, preserve_rng_state=self.random)
             return y
-        return self._forward(x)
+        return self._forward(x, documents)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        y = self.attention_output_norm(self.attention(self.attention_input_norm(x)))
+    def _forward(self, x: Tensor, documents: Documents | None) -> Tensor:
+        y = self.attention_output_norm(self.attention(self.attention_input_norm(x), documents))
         x = self.attention_post_norm(self.skip(x) + self._dropout(self.attention_scale(y)))
         y = self.mlp_output_norm(self.mlp(self.mlp_input_norm(x)))
         x = self.mlp_post_norm(self.skip(x) + self._dropout(self.mlp_scale(y)))

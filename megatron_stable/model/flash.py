@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_stable.apex import Found
 from megatron_stable.config.schema import ModelConfig
-from megatron_stable.model.scores import Scores, math_attention
+from megatron_stable.model.scores import Scores, math_attention, visible
 
 VERSIONS = {"flash_attn_interface": "FlashAttention-3", "flash_attn": "FlashAttention-2"}
 INSTALL = "pip install flash-attn, or on Hopper build FlashAttention-3 (hopper/ of Dao-AILab/flash-attention)"
@@ -25,17 +25,27 @@ INSTALL = "pip install flash-attn, or on Hopper build FlashAttention-3 (hopper/ 
 APART = 2**-5  # of itself: a fast tanh and roundings to bf16 make less, a missing cap or a wrong mask more
 
 _taken = False
-_KERNELS: dict[bool, Callable[..., Any]] = {}
+_KERNELS: dict[tuple[bool, bool], Callable[..., Any]] = {}
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float) -> Tensor:
-    """CUDA, bf16 and fp16; it carries the cap, though not with dropout. Its tanh is good to 2^-11 of a logit."""
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float, ends: Tensor | None = None
+) -> Tensor:
+    """CUDA, bf16 and fp16; it carries the cap, though not with dropout. Its tanh is good to 2^-11 of a logit.
+
+    ``ends``: what :func:`document_ends` returns; ``None``: each row is a document.
+    """
     assert scores.clip is None
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = kernel(dropout > 0)(
+    (b, _, s, _), (q, k, v) = q.shape, (x.transpose(1, 2) for x in (q, k, v))
+    among: dict[str, Any] = {}
+    if ends is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        among = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": s, "max_seqlen_k": s}
+    out = kernel(dropout > 0, ends is not None)(
         q,
         k,
         v,
+        **among,
         **({"dropout_p": dropout} if dropout else {}),
         softmax_scale=scores.scale,
         causal=True,
@@ -43,7 +53,21 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: fl
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     first: Tensor = out[0] if isinstance(out, tuple) else out  # FlashAttention-3 used to return the log of sums, too
-    return first.transpose(1, 2)
+    return first.view(b, s, *first.shape[-2:]).transpose(1, 2)
+
+
+def document_ends(starts: Tensor, device: torch.device) -> Tensor:
+    """Where documents end in the rows of a micro batch, one behind the other, int32, from 0 on.
+
+    Args:
+        starts: ``[b, s]``: where in its row the document of each token begins. On the CPU, nothing waits for a device.
+
+    Their number is rounded up to a power of two by empty ones, so that few lengths meet a compiled block.
+    """
+    begin = (starts == torch.arange(starts.shape[1], device=starts.device)).flatten().nonzero().flatten()
+    ends = begin.new_full((1 << len(begin).bit_length(),), starts.numel())
+    ends[: len(begin)] = begin
+    return ends.int().to(device, non_blocking=True)
 
 
 def module(dropout: bool) -> str | None:
@@ -53,18 +77,19 @@ def module(dropout: bool) -> str | None:
     return next((name for name in fitting if find_spec(name) is not None), None)
 
 
-def kernel(dropout: bool) -> Callable[..., Any]:
+def kernel(dropout: bool, documents: bool = False) -> Callable[..., Any]:
     """Its function, imported once; a compiled block has to find it there."""
-    if dropout not in _KERNELS:
+    if (dropout, documents) not in _KERNELS:
         name = module(dropout)
         assert name is not None
-        _KERNELS[dropout] = import_module(name).flash_attn_func
-    return _KERNELS[dropout]
+        found = import_module(name)
+        _KERNELS[dropout, documents] = found.flash_attn_varlen_func if documents else found.flash_attn_func
+    return _KERNELS[dropout, documents]
 
 
-def try_out(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Found:
+def try_out(model: ModelConfig, dtype: torch.dtype, device: torch.device, documents: bool = False) -> Found:
     """Compare what is installed with ``math``, forward and backward, for the heads and the cap of ``model``;
-    where blocks may be compiled, as one graph, too."""
+    where blocks may be compiled, as one graph, too; with documents in the rows, if the run has some."""
     name = module(dropout=False)  # with it, a cap is not for flash-attn
     if name is None:
         return Found(False, f"flash-attn, which would be faster, is not installed: {INSTALL}", absent=True)
@@ -77,12 +102,14 @@ def try_out(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Fou
     # logits of 16, which a cap bends
     tensors = draw(2 * ratio, 4), draw(2, 4), draw(2, 1), draw(2 * ratio, 1)
     results = []
+    starts = torch.tensor([[0] * 256, [0] * 100 + [100] * 156])
+    plain, fused = ([visible(starts, device)], [document_ends(starts, device)]) if documents else ([], [])
     try:
-        kernel(dropout=False)
+        kernel(False, documents)
         compiled = [torch.compile(flash_attention, backend="aot_eager", fullgraph=True)] if model.compile else []
         for attend in (math_attention, flash_attention, *compiled):
             q, k, v, upstream = (x.to(dtype).requires_grad_() for x in tensors)
-            out = attend(q, k, v, scores, 0.0)
+            out = attend(q, k, v, scores, 0.0, *(plain if attend is math_attention else fused))
             results.append([out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)])
         wanted, *found = results
         pairs = [pair for each in found for pair in zip(each, wanted, strict=True)]

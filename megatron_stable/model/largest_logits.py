@@ -18,7 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16)  # fp32 without TF32 is no work for ten
 WARPS, STAGES = 8, 2
 
 
-def max_attention_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def max_attention_logits(q: Tensor, k: Tensor, scale: float, starts: Tensor | None = None) -> Tensor:
     """The largest attention logit of each head, before any cap, over the keys that each query may see.
 
     In a compiled block it is a part of the graph. A NaN among the logits may count as none: the loss shows it.
@@ -27,25 +27,27 @@ def max_attention_logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
         q: ``[b, heads, s, d]``.
         k: ``[b, heads, s, d]``, or fewer heads, each for several of ``q``'s.
         scale: Factor of q k, positive.
+        starts: ``[b, s]``: the first key that each query sees, never falling along a row; ``None``: the row's.
 
     Returns:
         ``[heads]``, fp32 (fp64 for fp64 inputs), without gradient.
     """
-    top: Tensor = _largest_products(q.detach(), k.detach())
+    top: Tensor = _largest_products(q.detach(), k.detach(), starts)
     return top * scale
 
 
 @torch.library.custom_op("megatron_stable::largest_products", mutates_args=())
-def _largest_products(q: Tensor, k: Tensor) -> Tensor:
-    return by_kernel(q, k) if q.is_cuda and usable(q.device, q.dtype, q.shape[-1]) else by_chunks(q, k)
+def _largest_products(q: Tensor, k: Tensor, starts: Tensor | None = None) -> Tensor:
+    kernel = q.is_cuda and usable(q.device, q.dtype, q.shape[-1])
+    return by_kernel(q, k, starts) if kernel else by_chunks(q, k, starts=starts)
 
 
 @_largest_products.register_fake
-def _(q: Tensor, k: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, starts: Tensor | None = None) -> Tensor:
     return q.new_empty(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def by_chunks(q: Tensor, k: Tensor, chunk: int = 128) -> Tensor:
+def by_chunks(q: Tensor, k: Tensor, chunk: int = 128, starts: Tensor | None = None) -> Tensor:
     """The largest q k of each head, with those of ``chunk`` queries in memory at a time, not s x s.
 
     Products of bf16 are rounded to bf16, which is enough to compare with a threshold; those of fp16 are fp32, as they
@@ -60,16 +62,19 @@ def by_chunks(q: Tensor, k: Tensor, chunk: int = 128) -> Tensor:
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         products = q[:, :, start:stop] @ k[:, :, :stop].transpose(-2, -1)
-        future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(1 + start)
-        top = torch.maximum(top, products.masked_fill(future, -torch.inf).amax((0, 2, 3)).to(wide))
+        hidden = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(1 + start)
+        if starts is not None:
+            earlier = torch.arange(stop, device=q.device) < starts[:, start:stop, None]
+            hidden = (hidden | earlier).unsqueeze(1)
+        top = torch.maximum(top, products.masked_fill(hidden, -torch.inf).amax((0, 2, 3)).to(wide))
     return top
 
 
 @jit
 def _largest_of_a_block(  # type: ignore[no-untyped-def]
-    q, k, tops, length, heads, group,
+    q, k, starts, tops, length, heads, group,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
-    unit: tl.constexpr, width: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
+    unit: tl.constexpr, width: tl.constexpr, columns: tl.constexpr, block: tl.constexpr, documents: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head, with all keys that they may see. Strides are in units of so many elements."""
     blocks = tl.cdiv(length, block)
@@ -83,14 +88,26 @@ def _largest_of_a_block(  # type: ignore[no-untyped-def]
     k_block = k + rows[:, None] * k_row * unit + column[None, :]
     queries = tl.load(q + rows[:, None] * q_row * unit + column[None, :], mask=present[:, None] & inside, other=0.0)
     top = tl.full((block, block), -float("inf"), tl.float32)
-    for _ in range(0, first, block):
+    begin = 0
+    if documents:
+        starts += batch * length + first
+        begin = tl.load(starts) // block * block  # of the first query, which sees the farthest back
+        k_block += begin.to(tl.int64) * k_row * unit
+        starting = tl.load(starts + rows, mask=present, other=0)
+    for at in range(begin, first, block):
         keys = tl.load(k_block, mask=inside, other=0.0)
         # fp32 in full, where tensor cores would take TF32
-        top = tl.maximum(top, tl.dot(queries, tl.trans(keys)))
+        products = tl.dot(queries, tl.trans(keys))
+        if documents:
+            products = tl.where(at + rows[None, :] >= starting[:, None], products, -float("inf"))
+        top = tl.maximum(top, products)
         k_block += block * k_row * unit
     keys = tl.load(k_block, mask=present[:, None] & inside, other=0.0)
     products = tl.dot(queries, tl.trans(keys))
-    top = tl.maximum(top, tl.where(rows[:, None] >= rows[None, :], products, -float("inf")))
+    seen = rows[:, None] >= rows[None, :]
+    if documents:
+        seen &= first + rows[None, :] >= starting[:, None]
+    top = tl.maximum(top, tl.where(seen, products, -float("inf")))
     top = tl.where(present[:, None], top, -float("inf"))
     tl.store(tops + tl.program_id(0), tl.max(tl.max(top, 1), 0))
 
@@ -102,7 +119,7 @@ def tile(dtype: torch.dtype, width: int) -> tuple[int, int]:
     return columns, 128 if columns * dtype.itemsize <= 256 else 64
 
 
-def by_kernel(q: Tensor, k: Tensor) -> Tensor:
+def by_kernel(q: Tensor, k: Tensor, starts: Tensor | None = None) -> Tensor:
     """The same on a GPU; products are fp32, whatever the dtype. No atomics: the same inputs give the same bits."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     (b, heads, length, width), (columns, block) = q.shape, tile(q.dtype, q.shape[-1])
@@ -112,8 +129,10 @@ def by_kernel(q: Tensor, k: Tensor) -> Tensor:
     tops = q.new_empty(b, heads, blocks, dtype=torch.float32)
     with torch.cuda.device_of(q):
         _largest_of_a_block[(b * heads * blocks,)](
-            q, k, tops, length, heads, heads // k.shape[1], *(stride // unit for stride in strides),
-            unit=unit, width=width, columns=columns, block=block, num_warps=WARPS, num_stages=STAGES,
+            q, k, tops if starts is None else starts, tops,
+            length, heads, heads // k.shape[1], *(stride // unit for stride in strides),
+            unit=unit, width=width, columns=columns, block=block, documents=starts is not None,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return tops.amax((0, 2))
 

@@ -144,10 +144,12 @@ def language_model_loss(
     mu: float = 0.0,
     output_embedding: Tensor | None = None,
     see: Callable[[Tensor, Tensor], None] | None = None,
+    predicted: Tensor | None = None,
 ) -> Losses:
     """Mean cross-entropy, ``z_loss`` x mean log(Z)^2 (PaLM, arXiv 2204.02311) over ``[b, s]`` targets, and ``mu`` x
     :func:`mu_loss`, which needs the output embedding's weight. ``see`` is shown the logits and their log Z, to be read
-    at once: on CUDA, backward overwrites the logits."""
+    at once: on CUDA, backward overwrites the logits. Of targets that are not ``predicted`` ``[b, s]`` both are 0, in a
+    mean over all: so the gradient is the same function on every layout, however the others are spread over ranks."""
     nll, log_z = vocab_parallel_cross_entropy(logits, targets, tp, vocab_size, cap, overwrite=True)
     if see is not None:
         see(logits, log_z)
@@ -155,4 +157,6 @@ def language_model_loss(
     if mu:
         assert output_embedding is not None
         centre = mu * mu_loss(output_embedding, tp, vocab_size)
+    if predicted is not None:
+        nll, log_z = nll * predicted, log_z * predicted
     return Losses(nll.mean(), z_loss * log_z.square().mean(), centre)

@@ -35,10 +35,12 @@ class Positions(NamedTuple):
     Attributes:
         each: ``[b, s]``.
         bound: More than any of them.
+        turns: Their rows of the rotary table, ``[2, b, s, d]``, looked up once for many layers; ``None``: not yet.
     """
 
     each: Tensor
     bound: int
+    turns: Tensor | None = None
 
 
 def rotate(x: Tensor, theta: float, positions: Positions | None = None) -> Tensor:
@@ -48,8 +50,10 @@ def rotate(x: Tensor, theta: float, positions: Positions | None = None) -> Tenso
     """
     if positions is None:
         table = rotary_table(x.shape[1], x.shape[-1], theta, x.device)
-    else:
+    elif positions.turns is None:
         table = rotary_table(positions.bound, x.shape[-1], theta, x.device)[:, positions.each]
+    else:
+        table = positions.turns
     cos, sin = table.unsqueeze(-2)
     if torch.compiler.is_compiling():  # which fuses the plain equation
         first, second = x.chunk(2, -1)
@@ -94,16 +98,16 @@ class EmbeddingOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[b, s, h]``, under SP ``[b, s/tp, h]``, to the same."""
         if self.weight is not None:
-            if self.positions is not None:
-                x = x + F.embedding(self.positions.each, self.weight)
-            elif self.tp.sequence_sharded:
+            if self.positions is not None or self.tp.sequence_sharded:
                 x = x + F.embedding(self._positions(x), self.weight)
             else:
                 x = x + self.weight[: x.shape[1]]
         return dropout(x, self.dropout, self.training, self.tp)
 
     def _positions(self, x: Tensor) -> Tensor:
-        """``[b, s/tp]``: where in their sequences this rank's tokens are."""
-        tokens, length = x.shape[0] * x.shape[1], x.shape[1] * self.tp.size
-        first = self.tp.rank * tokens
-        return torch.arange(first, first + tokens, device=x.device).remainder_(length).view(x.shape[:2])
+        """Where in their sequences this rank's tokens are: ``[b, s]``, under SP ``[b, s/tp]``."""
+        tokens, shards = x.shape[0] * x.shape[1], self.tp.size if self.tp.sequence_sharded else 1
+        first = self.tp.rank * tokens if shards > 1 else 0
+        if self.positions is not None:
+            return self.positions.each.flatten()[first : first + tokens].view(x.shape[:2])
+        return torch.arange(first, first + tokens, device=x.device).remainder_(x.shape[1] * shards).view(x.shape[:2])

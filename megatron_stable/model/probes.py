@@ -28,7 +28,7 @@ class Unprobed:
         """``x``, as it is."""
         return x
 
-    def attention(self, q: Tensor, k: Tensor, scores: Scores) -> None:
+    def attention(self, q: Tensor, k: Tensor, scores: Scores, starts: Tensor | None = None) -> None:
         """Nothing."""
 
 
@@ -71,10 +71,11 @@ class BlockProbe(Unprobed):
         self.sums[column].add_(squares)
         self.tops[column].copy_(torch.maximum(self.tops[column], torch.maximum(-low, high)))
 
-    def attention(self, q: Tensor, k: Tensor, scores: Scores) -> None:
-        """Measure attention by ``q`` ``[b, heads/tp, s, d]`` and ``k`` ``[b, groups/tp, s, d]``."""
+    def attention(self, q: Tensor, k: Tensor, scores: Scores, starts: Tensor | None = None) -> None:
+        """Measure attention by ``q`` ``[b, heads/tp, s, d]`` and ``k`` ``[b, groups/tp, s, d]``, within documents that
+        begin at ``starts`` ``[b, s]``."""
         if self.switch.on and self.switch.attention and torch.is_grad_enabled():
-            top, entropy = attention_statistics(q.detach(), k.detach(), scores, self.stride)
+            top, entropy = attention_statistics(q.detach(), k.detach(), scores, self.stride, starts)
             self.tops[len(POINTS) :].copy_(torch.maximum(self.tops[len(POINTS) :], top))
             self.sums[len(POINTS) :].add_(entropy)
 
@@ -94,12 +95,15 @@ def stride_of(length: int, positions: int) -> int:
     return -(-length // positions)
 
 
-def attention_statistics(q: Tensor, k: Tensor, scores: Scores, stride: int) -> tuple[Tensor, Tensor]:
+def attention_statistics(
+    q: Tensor, k: Tensor, scores: Scores, stride: int, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Of every ``stride``-th query: largest logit of each head, before a cap, and the entropies' sum, in nats.
 
     Args:
         q: ``[b, heads, s, d]``.
         k: ``[b, groups, s, d]``, each for several of ``q``'s heads.
+        starts: ``[b, s]``: the first key that each query sees; ``None``: the row's.
 
     Returns:
         ``[heads]``, ``[heads]``, in fp32 or better; of the probabilities before clipping and dropout.
@@ -108,11 +112,13 @@ def attention_statistics(q: Tensor, k: Tensor, scores: Scores, stride: int) -> t
     q = q[:, :, stride - 1 :: stride].unflatten(1, (k.shape[1], -1))  # [b, groups, queries, sampled, d]
     logits = (q.to(wide).flatten(2, 3) @ k.to(wide).transpose(-2, -1)).unflatten(2, q.shape[2:4]) * scores.scale
     position = torch.arange(length, device=q.device)
-    future = position > position[stride - 1 :: stride, None]
-    top = logits.masked_fill(future, -torch.inf).amax((0, 3, 4)).flatten()
+    hidden = position > position[stride - 1 :: stride, None]
+    if starts is not None:
+        hidden = (hidden | (position < starts[:, stride - 1 :: stride, None]))[:, None, None]
+    top = logits.masked_fill(hidden, -torch.inf).amax((0, 3, 4)).flatten()
     if scores.cap is not None:
         logits = soft_cap(logits, scores.cap)
-    p = logits.masked_fill(future, -torch.inf).softmax(-1)
+    p = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     # - sum of p log p, where 0 log 0 = 0
     return top, -torch.special.xlogy(p, p).sum((0, 3, 4)).flatten()
 

@@ -25,6 +25,13 @@ class Scores(NamedTuple):
     clip: tuple[float, float] | None = None
 
 
+def visible(starts: Tensor, device: torch.device) -> Tensor:
+    """Which keys each query sees, ``[b, 1, s, s]``: those from its document's start ``[b, s]`` to its own."""
+    starts = starts.to(device, non_blocking=True)
+    places = torch.arange(starts.shape[1], device=device)
+    return ((places <= places[:, None]) & (places >= starts[..., None])).unsqueeze(1)
+
+
 def math_attention(
     q: Tensor, k: Tensor, v: Tensor, scores: Scores, dropout: float, visible: Tensor | None = None
 ) -> Tensor:
@@ -37,8 +44,13 @@ def math_attention(
     logits = (q.to(wide) @ k.to(wide).transpose(-2, -1)) * scores.scale  # [b, heads, s, s]
     if scores.cap is not None:
         logits = soft_cap(logits, scores.cap)
-    future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    probabilities = logits.masked_fill(future if visible is None else ~visible, -torch.inf).softmax(-1)
+    if visible is None:
+        logits = logits.masked_fill(
+            torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+        )
+    else:
+        logits = torch.where(visible, logits, -torch.inf)
+    probabilities = logits.softmax(-1)
     if scores.clip is not None:
         gamma, zeta = scores.clip
         probabilities = ((zeta - gamma) * probabilities + gamma).clamp(0, 1)

@@ -78,6 +78,7 @@ def layer_list(
     draw: bool = True,
     multipliers: ModelMultipliers | None = None,
     dtype: torch.dtype = torch.float32,
+    documents: bool = False,
 ) -> list[Layer]:
     """The layers of the model, in order; ``config.vocab_size`` must be known.
 
@@ -88,6 +89,8 @@ def layer_list(
         draw: Whether to draw the parameters; without it they are NaN, and to be filled from a checkpoint.
         multipliers: Of the parametrization; ``None``: the standard ones.
         dtype: Of the parameters; they are drawn in fp32.
+        documents: Whether attention stays within documents; :class:`~megatron_stable.model.documents.DocumentMask`
+            says where they begin.
 
     Raises:
         ConfigError: When a block is built: ``config.attention`` does not run on ``device``.
@@ -117,7 +120,7 @@ def layer_list(
         return [layer(name, make)] if present else []
 
     def block(index: int) -> nn.Module:
-        backend = choose_backend(config, device).name
+        backend = choose_backend(config, device, documents).name
         module = Block(config, tp, backend, recomputes(config, index), by)
         if config.compile is True:  # auto is for a run to decide, all ranks alike
             module.compile(dynamic=False)

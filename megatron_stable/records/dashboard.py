@@ -64,6 +64,7 @@ def _categories(logging: LoggingConfig) -> dict[str, Charts]:
         "tokens per second": _exactly("train/tokens_per_second"),
         "MFU": _exactly("train/mfu"),
         "data step": _exactly("train/data_step"),
+        "share of tokens left out": _exactly("train/left_out"),
     }
     return categories
 

@@ -18,6 +18,7 @@ TAGS = {
     "tokens_per_second": "train/tokens_per_second",
     "mfu": "train/mfu",
     "data_step": "train/data_step",
+    "left_out": "train/left_out",
     "validation_loss": "validation/loss",
     "validation_perplexity": "validation/perplexity",
     "loss_score": "guard/loss_score",

@@ -11,6 +11,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.model import sigma
 from megatron_stable.model.backends import choose_backend
 from megatron_stable.model.block import Block
+from megatron_stable.model.documents import DocumentMask
 from megatron_stable.parallel.agreement import everywhere
 from megatron_stable.parallel.topology import TensorParallel
 
@@ -54,7 +55,11 @@ def try_out(config: Config, device: torch.device) -> str | None:
         }
     )  # fmt: skip
     dtype = DTYPES[config.precision.dtype]
-    block = Block(model, TensorParallel(), choose_backend(model, device.type).name, False, model_multipliers(config))
+    among = config.data.document_mask
+    backend = choose_backend(model, device.type, among).name
+    block = Block(model, TensorParallel(), backend, False, model_multipliers(config))
+    if among:
+        DocumentMask(block, model, 0, device).announce((torch.arange(2 * LENGTH) % 50).view(2, LENGTH))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in block.parameters():

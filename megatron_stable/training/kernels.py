@@ -45,18 +45,21 @@ def choose_attention(config: Config) -> Choice:
     """
     model, dtype, on_gpu = config.model, DTYPES[config.precision.dtype], torch.cuda.is_available()
     flash.take(False)
-    choice = choose_backend(model, "cuda" if on_gpu else "cpu")
+    documents = config.data.document_mask
+    choice = choose_backend(model, "cuda" if on_gpu else "cpu", documents)
     if not on_gpu:
         return choice
     device = torch.device("cuda")
+    if choice.name == "sdpa" and documents:
+        return choice._replace(reason=f"{choice.reason}; documents are masked by a matrix, which is slow on a GPU")
     if choice.name == "sdpa":
         return choice._replace(reason=f"{choice.reason}; its kernel is {sdpa_kernel(model, dtype, device)}")
-    no_other = model.attention != "auto" or model.attention_cap is None
+    no_other = model.attention != "auto" or (model.attention_cap is None and not documents)
     if no_other or any(limits("flash", model, config.precision.dtype)):
         return choice
-    usable, why, _ = _on_all_ranks(flash.try_out(model, dtype, device))
+    usable, why, _ = _on_all_ranks(flash.try_out(model, dtype, device, documents))
     flash.take(usable)
-    choice = choose_backend(model, "cuda")
+    choice = choose_backend(model, "cuda", documents)
     return choice._replace(reason=f"{why}: {choice.reason}" if usable else f"{choice.reason}; {why}")
 
 

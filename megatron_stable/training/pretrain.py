@@ -21,6 +21,7 @@ from megatron_stable.parallel.launcher import SPEAKS, Seat, first_on_machine, se
 from megatron_stable.training.hangup import Starters
 
 if TYPE_CHECKING:
+    from megatron_stable.data import Tokenizer
     from megatron_stable.parallel.lifeline import Lifeline
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.last_words import LastWords
@@ -118,10 +119,11 @@ def _train_in_world(
     with ExitStack() as stack:
         with together():
             check(config, world)
-            choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu")
+            choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu", config.data.document_mask)
             if config.data.tokenizer is not None:
                 tokenizer = Tokenizer(config.data.tokenizer)
             config = with_vocabulary(config, tokenizer.vocab_size if tokenizer else None)
+            config = with_documents(config, tokenizer)
             if rank == 0:
                 if config.logging.wandb is not None:
                     require_wandb()
@@ -210,6 +212,23 @@ def with_vocabulary(config: Config, tokenizer_size: int | None) -> Config:
             "leave model.vocab_size unset to take the tokenizer's"
         )
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
+
+
+def with_documents(config: Config, tokenizer: Tokenizer | None) -> Config:
+    """The configuration with the token between documents resolved from the tokenizer, where it is wanted.
+
+    Raises:
+        ConfigError: It is not in the vocabulary.
+        DataError: The tokenizer has none.
+    """
+    data = config.data
+    if not data.document_mask:
+        return config
+    if data.end_of_document is None and tokenizer is not None:
+        data = data.model_copy(update={"end_of_document": tokenizer.end_of_document})
+        config = config.model_copy(update={"data": data})
+    check(config)
+    return config
 
 
 def run_to_exit_code(config: Config) -> int:

@@ -36,6 +36,8 @@ def record_of(
     if judgement is not None:
         record |= {f"{name}_score": finite(score) for name, score in judgement.scores.items()}
     record |= {f"{EPOCHS}{name}": epochs for name, epochs in source.epochs(course.position(step)).items()}
+    if config.data.repetition_filter is not None:
+        record["left_out"] = metrics.left_out
     if config.loss.mu_loss:
         record["mu_loss"] = finite(metrics.mu_loss)
     return record

@@ -14,16 +14,19 @@ from megatron_stable.data import (
     Blend,
     Course,
     Paths,
+    RepetitionFilter,
     Samples,
     Stage,
     Stages,
     TokenDataset,
     Tokenizer,
+    check_boundaries,
     check_share,
     check_tokenizer,
     open_dataset,
     open_source,
     remember,
+    repetition_filter,
     stream_of,
     unchecked,
     wanted,
@@ -60,6 +63,7 @@ class Source:
         self.course = Course.begin(config.batch.global_size)
         self.stages: Stages | None = None
         self._validation = self._batches(validation, self.course) if validation is not None else None
+        self._repetitive = repetition_filter(data)
 
     def arrange(self, before: Stages | None, step: int, interventions: Interventions) -> int | None:
         """Know which source each sample comes from. Collective.
@@ -99,7 +103,7 @@ class Source:
 
     def step(self, step: int) -> Iterator[Tensor]:
         """This replica's micro batches ``[micro, s + 1]`` of a training step."""
-        return self._micro_batches(self._batches(self._train, self.course), step)
+        return self._micro_batches(self._batches(self._train, self.course, self._repetitive), step)
 
     @property
     def looks_back(self) -> bool:
@@ -163,8 +167,9 @@ class Source:
                 self.stages.require_same(name, stream_of(paths, self._datasets[name]))
 
     def _open(self, paths: Mapping[str, Paths], others: Sequence[Samples] = ()) -> None:
-        """Open sources, and see that they and others are of this vocabulary and tokenizer. Collective."""
-        vocab_size, rank = self.config.model.vocab_size, self.topology.rank
+        """Open sources, and see that they and others are of this vocabulary and tokenizer, and have boundaries where
+        they are asked for. Collective."""
+        data, vocab_size, rank = self.config.data, self.config.model.vocab_size, self.topology.rank
         assert vocab_size is not None
         with together():
             opened = {name: open_source(name, each, *self._cut) for name, each in paths.items()}
@@ -172,6 +177,10 @@ class Source:
             if self.tokenizer and rank == 0:
                 for each in checked:
                     check_tokenizer(each, self.tokenizer)
+            if data.document_mask and rank == 0:
+                assert data.end_of_document is not None
+                for each in checked:
+                    check_boundaries(each, data.end_of_document)
         parts = [part.indexed for each in checked for part in each.parts]
         new = decided(lambda: unchecked(parts, vocab_size))  # each rank reads its share
         with together():
@@ -186,8 +195,8 @@ class Source:
         """What decides on the samples of a dataset: their length, and the seed of their order."""
         return self.config.model.sequence_length, self.config.run.seed
 
-    def _batches(self, dataset: Samples, course: Course) -> Batches:
-        return Batches(dataset, course, self.config.batch.micro_size, self.config.model.vocab_size)
+    def _batches(self, dataset: Samples, course: Course, repetitive: RepetitionFilter | None = None) -> Batches:
+        return Batches(dataset, course, self.config.batch.micro_size, self.config.model.vocab_size, repetitive)
 
     def _micro_batches(self, batches: Batches, step: int) -> Iterator[Tensor]:
         topology = self.topology

@@ -13,6 +13,7 @@ from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.schema import Config
 from megatron_stable.engine.construction import DTYPES
+from megatron_stable.model.documents import DocumentMask
 from megatron_stable.model.loss import language_model_loss
 from megatron_stable.model.transformer import Transformer, layer_list
 from megatron_stable.parallel.topology import TensorParallel
@@ -32,6 +33,12 @@ KNOBS: dict[str, dict[str, Any]] = {
     "every second recomputed": {"activation_checkpointing": 2},
     "final cap": {"final_logit_cap": 30.0, "embedding_scale": True, "embedding_gradient": 0.1},
 }
+DOCUMENTS: dict[str, dict[str, Any]] = {
+    "sdpa": {"kv_heads": 2},
+    "math": {"recipe": "qk_norm_cap"},
+    "learned positions": {"positions": "learned"},
+    "every second recomputed": {"activation_checkpointing": 2},
+}
 CASES = {**{name: {"recipe": name} for name in RECIPES}, **KNOBS}
 
 
@@ -39,7 +46,8 @@ def counted(config: Config) -> float:
     """Bytes that autograd saves, each storage once, without weights and tables that all layers share."""
     assert config.model.vocab_size is not None
     by, dtype = model_multipliers(config), DTYPES[config.precision.dtype]
-    model = Transformer(layer_list(config.model, TensorParallel(), 0, multipliers=by, dtype=dtype))
+    among = config.data.document_mask
+    model = Transformer(layer_list(config.model, TensorParallel(), 0, multipliers=by, dtype=dtype, documents=among))
     model.train()
     length, batch = config.model.sequence_length, config.batch.micro_size
     tokens = torch.randint(0, config.model.vocab_size, (batch, length + 1))
@@ -53,6 +61,8 @@ def counted(config: Config) -> float:
             saved[storage.data_ptr()] = (tensor, storage.nbytes())  # the tensor, so that no other takes its place
         return tensor
 
+    if among:
+        DocumentMask(model, config.model, 0, torch.device("cpu")).announce(tokens[:, :-1])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = model(tokens[:, :-1].contiguous())
         targets = tokens[:, 1:].contiguous()
@@ -79,6 +89,15 @@ def test_plan_keeps_what_autograd_keeps(case: str, dtype: str) -> None:
     assert planned(config) == pytest.approx(counted(config), rel=0.005)
 
 
+@pytest.mark.parametrize("case", DOCUMENTS)
+def test_plan_keeps_what_autograd_keeps_of_documents(case: str) -> None:
+    batch, data = {"global_size": 2, "micro_size": 2}, {"document_mask": True, "end_of_document": 0}
+    config = make_config({**SHAPE, **DOCUMENTS[case]}, batch=batch, data=data)
+    assert planned(config) == pytest.approx(counted(config), rel=0.005)
+    apart = make_config({**SHAPE, **DOCUMENTS[case]}, batch=batch)
+    assert planned(config) > planned(apart)
+
+
 def test_a_gpu_keeps_no_scores_where_its_kernel_does_not() -> None:
     """By hand, of a block: what FlashAttention and fused kernels save (bf16; b s = n, all widths h but the MLP's 4 h).
 
@@ -100,6 +119,8 @@ def test_the_backend_is_that_of_the_device() -> None:
     assert (backend(capped, "cpu"), backend(capped, "cuda")) == ("math", "flex")
     assert (backend(clipped, "cpu"), backend(clipped, "cuda")) == ("math", "math")
     assert backend(make_config(SHAPE), "cuda") == "sdpa"
+    documents = make_config(SHAPE, data={"document_mask": True, "end_of_document": 0})
+    assert (backend(documents, "cpu"), backend(documents, "cuda")) == ("sdpa", "flex")
 
 
 def test_a_gpu_keeps_the_logits_gradient_where_the_logits_were() -> None:

@@ -46,6 +46,36 @@ CONFLICTS = {
         None,
         ["model.positions rope", "model.head_width is 7", "model.positions=learned"],
     ),
+    "document_mask, no tokenizer": (
+        build(data={"document_mask": True}),
+        None,
+        ["data.document_mask true", "data.tokenizer and data.end_of_document", "data.document_mask=false"],
+    ),
+    "end_of_document, vocab_size": (
+        build(data={"document_mask": True, "end_of_document": 64}, model={"vocab_size": 64}),
+        None,
+        ["data.end_of_document 64", "model.vocab_size 64", "leave it unset"],
+    ),
+    "end_of_document, no mask": (
+        build(data={"end_of_document": 2}),
+        None,
+        ["data.end_of_document 2 has no effect", "data.document_mask=true", "data.end_of_document=null"],
+    ),
+    "repetition_periods, no filter": (
+        build(data={"repetition_periods": (1, 5)}),
+        None,
+        ["data.repetition_periods [1, 5] has no effect", "data.repetition_filter=32", "[1, 13]"],
+    ),
+    "repetition_periods, reversed": (
+        build(data={"repetition_filter": 32, "repetition_periods": (5, 2)}),
+        None,
+        ["data.repetition_periods [5, 2]", "[shortest, longest]"],
+    ),
+    "repetition_filter, sequence_length": (
+        build(data={"repetition_filter": 300}),
+        None,
+        ["data.repetition_filter 300", "model.sequence_length 256 + 1"],
+    ),
     "sdpa, cap": (
         build(model={"attention": "sdpa", "recipe": "qk_norm_cap"}),
         None,

@@ -15,6 +15,7 @@ from megatron_stable.data import (
     IndexedWriter,
     TokenDataset,
     Tokenizer,
+    check_boundaries,
     check_share,
     check_tokenizer,
     check_vocabulary,
@@ -158,3 +159,41 @@ def test_tokenizer_of_another_dataset(stream: Callable[..., Path], tokenizer: To
     meta.write_text(json.dumps({"tokenizer_sha256": "0" * 64, "vocab_size": 555}))
     with pytest.raises(DataError, match=r"made with another tokenizer \(vocabulary 555\) than .*tok\.model"):
         check_tokenizer(dataset, tokenizer)
+
+
+def in_documents(prefix: Path, documents: list[list[int]]) -> TokenDataset:
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for tokens in documents:
+            writer.add(tokens)
+    return TokenDataset(prefix, 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [[3, 4, 1], [5, 1], [1], [6, 7, 1]],  # behind each
+        [[1, 3, 4], [1, 5], [1], [1, 6, 7]],  # before each
+        [[3, 4, 1], [5, 6]],  # the last one is cut off
+    ],
+)
+def test_documents_with_a_token_between_them_pass(tmp_path: Path, documents: list[list[int]]) -> None:
+    check_boundaries(in_documents(tmp_path / "data", documents), 1)
+
+
+def test_documents_without_one_are_refused_wherever_they_are(tmp_path: Path) -> None:
+    many = [[3, 4, 1]] * 1000
+    check_boundaries(in_documents(tmp_path / "good", many), 1)
+    with pytest.raises(DataError, match=r"good: document 0 does not end with token 2.*data\.end_of_document"):
+        check_boundaries(TokenDataset(tmp_path / "good", 2, seed=0), 2)
+    bad = in_documents(tmp_path / "bad", [*many, *[[3, 4]] * 100])
+    with pytest.raises(DataError, match=r"document 10\d\d does not end with token 1"):
+        check_boundaries(bad, 1)
+    with pytest.raises(DataError, match="document 0 does not end"):
+        check_boundaries(in_documents(tmp_path / "one", [[3, 4, 5, 6]]), 1)
+
+
+def test_few_documents_are_looked_at_for_boundaries(tmp_path: Path, reads: list[tuple[str, int, int]]) -> None:
+    dataset = in_documents(tmp_path / "data", [[3, 1]] * 5000)
+    reads.clear()
+    check_boundaries(dataset, 1)
+    assert 0 < len(reads) <= 65 and sum(size for _, _, size in reads) < 1000

@@ -76,14 +76,18 @@ def engine_on_rank(values: dict[str, Any]) -> Iterator[Any]:
         yield Engine(config, topology)
 
 
-def train_on_ranks(values: dict[str, Any], steps: int) -> dict[str, Any]:
-    """On a rank: train with the engine; returns metrics per step and this rank's shards of the final parameters."""
+def train_on_ranks(values: dict[str, Any], steps: int, left_out: tuple[int, ...] = ()) -> dict[str, Any]:
+    """On a rank: train with the engine; returns metrics per step and this rank's shards of the final parameters.
+
+    ``left_out``: rows of each global batch that are not predicted, but in the evaluation.
+    """
     from megatron_stable.optim.schedule import learning_rate
     from megatron_stable.parallel.parameters import place
 
     with engine_on_rank(values) as engine:
         config, topology, metrics = engine.config, engine.topology, []
         for step, tokens in enumerate(global_batches(steps), start=1):
+            tokens[left_out, :] = ~tokens[left_out, :]
             outcome = engine.train_step(step, micro_batches(tokens, config, topology), learning_rate(config, step))
             metrics.append(vars(outcome.metrics))
         (evaluation,) = engine.evaluate([micro_batches(global_batches(1, seed=9)[0], config, topology)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import invalidate_caches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron_stable.apex import Found
 from megatron_stable.config.schema import Config, ModelConfig
 from megatron_stable.model import flash
 from megatron_stable.model.backends import Choice, choose_backend, sdpa_kernel
-from megatron_stable.model.scores import Scores, math_attention
+from megatron_stable.model.scores import Scores, math_attention, visible
 from tests.harness.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -33,6 +34,19 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
     future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
     weights = dropout(logits.masked_fill(future & causal, -torch.inf).softmax(-1), dropout_p)
     return torch.einsum("bhij,bjhd->bihd", weights.to(v.dtype), v)
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                           deterministic=False, return_attn_probs=False, block_table=None):
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    logits = torch.einsum("ihd,jhd->hij", q.float(), k.float()) * softmax_scale
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    place = torch.arange(len(q))
+    of = torch.bucketize(place, cu_seqlens_q[1:], right=True)
+    hidden = (place > place[:, None]) & causal | (of != of[:, None])
+    weights = dropout(logits.masked_fill(hidden, -torch.inf).softmax(-1), dropout_p)
+    return torch.einsum("hij,jhd->ihd", weights.to(v.dtype), v)
 """
 
 
@@ -50,6 +64,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
             text = text.replace(old, new)
         (tmp_path / f"{name}.py").write_text(text)
 
+    torch._dynamo.reset()  # which has had other stand-ins
     yield write
     for name in flash.VERSIONS:
         sys.modules.pop(name, None)
@@ -71,6 +86,32 @@ def test_layouts_and_arguments_are_those_of_the_package(install: Callable[..., N
     assert not torch.allclose(dropped, found) and dropped.isfinite().all()
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_documents_of_all_rows_are_sequences(install: Callable[..., None], cap: float | None) -> None:
+    install()
+    tensors_, scores = tensors(), Scores(0.7, cap)
+    starts = torch.tensor([[0] * 6 + [6] * 14, [0] + [1] * 2 + [3] * 17])
+    for dropout in (0.0, 0.5):
+        found = flash.flash_attention(*tensors_, scores, dropout, flash.document_ends(starts, CPU))
+        wanted = math_attention(*tensors_, scores, 0.0, visible(starts, CPU))
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4) == (not dropout)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("| (of != of[:, None])", ""), ("causal | (of", "False | (of"), ("right=True", "right=False")]
+)
+def test_what_takes_documents_for_others_is_not_usable(install: Callable[..., None], old: str, new: str) -> None:
+    install()
+    model = ModelConfig(**CAPPED)  # type: ignore[arg-type]
+    assert flash.try_out(model, torch.bfloat16, CPU, documents=True).usable
+    sys.modules.pop("flash_attn")
+    flash._KERNELS.clear()
+    torch._dynamo.reset()
+    install((old, new))
+    invalidate_caches()
+    assert "computes attention otherwise" in flash.try_out(model, torch.bfloat16, CPU, documents=True).sentence
+
+
 def test_version_3_has_no_dropout_and_returned_two_things_once(install: Callable[..., None]) -> None:
     install(
         ("dropout_p=0.0, ", ""),
@@ -80,7 +121,7 @@ def test_version_3_has_no_dropout_and_returned_two_things_once(install: Callable
         name="flash_attn_interface",
     )  # fmt: skip
     assert flash.module(dropout=False) is None or torch.cuda.get_device_capability()[0] == 9
-    flash._KERNELS[False] = __import__("flash_attn_interface").flash_attn_func  # as on Hopper
+    flash._KERNELS[False, False] = __import__("flash_attn_interface").flash_attn_func  # as on Hopper
     q, k, v = tensors()
     torch.testing.assert_close(
         flash.flash_attention(q, k, v, Scores(0.7, 5.0), 0.0), math_attention(q, k, v, Scores(0.7, 5.0), 0.0)

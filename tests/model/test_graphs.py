@@ -12,11 +12,14 @@ from tests.harness.ranks import Ranks
 BLOCKS = 3
 
 
-def graphs(model: dict[str, Any], tensor: int, sequence: bool, peaks: bool = False) -> dict[str, Any]:
+def graphs(
+    model: dict[str, Any], tensor: int, sequence: bool, peaks: bool = False, documents: bool = False
+) -> dict[str, Any]:
     """Train and evaluate a compiled model on one rank: how many graphs that makes, and what breaks them.
 
     Args:
         peaks: Whether the largest attention logits are recorded.
+        documents: Whether rows hold several, others in each pass.
     """
     import torch
     import torch.distributed as dist
@@ -24,6 +27,7 @@ def graphs(model: dict[str, Any], tensor: int, sequence: bool, peaks: bool = Fal
     from torch._dynamo.utils import counters
 
     from megatron_stable.config.schema import Config
+    from megatron_stable.model.documents import DocumentMask
     from megatron_stable.model.peaks import Peaks
     from megatron_stable.model.transformer import Transformer, layer_list
     from megatron_stable.parallel.topology import TensorParallel
@@ -35,13 +39,21 @@ def graphs(model: dict[str, Any], tensor: int, sequence: bool, peaks: bool = Fal
     for i in range(BLOCKS):
         net.layers[f"blocks_{i}"].compile(backend=counter, dynamic=False)
     recorded = Peaks(net, config.heads // tensor, torch.device("cpu")).rows if peaks else None
-    tokens = torch.randint(64, (2, 16))
-    for _ in range(2):
-        net(tokens).float().sum().backward()
+    mask = DocumentMask(net, config, 0, torch.device("cpu")) if documents else None
+
+    def logits(seed: int) -> torch.Tensor:
+        tokens = torch.randint(8, (2, 16), generator=torch.Generator().manual_seed(seed))
+        if mask is not None:
+            mask.announce(tokens)
+        found: torch.Tensor = net(tokens)
+        return found
+
+    for seed in range(3):
+        logits(seed).float().sum().backward()
     trained = counter.frame_count
     assert recorded is None or recorded.isfinite().all()
     with torch.no_grad():
-        net(tokens)
+        logits(3)
     return {"trained": trained, "evaluated": counter.frame_count - trained, "breaks": dict(counters["graph_break"])}
 
 
@@ -76,7 +88,15 @@ def test_the_largest_logits_are_a_part_of_the_graph(ranks: Ranks, recompute: str
     assert found == {"trained": 2 if recompute == "full" else 1, "evaluated": 1, "breaks": {}}
 
 
-def flex_graphs(recipe: str) -> dict[str, Any]:
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recipe", ["qk_norm_cap", "soft_temp"], ids=["math", "sdpa"])
+def test_documents_are_a_part_of_the_graph(ranks: Ranks, recipe: str, recompute: str) -> None:
+    model = {"recipe": recipe, "activation_checkpointing": recompute}
+    (found,) = ranks.run(2, graphs, model, 2, True, recipe == "soft_temp", True, only=[0], timeout=120)
+    assert found == {"trained": 2 if recompute == "full" else 1, "evaluated": 1, "breaks": {}}
+
+
+def flex_graphs(recipe: str, documents: bool) -> dict[str, Any]:
     """The same of blocks with FlexAttention, without gradients, which it has on CUDA alone; and how far from plain."""
     import torch
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -84,12 +104,14 @@ def flex_graphs(recipe: str) -> dict[str, Any]:
 
     from megatron_stable.config.parametrization import ModelMultipliers
     from megatron_stable.config.schema import Config
+    from megatron_stable.model.backends import SEEN
     from megatron_stable.model.block import Block
+    from megatron_stable.model.documents import DocumentMask, document_starts
     from megatron_stable.parallel.topology import TensorParallel
 
     model = {"size": None, "hidden": 32, "heads": 4, "kv_heads": 2, "vocab_size": 64, "recipe": recipe}
     config = Config.model_validate({"model": model}).model
-    counter, x, apart = CompileCounterWithBackend("aot_eager"), torch.randn(2, 128, 32), 0.0
+    counter, x, apart, cpu = CompileCounterWithBackend("aot_eager"), torch.randn(2, 128, 32), 0.0, torch.device("cpu")
     with torch.no_grad():
         for _ in range(BLOCKS):
             plain, flex = (
@@ -99,12 +121,19 @@ def flex_graphs(recipe: str) -> dict[str, Any]:
             for here, there in zip(plain.parameters(), flex.parameters(), strict=True):
                 there.copy_(here.normal_(std=0.1))
             flex.compile(backend=counter, dynamic=False)
+            if documents:
+                starts = document_starts(torch.randint(20, (2, 128)), 0)
+                for block, backend in ((plain, "math"), (flex, "flex")):
+                    mask = DocumentMask(block, config, 0, cpu)
+                    mask.see = SEEN[backend]
+                    block.documents = mask.documents(starts)
             apart = max(apart, float((flex(x) - plain(x)).abs().max()))
     return {"graphs": counter.frame_count, "breaks": dict(counters["graph_break"]), "apart": apart}
 
 
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
 @pytest.mark.parametrize("recipe", ["soft_cap", "qk_norm"])
-def test_flex_attention_is_a_part_of_the_graph(ranks: Ranks, recipe: str) -> None:
-    (found,) = ranks.run(1, flex_graphs, recipe, only=[0], timeout=120)
+def test_flex_attention_is_a_part_of_the_graph(ranks: Ranks, recipe: str, documents: bool) -> None:
+    (found,) = ranks.run(1, flex_graphs, recipe, documents, only=[0], timeout=120)
     assert (found["graphs"], found["breaks"]) == (1, {})
     assert found["apart"] < 1e-5

@@ -39,6 +39,16 @@ def draw(dtype: torch.dtype, kv_heads: int, length: int, width: int = 16) -> tup
     return q.to(dtype).transpose(1, 2), k.to(dtype).transpose(1, 2)
 
 
+def spread(length: int) -> Tensor:
+    """Starts of documents, [2, s], of which some begin with a block of queries, and some are longer than one."""
+    places = torch.arange(length)
+    begin = torch.zeros(2, length, dtype=torch.int64)
+    for row, found in enumerate(((5, 6, 64, 100, 128), (3, 131))):
+        for place in found:
+            begin[row, place:] = place
+    return begin.minimum(places)
+
+
 def one_by_one(q: Tensor, k: Tensor) -> Tensor:
     """Each query with the keys that it may see, in float64."""
     share = q.shape[1] // k.shape[1]
@@ -54,6 +64,25 @@ def one_by_one(q: Tensor, k: Tensor) -> Tensor:
             for head in range(q.shape[1])
         ]
     )
+
+
+def within(q: Tensor, k: Tensor, starts: Tensor) -> Tensor:
+    """The same of each document by itself."""
+    found = []
+    for row, begins in enumerate(starts):
+        for begin in begins.unique().tolist():
+            part = slice(begin, begin + int((begins == begin).sum()))
+            found.append(one_by_one(q[row : row + 1, :, part], k[row : row + 1, :, part]))
+    return torch.stack(found).amax(0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+def test_chunks_stay_within_documents(kv_heads: int, chunk: int) -> None:
+    q, k = draw(torch.float64, kv_heads, 150)
+    wanted = within(q, k, spread(150))
+    torch.testing.assert_close(by_chunks(q, k, chunk, spread(150)), wanted)
+    assert (wanted < one_by_one(q, k)).any(), "the documents make no difference here"
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -129,6 +158,18 @@ def test_the_kernel_equals_one_query_at_a_time(
 
 
 @needs_triton
+@pytest.mark.parametrize(("kv_heads", "length", "width"), [(4, 300, 16), (2, 128, 24), (1, 77, 12), (2, 257, 88)])
+def test_the_kernel_stays_within_documents(
+    interpreter: ProcessPoolExecutor, kv_heads: int, length: int, width: int
+) -> None:
+    q, k = draw(torch.float32, kv_heads, length, width)
+    wanted, starts = within(q, k, spread(length)), spread(length)
+    found = interpreter.submit(by_kernel, q, k, starts).result()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+    assert (found.double() < one_by_one(q, k)).any(), "the documents make no difference here"
+
+
+@needs_triton
 def test_the_kernel_takes_any_strides(interpreter: ProcessPoolExecutor) -> None:
     q, k = draw(torch.float32, 2, 150)
     wanted = one_by_one(q, k)
@@ -142,8 +183,9 @@ def test_the_kernel_takes_any_strides(interpreter: ProcessPoolExecutor) -> None:
 @pytest.mark.parametrize(
     ("dtype", "width"), [("*bf16", 64), ("*bf16", 88), ("*bf16", 128), ("*bf16", 256), ("*fp16", 88)]
 )
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
 def test_a_gpu_s_code_uses_tensor_cores_copies_16_bytes_and_spills_nothing(
-    dtype: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, width: int, documents: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the real compiler, for an H100, of heads whose strides are multiples of 8 elements."""
     import triton
@@ -153,8 +195,8 @@ def test_a_gpu_s_code_uses_tensor_cores_copies_16_bytes_and_spills_nothing(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     columns, block = tile(torch.bfloat16, width)
     kernel: Any = largest_logits._largest_of_a_block
-    constants = {"unit": 8, "width": width, "columns": columns, "block": block}
-    types = {"q": dtype, "k": dtype, "tops": "*fp32", **dict.fromkeys(constants, "constexpr")}
+    constants = {"unit": 8, "width": width, "columns": columns, "block": block, "documents": documents}
+    types = {"q": dtype, "k": dtype, "starts": "*i64", "tops": "*fp32", **dict.fromkeys(constants, "constexpr")}
     signature = {arg: types.get(arg, "i32") for arg in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(signature) if arg in ("q", "k")}
     options = {"num_warps": largest_logits.WARPS, "num_stages": largest_logits.STAGES}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +94,7 @@ def train(
     cfg: Config,
     steps: int,
     compute_dtype: torch.dtype | None = None,
+    loss_of: Callable[..., Tensor] = model.loss,
 ) -> Trained:
     """Train for ``steps`` optimizer steps, one whole global batch (tokens [b, s], labels [b, s]) each.
 
@@ -110,7 +111,7 @@ def train(
         leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
         cast = {name: leaf.to(compute_dtype or leaf.dtype) for name, leaf in leaves.items()}
         vectors = power.step(parameters)
-        loss = model.loss(cast | vectors, tokens, labels, cfg.model, cfg.loss.z_loss, cfg.loss.mu_loss, cfg.optimizer)
+        loss = loss_of(cast | vectors, tokens, labels, cfg.model, cfg.loss.z_loss, cfg.loss.mu_loss, cfg.optimizer)
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         gradients, norm = clip(gradients, cfg.optimizer.clip_grad)
         rate = learning_rate(step, cfg)

@@ -184,3 +184,15 @@ def test_the_command_gives_the_message_and_the_exit_code(folder: Path) -> None:
     line = output.splitlines()[-1]
     assert line.startswith("error: ") and "data.idx" in line
     assert not (folder / "run").exists()
+
+
+def test_nobody_says_where_documents_end(start: Any, folder: Path) -> None:
+    message = start(settings(folder, data={"document_mask": True}), 2)
+    assert "data.document_mask true does not know where documents end" in message
+    assert not (folder / "run").exists()
+
+
+def test_data_has_no_end_of_documents(start: Any, folder: Path) -> None:
+    message = start(settings(folder, data={"document_mask": True, "end_of_document": 60}), 5)
+    assert "document 0 does not end with token 60" in message and "data.document_mask=false" in message
+    assert not (folder / "run" / "checkpoints").exists() or not list((folder / "run" / "checkpoints").iterdir())

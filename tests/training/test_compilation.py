@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from megatron_stable.config.schema import Config
+from megatron_stable.config.schema import Config, DataConfig
 from megatron_stable.model import block
 from megatron_stable.training.compilation import choose_compilation, try_out, why_not
 
@@ -43,12 +43,17 @@ def test_without_a_compiler_the_reason_is_told() -> None:
 def test_a_block_that_is_compiled_into_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = block.Block._forward
 
-    def dishonest(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return honest(self, x) * (1.01 if torch.compiler.is_compiling() else 1.0)
+    def dishonest(self: Any, x: torch.Tensor, documents: Any) -> torch.Tensor:
+        return honest(self, x, documents) * (1.01 if torch.compiler.is_compiling() else 1.0)
 
     monkeypatch.setattr(block.Block, "_forward", dishonest)
     problem = try_out(config(), CPU)
     assert problem is not None and problem.startswith("a compiled block computes something else")
+
+
+def test_a_block_is_tried_with_documents_if_the_run_has_some() -> None:
+    data = {"document_mask": True, "end_of_document": 0}
+    assert try_out(config().model_copy(update={"data": DataConfig(**data)}), CPU) is None
 
 
 @pytest.mark.parametrize(

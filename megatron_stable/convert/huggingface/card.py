@@ -80,6 +80,7 @@ def facts(whole: Whole, config: Config) -> list[tuple[str, str]]:
         ("recipe", f"`{model.recipe}`"),
         ("tokens", f"{samples * model.sequence_length:,} in {whole.step:,} steps"),
         ("data", _data(config.data)),
+        ("documents", "kept apart" if config.data.document_mask else "attention sees across them within a sequence"),
         ("skipped", f"{sum(high - low for low, high in _stretches(course)):,} sequences"),
         ("tokenizer", _code(config.data.tokenizer)),
         ("sequence length", f"{model.sequence_length:,}"),
