@@ -45,7 +45,22 @@ def examine(path: str | Path | None = None, overrides: Sequence[str] = ()) -> tu
     Raises:
         ConfigError: the file cannot be read.
     """
-    given = _read(Path(path)) if path is not None else {}
+    return _examined(_read(Path(path)) if path is not None else {}, overrides)
+
+
+def amended(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with overrides, which take precedence as over a file.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    changed, problems = _examined(config.model_dump(mode="json"), overrides)
+    fail("configuration", problems)
+    assert changed is not None
+    return changed
+
+
+def _examined(given: dict[str, Any], overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
     problems = _override(given, overrides)
     valid = True
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_stable.config.load import dump_config, load_config
 from megatron_stable.config.schema import Config
+from megatron_stable.config.surgery import FREE
 from megatron_stable.disk import patiently
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import partial, replace_file, write_partial
@@ -19,11 +20,6 @@ from megatron_stable.records.logbook import render
 from megatron_stable.records.owner import LOCK, Claim, end_at_once
 from megatron_stable.stability.events import Event
 
-# fields of `model` that may change from one start of a run to the next: names and what does not change the function
-FREE = {
-    "size", "recipe", "attention", "activation_checkpointing", "compile", "dropout", "attention_dropout",
-    "embedding_gradient",
-}  # fmt: skip
 # what only says where and how often to write
 SILENT = {"logging", "checkpoint"}
 FORMAT, VERSION = "format.json", 1  # of the directory: names and contents of its files, checkpoints aside

@@ -229,7 +229,7 @@ class _Intervening(Decision, Event):
     @classmethod
     def of(cls, intervention: Intervention, step: int) -> Self:
         """The event of an intervention."""
-        return cls(step=step, **intervention.model_dump(exclude={"time"}))
+        return cls(step=step, **intervention.model_dump(exclude={"time", "changes"}))
 
     def _why(self) -> str:
         return f"{self.rule}, began at step {self.onset}" if self.onset is not None else self.rule
@@ -267,6 +267,42 @@ class GaveUp(_Intervening):
     def words(self) -> str:
         to = "" if self.rollback_to is None else f" and rolled back to step {self.rollback_to}"
         return ". ".join(filter(None, [f"{self.by} gave up{to} ({self._why()})", self.reason]))
+
+
+class Surgery(Event):
+    """The model was operated on; the run goes on from a checkpoint of another model. surgery.json has all numbers."""
+
+    event: Literal["surgery"] = "surgery"
+    by: By
+    """Who decided."""
+    rule: str
+    """What it answers: `divergence`, …, `named by the user`."""
+    id: str | None = None
+    """Names it, in interventions.json and checkpoints, if the guard decided."""
+    onset: Step | None = None
+    """The step in which the trouble began, if there was any."""
+    source: str
+    """Directory of the checkpoint that was operated on."""
+    rollback_to: Step
+    """Its step."""
+    changes: dict[str, tuple[Any, Any]]
+    """What it changed in the configuration, by key: `[before, now]`."""
+    before: Number = None
+    """Loss of some batches before, nats per token; absent: a crash kept it from being put on record."""
+    after: Number = None
+    """Loss of the same batches afterwards."""
+    verdict: str | None = None
+    """On these: `unchanged`, `continuous` or `broken`."""
+    reason: str = ""
+    """In words."""
+
+    def words(self) -> str:
+        made = ", ".join(f"{key} {_value(old)} → {_value(new)}" for key, (old, new) in self.changes.items())
+        why = f"{self.rule}, began at step {self.onset}" if self.onset is not None else self.rule
+        text = f"{self.by} operated on the checkpoint of step {self.rollback_to} ({why}): {made}"
+        if self.verdict is not None:
+            text += f"; loss {_number(self.before)} → {_number(self.after)}, {self.verdict}"
+        return ". ".join(filter(None, [text, self.reason]))
 
 
 class Undo(Event):
@@ -469,7 +505,7 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop
-    | Rollback | GaveUp | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
+    | Rollback | GaveUp | Surgery | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)
