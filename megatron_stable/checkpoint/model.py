@@ -99,6 +99,7 @@ def _stage(layers: list[Layer], topology: Topology) -> list[Layer]:
 
 def head_of(build: Callable[[], nn.Module], tp: TensorParallel) -> Callable[[], nn.Module]:
     """Builds a head that has a tied embedding's weight, by itself."""
+
     def head() -> nn.Module:
         embedding = build()
         assert isinstance(embedding, VocabParallelEmbedding)

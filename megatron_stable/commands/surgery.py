@@ -10,6 +10,7 @@ from rich.progress import Progress
 from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.checkpoint.format import MANIFEST, directory_name, stored_config
 from megatron_stable.checkpoint.store import COMPLETE, point_latest
+from megatron_stable.config.load import amended
 from megatron_stable.config.surgery import changes
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import appearing, explain_os_errors
@@ -58,7 +59,7 @@ def surgery(
     whole = newest_whole(run, step, verify=False)
     before = stored_config(whole.directory, whole.manifest)
     length = before.warmup_steps if rewarm is None else rewarm
-    after = planned(before, overrides, (whole.step, length) if length else None)
+    after = planned(before, amended(before, overrides), (whole.step, length) if length else None)
     if not changes(before, after).keys() - {"schedule.rewarm"}:
         raise ConfigError(f"{' '.join(overrides)}: the checkpoint of step {whole.step} is that already")
     after = after.model_copy(update={"run": after.run.model_copy(update={"directory": str(output)})})

@@ -1,6 +1,6 @@
 """From a YAML file and `key=value` overrides to a checked configuration, and back to YAML."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,19 @@ def amended(config: Config, overrides: Sequence[str]) -> Config:
     fail("configuration", problems)
     assert changed is not None
     return changed
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """A configuration with other values, by dotted key; conflicts are not looked for.
+
+    Raises:
+        ConfigError: one line for each value that is not valid.
+    """
+    given = config.model_dump(mode="json")
+    for key, value in values.items():
+        section, _, field = key.partition(".")
+        given.setdefault(section, {})[field] = value
+    return parse_config(given)
 
 
 def _examined(given: dict[str, Any], overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:

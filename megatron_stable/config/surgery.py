@@ -35,11 +35,10 @@ def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (old[key], new[key]) for key in new if old[key] != new[key] and key != "run.directory"}
 
 
-def recipe_overrides(recipe: str, config: Config) -> list[str]:
-    """A recipe's knobs as overrides, beside those that the model has; ``[]``: it has them all."""
+def recipe_values(recipe: str, config: Config) -> dict[str, Any]:
+    """A recipe's knobs by key, as far as the model does not have them."""
     model = config.model.model_dump(mode="json")
-    wanted = {f"model.{name}": value for name, value in RECIPES[recipe].items() if model[name] != value}
-    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in wanted.items()]
+    return {f"model.{name}": value for name, value in RECIPES[recipe].items() if model[name] != value}
 
 
 def refusals(before: Config, after: Config) -> list[Problem]:

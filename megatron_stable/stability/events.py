@@ -19,6 +19,7 @@ from megatron_stable.stability.event import count as _count
 from megatron_stable.stability.event import number as _number
 from megatron_stable.stability.event import plain as _value
 from megatron_stable.stability.interventions import By, Decision, Intervention
+from megatron_stable.stability.surgery import Surgery as Surgery
 
 Series: TypeAlias = Literal["loss", "grad_norm"]
 WarningKind: TypeAlias = Literal["ahead", "past", "growth", "jump"]
@@ -269,42 +270,6 @@ class GaveUp(_Intervening):
         return ". ".join(filter(None, [f"{self.by} gave up{to} ({self._why()})", self.reason]))
 
 
-class Surgery(Event):
-    """The model was operated on; the run goes on from a checkpoint of another model. surgery.json has all numbers."""
-
-    event: Literal["surgery"] = "surgery"
-    by: By
-    """Who decided."""
-    rule: str
-    """What it answers: `divergence`, …, `named by the user`."""
-    id: str | None = None
-    """Names it, in interventions.json and checkpoints, if the guard decided."""
-    onset: Step | None = None
-    """The step in which the trouble began, if there was any."""
-    source: str
-    """Directory of the checkpoint that was operated on."""
-    rollback_to: Step
-    """Its step."""
-    changes: dict[str, tuple[Any, Any]]
-    """What it changed in the configuration, by key: `[before, now]`."""
-    before: Number = None
-    """Loss of some batches before, nats per token; absent: a crash kept it from being put on record."""
-    after: Number = None
-    """Loss of the same batches afterwards."""
-    verdict: str | None = None
-    """On these: `unchanged`, `continuous` or `broken`."""
-    reason: str = ""
-    """In words."""
-
-    def words(self) -> str:
-        made = ", ".join(f"{key} {_value(old)} → {_value(new)}" for key, (old, new) in self.changes.items())
-        why = f"{self.rule}, began at step {self.onset}" if self.onset is not None else self.rule
-        text = f"{self.by} operated on the checkpoint of step {self.rollback_to} ({why}): {made}"
-        if self.verdict is not None:
-            text += f"; loss {_number(self.before)} → {_number(self.after)}, {self.verdict}"
-        return ". ".join(filter(None, [text, self.reason]))
-
-
 class Undo(Event):
     """A rollback was taken back."""
 
@@ -505,7 +470,8 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop
-    | Rollback | GaveUp | Surgery | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
+    | Rollback | GaveUp | Surgery | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting
+    | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

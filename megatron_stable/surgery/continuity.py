@@ -137,7 +137,7 @@ def compare(before: Whole, old: Config, after: Whole, new: Config, samples: Tens
 def _pairs(
     before: Whole, old: Config, after: Whole, new: Config
 ) -> Iterator[tuple[str, nn.Module | None, nn.Module | None, str]]:
-    """(name, layer before, layer after, name before); a stacked copy has none before, and is compared with its origin."""
+    """(name, layer before, layer after, name before); a stacked copy has none, and is compared with its origin."""
     olds = stream(before.directory, before.manifest, old)
     news = stream(after.directory, after.manifest, new)
     sources = origins(old.model.layers, new.model.layers)
@@ -166,6 +166,10 @@ def _change(name: str, compared: str, before: list[Tensor], after: list[Tensor])
     moved, size, other, count = 0.0, 0.0, 0.0, 0
     for x, y in zip(before, after, strict=True):
         moved += float((y - x).double().square().sum())
-        size, other, count = size + float(x.double().square().sum()), other + float(y.double().square().sum()), count + x.numel()
+        size, other, count = (
+            size + float(x.double().square().sum()),
+            other + float(y.double().square().sum()),
+            count + x.numel(),
+        )
     rms = (size / count) ** 0.5, (other / count) ** 0.5
     return Change(layer=name, compared=compared, change=(moved / size) ** 0.5 if size else None, rms=rms)

@@ -112,8 +112,7 @@ def measure(whole: Whole, before: Config, after: Config, batches: list[Tensor]) 
                 module.measure(probe)
                 stack.enter_context(_watched(module, number, before.model, after.model, found))
             if name == "head":
-                vocab = before.model.vocab_size
-                forward(module, x, lambda y: tops.append(float(y[..., :vocab].abs().max())))
+                forward(module, x, lambda y: tops.append(float(y[..., : before.model.vocab_size].abs().max())))
                 found.logits = max(tops)
                 break
             x = forward(module, x)

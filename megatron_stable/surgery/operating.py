@@ -15,7 +15,6 @@ from megatron_stable.checkpoint.format import Index, Manifest, StoredShard, para
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.checkpoint.state import Layout, RunState
 from megatron_stable.checkpoint.tensors import CHUNK, write_tensors
-from megatron_stable.config.load import amended
 from megatron_stable.config.problems import fail
 from megatron_stable.config.schema import Config
 from megatron_stable.config.surgery import changes, refusals
@@ -25,7 +24,7 @@ from megatron_stable.data.course import Course, Era
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.parallel.shards import Shard
 from megatron_stable.persisted import package_version
-from megatron_stable.stability.interventions import Interventions
+from megatron_stable.stability.interventions import Intervention, Interventions
 from megatron_stable.surgery.continuity import Continuity, compare
 from megatron_stable.surgery.measuring import Measured, measure
 from megatron_stable.surgery.operations import operate
@@ -53,20 +52,19 @@ class Operated(NamedTuple):
     parameters: tuple[int, int]
 
 
-def planned(before: Config, overrides: list[str], rewarm: tuple[int, int] | None) -> Config:
+def planned(before: Config, after: Config, rewarm: tuple[int, int] | None) -> Config:
     """The configuration after an operation.
 
     Args:
-        rewarm: The step that it is made behind, and the steps of the re-warm-up.
+        rewarm: The step that it is made behind, and the steps of the re-warm-up; what ``after`` says itself stands.
 
     Raises:
-        ConfigError: Something is no override, contradicts something else, or cannot be operated.
+        ConfigError: Something cannot be operated.
     """
-    after = amended(before, overrides)
     fail("surgery", refusals(before, after))
-    if rewarm is not None and not any(each.startswith("schedule.rewarm=") for each in overrides):
-        after = after.model_copy(update={"schedule": after.schedule.model_copy(update={"rewarm": rewarm})})
-    return after
+    if rewarm is None or before.schedule.rewarm != after.schedule.rewarm:
+        return after
+    return after.model_copy(update={"schedule": after.schedule.model_copy(update={"rewarm": rewarm})})
 
 
 def samples(before: Config, after: Config, course: Course, step: int, prefix: str | None, number: int | None) -> Tensor:
@@ -102,7 +100,7 @@ def perform(
     looked_at: Tensor,
     directory: Path,
     raise_caps: bool = False,
-    interventions: Interventions | None = None,
+    decision: tuple[Interventions, Intervention] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Operated:
     """Write the checkpoint of ``after`` into ``directory``, which is not there yet, and compare the two.
@@ -111,7 +109,7 @@ def perform(
         whole: The checkpoint, of ``before``.
         looked_at: What :func:`samples` returns.
         raise_caps: Put a new cap above what was measured, where it is not; else that is an error.
-        interventions: Of the run that goes on from it; ``None``: those that are in force.
+        decision: Where the run itself decided: the interventions in force, and the one to come.
         on_progress: Called with (elements written, elements in all).
 
     Raises:
@@ -133,15 +131,13 @@ def perform(
         step=whole.step,
         layout=Layout(dtype=after.precision.dtype),
         config=after.model_dump(mode="json"),
-        state=_state(whole, before, after, interventions),
+        state=_state(whole, before, after, decision),
         written_by=package_version(),
     )
     try:
         directory.mkdir(parents=True)
         entry = write_tensors(directory / rank_file(0), *_pieces(made, on_progress))
-        held = {
-            name: StoredShard.of(Shard(new[name], 0, new[name].numel), each.kinds) for name, each in made.items()
-        }
+        held = {name: StoredShard.of(Shard(new[name], 0, new[name].numel), each.kinds) for name, each in made.items()}
         index = Index(files={rank_file(0): entry}, parameters=parameters_of({0: held}))
         written = Whole(directory, whole.step, write_contents(directory, index, manifest))
         continuity = compare(whole, before, written, after, looked_at)
@@ -185,8 +181,8 @@ def _caps(before: Config, after: Config, measured: Measured, raise_caps: bool) -
         better = float(f"{ROOM * most:.3g}")
         if not raise_caps:
             raise ConfigError(
-                f"surgery: model.{name} {cap:g} is not above the largest logit measured, {most:.4g}, which it would cut "
-                f"off: set model.{name}={better:g} or more"
+                f"surgery: model.{name} {cap:g} is not above the largest logit measured, {most:.4g}, which it would "
+                f"cut off: set model.{name}={better:g} or more"
             )
         raised[name] = better
     return after.model_copy(update={"model": after.model.model_copy(update=raised)}) if raised else after
@@ -208,23 +204,28 @@ def _with_factors(before: Config, after: Config, whole: Whole) -> Config:
     )
 
 
-def _state(whole: Whole, before: Config, after: Config, interventions: Interventions | None) -> RunState:
+def _state(
+    whole: Whole, before: Config, after: Config, decision: tuple[Interventions, Intervention] | None
+) -> RunState:
     """The state of the run, as far as it means the same for the other model."""
     state, updates = whole.manifest.state, dict[str, Any]()
-    if interventions is not None:
-        updates["interventions"] = interventions.items
+    if decision is not None:
+        made, new = decision
+        updates["interventions"] = made.add(new.model_copy(update={"changes": changes(before, after)})).items
+        if new.reset_loss_scale:
+            updates["loss_scaler"] = None
     updates["guard"] = state.guard.model_copy(update={"memory": ()})  # losses by the other model
     if after.model.layers != before.model.layers:
         updates["optimizer"] = None  # a clipping rule may know parameters by name
-    old, new = before.model.sequence_length, after.model.sequence_length
-    if old != new:
+    old, length = before.model.sequence_length, after.model.sequence_length
+    if old != length:
         position = state.course.position(whole.step)
         if any(end > position for _, end in state.course.skip):
             raise ConfigError(
-                f"surgery: model.sequence_length {old} cannot become {new}: data are skipped that lie ahead, in samples "
-                f"of {old} tokens; train past them first, or undo them with `megatron-stable skip RUN --undo`"
+                f"surgery: model.sequence_length {old} cannot become {length}: data are skipped that lie ahead, in "
+                f"samples of {old} tokens; train past them first, or undo them with `megatron-stable skip RUN --undo`"
             )
-        sample = -(-position * old // new)
+        sample = -(-position * old // length)
         era = Era(step=whole.step, data_step=whole.step, sample=sample, size=after.batch.global_size)
         updates["course"] = Course(eras=(era,))
         updates["interventions"] = ()

@@ -61,9 +61,7 @@ def _vector_kinds(config: Config, name: str, shape: tuple[int, ...], trained: bo
     return ("weight", *MOMENTS[rule]) if trained else ("weight",)
 
 
-def _add_norms(
-    found: Parameters, block: str, before: Config, after: Config, measured: Measured, trained: bool
-) -> None:
+def _add_norms(found: Parameters, block: str, before: Config, after: Config, measured: Measured, trained: bool) -> None:
     number = int(block.split(".")[1])
     for slot in turned(before.model, after.model, True):
         norm, fit = new_norm(after.model, slot), measured.added[number, slot]
@@ -160,8 +158,8 @@ def _row(table: object, row: int) -> Tensor:
 
 
 def origins(before: int, after: int) -> list[tuple[int, bool]]:
-    """Of each block of a deeper model: the block that it comes from, and whether it is a copy; in order, the copies of a
-    block right behind it."""
+    """Of each block of a deeper model: the block that it comes from, and whether it is a copy; the copies of a block
+    come right behind it."""
     sources = [number * before // after for number in range(after)]
     return [(source, i > 0 and sources[i - 1] == source) for i, source in enumerate(sources)]
 

@@ -4,8 +4,8 @@ An operation makes new ones of old ones, so that operations compose::
 
     stored ── scaled (a gain folded in) ── copied (a block stacked) ── written
 
-If a weight is multiplied with a factor f so that the function stays, its gradient is divided by f: so are first moments,
-and second ones by its square.
+If a weight is multiplied with a factor f so that the function stays, its gradient is divided by f: so are first
+moments, and second ones by its square.
 """
 
 from __future__ import annotations

@@ -26,10 +26,13 @@ def layers(config: Config, draw: bool = False) -> list[Layer]:
     model = config.model.model_copy(update={"attention": "auto", "compile": False, "activation_checkpointing": "none"})
     found = layer_list(model, TensorParallel(), config.run.seed, draw=draw, multipliers=model_multipliers(config))
     by_name = {layer.name: layer for layer in found}
-    return [
-        layer if layer.tied is None else replace(layer, tied=None, build=head_of(by_name[layer.tied].build, TensorParallel()))
-        for layer in found
-    ]
+
+    def alone(layer: Layer) -> Layer:
+        if layer.tied is None:
+            return layer
+        return replace(layer, tied=None, build=head_of(by_name[layer.tied].build, TensorParallel()))
+
+    return [alone(layer) for layer in found]
 
 
 def places(config: Config) -> dict[str, Place]:
