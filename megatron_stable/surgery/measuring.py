@@ -26,17 +26,20 @@ from megatron_stable.parallel.topology import TensorParallel
 from megatron_stable.surgery.streaming import forward, stream
 
 
+CONSTANT = 1e-9  # part of a feature's mean square that is its variance, at most
+
+
 class Fit:
     """Sums for the straight line from x to y, for each feature; in fp64."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._sums: Tensor | None = None  # of x, y, x y, x x, y y
+        self._sums: Tensor | None = None  # of x, y, x y, x x
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Pairs ``[..., f]`` or ``[b, s, heads, d]``, of which each head's features count by themselves."""
         x, y = (part.double().flatten(0, 1) for part in (x, y))
-        sums = torch.stack([x.sum(0), y.sum(0), (x * y).sum(0), x.square().sum(0), y.square().sum(0)])
+        sums = torch.stack([x.sum(0), y.sum(0), (x * y).sum(0), x.square().sum(0)])
         self._sums = sums if self._sums is None else self._sums + sums
         self.count += len(x)
 
@@ -46,17 +49,12 @@ class Fit:
         sums, count = self._sums, self.count
         if shared:
             count, sums = count * sums.shape[1], sums.sum(1)
-        x, y, xy, xx, _ = sums
-        if not offset:
-            return xy / xx.clamp(min=1e-30), torch.zeros_like(x)
-        slope = (xy - x * y / count) / (xx - x * x / count).clamp(min=1e-30)
-        return slope, (y - slope * x) / count
-
-    @property
-    def rms(self) -> float:
-        """Of y."""
-        assert self._sums is not None
-        return float((self._sums[4].sum() / (self.count * self._sums[4].numel())).sqrt())
+        x, y, xy, xx = sums
+        plain = xy / xx.clamp(min=1e-30)
+        variance = xx - x * x / count
+        known = offset & (variance > CONSTANT * xx)  # a feature that is the same everywhere has no slope
+        slope = torch.where(known, (xy - x * y / count) / variance, plain)
+        return slope, torch.where(known, (y - slope * x) / count, 0.0)
 
 
 @dataclass
@@ -127,19 +125,25 @@ def _watched(block: Block, number: int, before: ModelConfig, after: ModelConfig,
     """Within, inputs and outputs of the norms that come and go are summed up."""
     handles = []
 
-    def watch(slot: str, see: Callable[[Tensor, Tensor], None]) -> None:
-        part = block.get_submodule(slot)
-        handles.append(part.register_forward_hook(lambda _, given, y: see(given[0], y)))
+    def watch(slot: str, pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Fit:
+        fit = Fit()
+
+        def see(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+            fit.add(*pair(given[0], y))
+
+        handles.append(block.get_submodule(slot).register_forward_hook(see))
+        return fit
 
     for slot in turned(before, after, True):
-        norm, fit = new_norm(after, slot), Fit()
-        found.added[number, slot] = fit
-        watch(slot, lambda x, _, norm=norm, fit=fit: fit.add(norm(x), x))
+        found.added[number, slot] = watch(slot, _normed(new_norm(after, slot)))
     for slot in turned(before, after, False):
-        found.removed[number, slot] = fit = Fit()
-        watch(slot, lambda x, y, fit=fit: fit.add(x, y))
+        found.removed[number, slot] = watch(slot, lambda x, y: (x, y))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _normed(norm: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return lambda x, _: (norm(x), x)

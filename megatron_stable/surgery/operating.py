@@ -28,7 +28,7 @@ from megatron_stable.stability.interventions import Intervention, Interventions
 from megatron_stable.surgery.continuity import Continuity, compare
 from megatron_stable.surgery.measuring import Measured, measure
 from megatron_stable.surgery.operations import operate
-from megatron_stable.surgery.parameters import Parameter, Parameters, stored
+from megatron_stable.surgery.parameters import Parameters, stored
 from megatron_stable.surgery.streaming import places
 
 TOKENS, FEWEST = 16384, 4  # that are looked at by default, and sequences at least
@@ -230,8 +230,3 @@ def _state(
         updates["course"] = Course(eras=(era,))
         updates["interventions"] = ()
     return state.model_copy(update=updates)
-
-
-def elements(parameter: Parameter, kind: str) -> Tensor:
-    """All of one, in its shape; for tests and small ones."""
-    return parameter.read(kind, 0, parameter.numel).view(parameter.shape)
