@@ -25,7 +25,6 @@ from megatron_stable.model.scores import Scores
 from megatron_stable.parallel.topology import TensorParallel
 from megatron_stable.surgery.streaming import forward, stream
 
-
 CONSTANT = 1e-9  # part of a feature's mean square that is its variance, at most
 
 

@@ -1,4 +1,4 @@
-"""`megatron-stable surgery`: on runs that were trained, on one rank and on TP 2 x PP 2; what is refused, with what code."""
+"""`megatron-stable surgery`, on runs that one rank and TP 2 x PP 2 trained; what is refused, with what code."""
 
 from __future__ import annotations
 
@@ -70,9 +70,7 @@ def test_a_run_of_tp_2_and_pp_2_is_operated_on_and_trains_on(ranks: Ranks, tmp_p
 
     shutil.copytree(new, tmp_path / "alone")
     goes_on(ranks, new, 14, 4)
-    goes_on(
-        ranks, tmp_path / "alone", 14, 1, parallel=layout(), run={"directory": str(tmp_path / "alone")}
-    )
+    goes_on(ranks, tmp_path / "alone", 14, 1, parallel=layout(), run={"directory": str(tmp_path / "alone")})
     there, here = curve(new), curve(tmp_path / "alone")
     assert there.keys() == here.keys() == {11, 12, 13, 14}
     for step, (loss, norm) in there.items():
@@ -88,7 +86,9 @@ def test_untouched_it_goes_on_as_if_nothing_had_been(ranks: Ranks, tmp_path: Pat
     goes_on(ranks, tmp_path / "new", 12, 1)
     before, after = curve(run), curve(tmp_path / "new")
     assert after[11][0] == pytest.approx(before[11][0], rel=1e-6)
-    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
+    rates = [
+        json.loads(line)["learning_rate"] for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    ]
     whole = [json.loads(line)["learning_rate"] for line in (run / "metrics.jsonl").read_text().splitlines()][-2:]
     assert rates == [pytest.approx(whole[0] / 2), pytest.approx(whole[1])]
 

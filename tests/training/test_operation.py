@@ -60,7 +60,7 @@ def test_a_run_that_would_end_operates_on_itself_and_goes_on(ranks: Ranks, tmp_p
     assert surgery.by == "guard"
     assert surgery.verdict in ("unchanged", "continuous")
     assert surgery.changes["model.qk_norm"] == (False, True)
-    assert surgery.changes["schedule.rewarm"] == (None, (surgery.rollback_to, 4))
+    assert surgery.changes["schedule.rewarm"] == (None, [surgery.rollback_to, 4])
     config = load_config(run.config)
     assert (config.model.qk_norm, config.model.attention_cap) == (True, surgery.changes["model.attention_cap"][1])
     assert json.loads((run.path / "surgery.json").read_text())["before"] == surgery.before
@@ -101,7 +101,8 @@ def test_the_same_command_goes_on_with_the_other_model(ranks: Ranks, operated: V
     # a crash may have come before the configuration of the other model was written
     text = run.config.read_text()
     run.config.write_text(text.replace("qk_norm: true", "qk_norm: false"))
-    assert ranks.run(1, train_with_faults, operated, []) == [(0, pytest.approx)] or max(metrics(run.path)) == 38
+    assert ranks.run(1, train_with_faults, operated, [])[0][0] == 0
+    assert max(metrics(run.path)) == 38
     assert load_config(run.config).model.qk_norm
     assert len([each for each in run.ledger.read() if isinstance(each, Surgery)]) == 1
 
@@ -122,7 +123,9 @@ def test_an_operation_that_a_crash_cut_short_is_finished_at_the_next_start(ranks
     run.ledger.path.write_text("\n".join(line for line in lines if '"surgery"' not in line) + "\n")
     assert ranks.run(1, train_with_faults, operated, [])[0][0] == 0
     assert not list(run.checkpoints.glob(".operated_*"))
-    assert "blocks.0.attention.q_norm.weight" in Reader(place, newest_whole(run.path, item.rollback_to).manifest).names()
+    assert (
+        "blocks.0.attention.q_norm.weight" in Reader(place, newest_whole(run.path, item.rollback_to).manifest).names()
+    )
     assert (kept / "manifest.json").is_file()
     told = [each for each in run.ledger.read() if isinstance(each, Surgery)]
     assert [(each.id, each.before) for each in told] == [(item.id, None)]
