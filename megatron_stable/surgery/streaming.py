@@ -62,6 +62,8 @@ def stream(directory: Path, manifest: Manifest, config: Config) -> Iterator[tupl
             vector.copy_(read(known))
         sigma.measure(module)
         yield layer.name, module.eval()
+        for weight in module.parameters():  # whoever has it still is done with it
+            weight.data = weight.data.new_empty(0)
     reader.close()
 
 
