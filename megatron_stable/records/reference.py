@@ -84,7 +84,7 @@ EXAMPLES: tuple[Event, ...] = (
     types.Surgery(
         step=140, id="c08652522960", by="guard", rule="divergence", onset=121, rollback_to=60,
         source="runs/first/before_surgery/step_00000060", before=4.737, after=4.741, verdict="continuous",
-        changes={"model.qk_norm": (False, True), "schedule.rewarm": (None, (60, 100))},
+        changes={"model.qk_norm": (False, True), "schedule.rewarm": (None, [60, 100])},
         reason="3 attempts did not help: the loss rose by 0.71 nats",
     ),
     types.Undo(step=60, id="5f0c81d2a9e4", by="user"),
