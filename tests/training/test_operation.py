@@ -89,6 +89,7 @@ def operated(ranks: Ranks, tmp_path: Path) -> Values:
     values = values_of(tmp_path, steps=34)
     ((code, _),) = ranks.run(1, train_with_faults, values, [FAULTS[0], {**FAULTS[1], "data_steps": [34, 37]}])
     assert code == 0
+    StoppedRun(Path(values["run"]["directory"])).undo()  # a rollback of the other model's
     return values
 
 
@@ -96,7 +97,7 @@ def test_the_same_command_goes_on_with_the_other_model(ranks: Ranks, operated: V
     run = RunDirectory(operated["run"]["directory"])
     made = read_interventions(run.path)
     assert made is not None
-    assert [bool(item.changes) for item in made.items] == [False, True, False]
+    assert [bool(item.changes) for item in made.items] == [False, True]
     operated["run"]["steps"] = 38
     # a crash may have come before the configuration of the other model was written
     text = run.config.read_text()
