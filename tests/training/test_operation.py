@@ -82,15 +82,23 @@ def usable(run: RunDirectory) -> list[Any]:
     return [entry for entry in store.entries(run.checkpoints) if entry.usable]
 
 
-@pytest.fixture
-def operated(ranks: Ranks, tmp_path: Path) -> Values:
+@pytest.fixture(scope="module")
+def once(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Values:
     """The settings of a run that has operated on itself, and stopped soon after; they say nothing of it."""
-    write_data(tmp_path / "data", tokens=12000)
-    values = values_of(tmp_path, steps=34)
+    folder = tmp_path_factory.mktemp("operated")
+    write_data(folder / "data", tokens=12000)
+    values = values_of(folder, steps=34)
     ((code, _),) = ranks.run(1, train_with_faults, values, [FAULTS[0], {**FAULTS[1], "data_steps": [34, 37]}])
     assert code == 0
     StoppedRun(Path(values["run"]["directory"])).undo()  # a rollback of the other model's
     return values
+
+
+@pytest.fixture
+def operated(once: Values, tmp_path: Path) -> Values:
+    """A copy of it."""
+    shutil.copytree(once["run"]["directory"], tmp_path / "run")
+    return {**once, "run": {**once["run"], "directory": str(tmp_path / "run")}}
 
 
 def test_the_same_command_goes_on_with_the_other_model(ranks: Ranks, operated: Values) -> None:
