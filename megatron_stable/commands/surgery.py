@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import Progress
@@ -48,7 +48,7 @@ def surgery(
     blocks begin silent. The optimizer's state comes along. Loss and layers are compared on the same tokens before and
     after. `pretrain` goes on from the new run, whose learning rate rises again from 0.
 
-    It runs without a GPU and holds one layer, and of what is written one stretch, in memory at a time.
+    It runs without a GPU and holds a layer of each model, and of what is written a stretch, in memory at a time.
 
     Example:
       megatron-stable surgery runs/first model.qk_norm=true --output runs/normed --rewarm 200
@@ -107,13 +107,10 @@ def _named(source: Path, step: int | None) -> tuple[Path, int | None]:
 
 
 def _said(output: Path, done: Operated) -> list[str]:
-    def told(value: Any) -> str:
-        return plain(value)
-
     before, after = done.parameters
     return [
         f"{output}: step {done.whole.step}, {before:,} parameters before, {after:,} after",
-        *(f"  {key}: {told(old)} -> {told(new)}" for key, (old, new) in done.changes.items()),
+        *(f"  {key}: {plain(old)} -> {plain(new)}" for key, (old, new) in done.changes.items()),
         *done.continuity.lines(),
         "train it on with",
         f"  megatron-stable pretrain --config {output / 'config.yaml'}",

@@ -24,7 +24,7 @@ from megatron_stable.optim.groups import settings
 from megatron_stable.optim.optimizer import MOMENTS
 from megatron_stable.parallel.shards import Place
 from megatron_stable.surgery.measuring import Fit, Measured, new_norm, turned
-from megatron_stable.surgery.parameters import Parameters, constant, copied, extended, scaled, shifted
+from megatron_stable.surgery.parameters import Parameter, Parameters, constant, copied, extended, scaled, shifted
 from megatron_stable.surgery.streaming import places
 
 STRETCH = 2**24  # elements of an embedding that are read at a time
@@ -151,10 +151,9 @@ def _mean(found: Parameters, name: str, rows: int) -> Tensor:
     return (total / rows).float()
 
 
-def _row(table: object, row: int) -> Tensor:
-    width = table.shape[-1]  # type: ignore[attr-defined]
-    values: Tensor = table.read("weight", row * width, (row + 1) * width)  # type: ignore[attr-defined]
-    return values
+def _row(table: Parameter, row: int) -> Tensor:
+    width = table.shape[-1]
+    return table.read("weight", row * width, (row + 1) * width)
 
 
 def origins(before: int, after: int) -> list[tuple[int, bool]]:
