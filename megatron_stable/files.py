@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_stable.errors import DataError
+from megatron_stable.errors import ConfigError, DataError
 
 
 @contextmanager
@@ -62,3 +63,21 @@ def write_file(path: Path, data: bytes) -> None:
     with explain_os_errors("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
+
+
+@contextmanager
+def appearing(output: Path) -> Iterator[Path]:
+    """A directory beside ``output``, which becomes it if all goes well. ConfigError: there is something there."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} is there and not empty; choose another --output, or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.parent / f".{output.name}.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        sync_directory(beside)
+        beside.rename(output)  # over an empty directory, too
+        sync_directory(output.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -195,6 +195,11 @@ class StoppedRun:
         if not self.done.items:
             raise ConfigError(f"{self.directory.path}: nothing to undo, the run has no interventions")
         last = self.done.items[-1]
+        if last.changes:
+            raise ConfigError(
+                f"{self.directory.path}: the last intervention is surgery, which cannot be undone; to go on without "
+                "it, move the checkpoint of before_surgery/ into checkpoints/ of a new run.directory"
+            )
         return last, self._write(self.done.undone(), Undo(step=self.stands_at, by="user", id=last.id))
 
     def command(self) -> list[str]:

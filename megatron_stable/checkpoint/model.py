@@ -93,12 +93,14 @@ def _stage(layers: list[Layer], topology: Topology) -> list[Layer]:
     def alone(layer: Layer) -> Layer:
         if layer.tied is None or layer.tied in here:
             return layer
-        return replace(layer, tied=None, build=_head_of(by_name[layer.tied].build, topology.tp))
+        return replace(layer, tied=None, build=head_of(by_name[layer.tied].build, topology.tp))
 
     return [alone(layer) for layer in own]
 
 
-def _head_of(build: Callable[[], nn.Module], tp: TensorParallel) -> Callable[[], nn.Module]:
+def head_of(build: Callable[[], nn.Module], tp: TensorParallel) -> Callable[[], nn.Module]:
+    """Builds a head that has a tied embedding's weight, by itself."""
+
     def head() -> nn.Module:
         embedding = build()
         assert isinstance(embedding, VocabParallelEmbedding)

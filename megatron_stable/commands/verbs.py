@@ -37,6 +37,8 @@ VERBS = {
     "checkpoints": "List a run's checkpoints: step, size, layout, and whether each is complete.",
     "inspect": "Name the documents in a step's batch, and tell whether data or state caused a spike.",
     "skip": "Roll back to a checkpoint before a loss spike and skip the data that caused it.",
+    "surgery": "Operate on a checkpoint: add or remove norms, caps and LayerScale, untie, grow vocabulary, length or "
+    "depth.",
     "convert": "Rewrite a checkpoint: for Hugging Face's tools, from them, or for another layout.",
 }
 

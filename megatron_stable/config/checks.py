@@ -5,7 +5,9 @@ from itertools import pairwise
 from megatron_stable.config.attention import limits
 from megatron_stable.config.notation import inline
 from megatron_stable.config.problems import Problem, fail
+from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.schema import Config, ModelConfig
+from megatron_stable.config.surgery import refusals
 from megatron_stable.persisted import LARGEST
 
 
@@ -435,6 +437,7 @@ def _guard(config: Config) -> list[Problem]:
     if guard.collapse is not None and guard.mode == "off":
         message = f"guard.collapse {guard.collapse:g} has no effect with guard.mode off: set guard.mode=watch"
         found.append(Problem(("guard.collapse", "guard.mode"), message))
+    found += _surgery(config)
     if guard.warmup > guard.window:
         found.append(
             Problem(
@@ -447,6 +450,23 @@ def _guard(config: Config) -> list[Problem]:
             message = f"data.skip [{first}, {last}] ends before it begins: give [first, last], inclusive"
             found.append(Problem(("data.skip",), message))
     return found
+
+
+def _surgery(config: Config) -> list[Problem]:
+    guard = config.guard
+    if guard.surgery is None:
+        return []
+    if guard.mode != "recover":
+        message = (
+            f"guard.surgery {guard.surgery} has no effect with guard.mode {guard.mode}, which never goes back: set "
+            "guard.mode=recover, or guard.surgery=null"
+        )
+        return [Problem(("guard.surgery", "guard.mode"), message)]
+    after = config.model_copy(update={"model": config.model.model_copy(update=RECIPES[guard.surgery])})
+    return [
+        Problem(("guard.surgery", *problem.keys), f"guard.surgery {guard.surgery} cannot be: {problem.message}")
+        for problem in [*refusals(config, after), *_model(after)]
+    ]
 
 
 def _indivisible(key: str, value: int, by: str, divisor: int) -> Problem:

@@ -1,6 +1,6 @@
 """From a YAML file and `key=value` overrides to a checked configuration, and back to YAML."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,35 @@ def examine(path: str | Path | None = None, overrides: Sequence[str] = ()) -> tu
     Raises:
         ConfigError: the file cannot be read.
     """
-    given = _read(Path(path)) if path is not None else {}
+    return _examined(_read(Path(path)) if path is not None else {}, overrides)
+
+
+def amended(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with overrides, which take precedence as over a file.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    changed, problems = _examined(config.model_dump(mode="json"), overrides)
+    fail("configuration", problems)
+    assert changed is not None
+    return changed
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """A configuration with other values, by dotted key; conflicts are not looked for.
+
+    Raises:
+        ConfigError: one line for each value that is not valid.
+    """
+    given = config.model_dump(mode="json")
+    for key, value in values.items():
+        section, _, field = key.partition(".")
+        given.setdefault(section, {})[field] = value
+    return parse_config(given)
+
+
+def _examined(given: dict[str, Any], overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
     problems = _override(given, overrides)
     valid = True
     try:

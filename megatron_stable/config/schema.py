@@ -326,6 +326,9 @@ class ScheduleConfig(Section):
     """Learning rate at the end of the decay."""
     decay_fraction: float = Field(0.1, gt=0, le=1)
     """wsd: the fraction of the run's steps that decay."""
+    rewarm: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
+    """[step, steps]: behind that step the learning rate rises again, over so many steps, from 0 to where the schedule
+    stands; surgery sets it (docs/surgery.md)."""
 
 
 class LossConfig(Section):
@@ -380,6 +383,11 @@ class GuardConfig(Section):
     """By attempt: what the learning rate is multiplied by from then on."""
     clip_factors: tuple[Factor, ...] = Field((1.0, 1.0, 0.5), min_length=1)
     """By attempt: what `optimizer.clip_grad` is multiplied by from then on."""
+    surgery: Literal[tuple(RECIPES)] | None = None  # type: ignore[valid-type]
+    """The last rung, once attempts are used up: the run goes back to a healthy checkpoint, takes this recipe's knobs on
+    (`qk_norm`, `qk_norm_cap`, ...), warms up again and goes on; null: it ends with exit code 3 (docs/surgery.md)."""
+    surgery_rewarm: int = Field(100, ge=1)
+    """Steps of this warm-up."""
 
 
 class CheckpointConfig(Section):

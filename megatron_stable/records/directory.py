@@ -8,22 +8,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_stable.config.load import dump_config, load_config
+from megatron_stable.config.load import dump_config, load_config, replaced
 from megatron_stable.config.schema import Config
+from megatron_stable.config.surgery import FREE
 from megatron_stable.disk import patiently
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import partial, replace_file, write_partial
 from megatron_stable.persisted import package_version, read_json, refuse_unknown_format
+from megatron_stable.records.interventions import read_interventions
 from megatron_stable.records.ledger import Ledger
 from megatron_stable.records.logbook import render
 from megatron_stable.records.owner import LOCK, Claim, end_at_once
 from megatron_stable.stability.events import Event
 
-# fields of `model` that may change from one start of a run to the next: names and what does not change the function
-FREE = {
-    "size", "recipe", "attention", "activation_checkpointing", "compile", "dropout", "attention_dropout",
-    "embedding_gradient",
-}  # fmt: skip
 # what only says where and how often to write
 SILENT = {"logging", "checkpoint"}
 FORMAT, VERSION = "format.json", 1  # of the directory: names and contents of its files, checkpoints aside
@@ -66,7 +63,9 @@ class RunDirectory:
         """
         require_known_format(self.path)
         if self.config.is_file() and self.metrics.is_file():
-            changed = differences(load_config(self.config), config)
+            made = read_interventions(self.path)
+            was = load_config(self.config)  # a crash may have come between an operation and this file
+            changed = differences(replaced(was, made.changes) if made else was, config)
             refuse_other_model(changed, f"{self.path} belongs to a run of another model")
         with self.explained():
             self.checkpoints.mkdir(parents=True, exist_ok=True)

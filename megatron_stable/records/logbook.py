@@ -24,6 +24,7 @@ from megatron_stable.stability.events import (
     Shift,
     Spike,
     SpikeEnd,
+    Surgery,
     Undo,
 )
 
@@ -61,6 +62,8 @@ def _state(events: Sequence[Event]) -> Iterator[tuple[str, str]]:
         yield "second opinions", _with_reasons(e.VERDICTS[e.verdict] for e in events if isinstance(e, SecondOpinion))
     undone = f"; {kinds[Undo]} taken back" if kinds[Undo] else ""
     yield "rollbacks", _with_reasons(f"by the {e.by}" for e in events if isinstance(e, Rollback)) + undone
+    if kinds[Surgery]:
+        yield "surgery", _with_reasons(f"by the {e.by}" for e in events if isinstance(e, Surgery))
     made = _in_force(events)
     windows = _windows(made)
     spans = ", ".join(f"{first}-{last}" for first, last in windows)
@@ -80,7 +83,7 @@ def _open_excursions(events: Iterable[Event]) -> list[str]:
             found.pop(event.series, None)
         elif isinstance(event, Shift):
             found.pop("loss", None)
-        elif isinstance(event, (Rollback, GaveUp, Undo)):
+        elif isinstance(event, (Rollback, GaveUp, Surgery, Undo)):
             found.clear()
     return list(found.values())
 

@@ -85,6 +85,12 @@ EXAMPLES: tuple[Event, ...] = (
         step=140, data_step=209, id="77b1c3f09ad2", by="guard", rule="divergence", onset=121, rollback_to=60,
         reason="gave up: the loss rose by 0.71 nats",
     ),
+    types.Surgery(
+        step=140, id="c08652522960", by="guard", rule="divergence", onset=121, rollback_to=60,
+        source="runs/first/before_surgery/step_00000060", before=4.737, after=4.741, verdict="continuous",
+        changes={"model.qk_norm": (False, True), "schedule.rewarm": (None, [60, 100])},
+        reason="3 attempts did not help: the loss rose by 0.71 nats",
+    ),
     types.Undo(step=60, id="5f0c81d2a9e4", by="user"),
     types.LossScaleFloor(step=88, data_step=88, scale=1.0, module="blocks.3", norms={"embedding": 1.5, "head": None}),
     types.FlightRecorded(step=159, data_step=159, file="flight/step_00000159.jsonl", first=1, last=150),

@@ -20,6 +20,7 @@ from megatron_stable.stability.event import count as _count
 from megatron_stable.stability.event import number as _number
 from megatron_stable.stability.event import plain as _value
 from megatron_stable.stability.interventions import By, Decision, Intervention
+from megatron_stable.stability.surgery import Surgery as Surgery
 
 Series: TypeAlias = Literal["loss", "grad_norm"]
 WarningKind: TypeAlias = Literal["ahead", "past", "growth", "jump"]
@@ -230,7 +231,7 @@ class _Intervening(Decision, Event):
     @classmethod
     def of(cls, intervention: Intervention, step: int) -> Self:
         """The event of an intervention."""
-        return cls(step=step, **intervention.model_dump(exclude={"time"}))
+        return cls(step=step, **intervention.model_dump(exclude={"time", "changes"}))
 
     def _why(self) -> str:
         return f"{self.rule}, began at step {self.onset}" if self.onset is not None else self.rule
@@ -470,7 +471,8 @@ class Unknown(Event):
 
 AnyEvent: TypeAlias = Annotated[
     Start | Resume | Blend | Converted | Imported | Spike | Rise | Divergence | SpikeEnd | SecondOpinion | Shift | Drop
-    | Rollback | GaveUp | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting | WentOn | Stop,
+    | Rollback | GaveUp | Surgery | Undo | LossScaleFloor | FlightRecorded | EarlyWarning | SaveFailed | Waiting
+    | WentOn | Stop,
     Field(discriminator="event"),
 ]  # fmt: skip
 _KNOWN: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

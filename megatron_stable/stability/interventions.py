@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import Self
@@ -61,6 +61,8 @@ class Intervention(Decision):
     """ISO 8601, UTC."""
     rollback_to: Annotated[int, Field(ge=0)]
     """The step of the checkpoint that the run goes on from."""
+    changes: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
+    """What surgery changed in the configuration, by key: `[before, now]`. It holds on every later start."""
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:
@@ -98,6 +100,11 @@ class Interventions:
         """Of the configuration's ``optimizer.clip_grad``."""
         return prod(item.clip_factor for item in self.items)
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What surgery has made of the configuration, by key."""
+        return {key: now for item in self.items for key, (_, now) in item.changes.items()}
+
     def since(self, before: Sequence[Intervention]) -> tuple[Intervention, ...] | None:
         """Those made after a list was in force; ``None`` if that list is not the beginning of this one."""
         ids = [item.id for item in before]
@@ -108,4 +115,5 @@ class Interventions:
     def holds(self, step: int, before: Sequence[Intervention]) -> bool:
         """Whether a checkpoint of ``step``, written while ``before`` was in force, belongs to this line of the run."""
         later = self.since(before)
-        return later is not None and all(step <= item.rollback_to for item in later)
+        # one from before an operation is of another model
+        return later is not None and all(step <= item.rollback_to and not item.changes for item in later)

@@ -7,13 +7,14 @@ OPT-175B lowered learning rate and clipping (arXiv 2205.01068).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 
 from megatron_stable.config.schema import GuardConfig
 from megatron_stable.data.course import Course
+from megatron_stable.stability.event import count
 from megatron_stable.stability.interventions import Intervention, Interventions
 
 T = TypeVar("T")
@@ -83,12 +84,12 @@ def attempt(done: Interventions, onset: int, near: int) -> int:
 
     The count begins anew after the user did something, and after a run was given up and started again.
     """
-    count = 1
+    number = 1
     for earlier in reversed(done.items):
         if earlier.by != "guard" or not earlier.windows or earlier.onset is None or onset - earlier.onset >= near:
             break
-        count, onset = count + 1, earlier.onset
-    return count
+        number, onset = number + 1, earlier.onset
+    return number
 
 
 def plan(
@@ -98,6 +99,7 @@ def plan(
     done: Interventions,
     settings: GuardConfig,
     fp16: bool = False,
+    surgery: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Intervention | None:
     """The guard's next intervention; ``None`` when it has to give up.
 
@@ -108,15 +110,26 @@ def plan(
         done: Earlier interventions.
         settings: The ladder: each further attempt at one place takes the next rung, the last one again and again.
         fp16: Whether there is a loss scale to reset.
+        surgery: What an operation would change in the configuration, the last rung, taken once; empty: there is none.
     """
     number = attempt(done, trouble.onset, settings.near_steps)
-    if number > settings.max_rollbacks:
+    operates = number > settings.max_rollbacks
+    if operates and (not surgery or done.changes):
         return None
     widen = rung(settings.widen, number)
     chosen = choose(candidates, trouble.onset, round(settings.rollback_steps * widen))
     if chosen is None:
         return None
     checkpoint, why = chosen
+    if operates:
+        return _intervention(
+            trouble,
+            rollback_to=checkpoint.step,
+            changes=surgery,
+            reset_loss_scale=fp16,
+            reason=f"{count(settings.max_rollbacks, 'attempt')} did not help: {trouble.reason}; checkpoint "
+            f"{checkpoint.step}: {why}",
+        )
     onset, found = course.data_step(trouble.onset), course.data_steps(0, course.position(trouble.step))[1]
     skipped = window(checkpoint.data_step, onset, found, round(settings.skip_steps * widen))
     return _intervention(

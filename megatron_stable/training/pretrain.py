@@ -96,28 +96,23 @@ def _train_in_world(
     import torch.distributed as dist
 
     from megatron_stable.checkpoint import store
+    from megatron_stable.config.load import replaced
     from megatron_stable.data import Tokenizer
     from megatron_stable.model.backends import choose_backend
-    from megatron_stable.parallel.agreement import agreed, everywhere, together
-    from megatron_stable.parallel.topology import Topology
-    from megatron_stable.records.callbacks import Callbacks
+    from megatron_stable.parallel.agreement import decided, together
     from megatron_stable.records.directory import RunDirectory
-    from megatron_stable.records.presence import Rank, forget_request, write_start
-    from megatron_stable.records.stages import write_stages
+    from megatron_stable.records.interventions import read_interventions
     from megatron_stable.records.wandb import require_wandb
-    from megatron_stable.stability.events import Resume, Start, Stop
-    from megatron_stable.training.compilation import choose_compilation
     from megatron_stable.training.host_memory import keep_freed_memory
-    from megatron_stable.training.kernels import choose_attention, choose_kernels
-    from megatron_stable.training.progress import ProgressLine
-    from megatron_stable.training.trainer import Trainer
-    from megatron_stable.training.writers import writers
+    from megatron_stable.training.operation import settle
 
     rank, world = dist.get_rank(), dist.get_world_size()
     directory = RunDirectory(config.run.directory)
     tokenizer = None
     with ExitStack() as stack:
+        made = decided(lambda: read_interventions(directory.path))
         with together():
+            config = replaced(config, made.changes) if made else config  # it may have operated on itself
             check(config, world)
             choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu", config.data.document_mask)
             if config.data.tokenizer is not None:
@@ -130,6 +125,7 @@ def _train_in_world(
                 stack.push(partial(_at_orderly_end, directory.release))
                 directory.claim(config)
                 store.clean(directory.checkpoints)
+                settle(directory, made)
                 stop.watch(partial(_asked, directory))
         with together():
             if not directory.checkpoints.is_dir():
@@ -137,10 +133,47 @@ def _train_in_world(
                     f"rank {rank} on {socket.gethostname()} does not see run.directory {config.run.directory}: "
                     "it must be on a file system that all ranks share"
                 )
-        callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
         if not torch.cuda.is_available():
             keep_freed_memory()
             order = None
+        going: Config | None = config
+        while going is not None:
+            stopped, going = _train_model(going, directory, tokenizer, stop, lifeline, last_words, place, order)
+        return stopped
+
+
+def _train_model(
+    config: Config,
+    directory: RunDirectory,
+    tokenizer: Tokenizer | None,
+    stop: StopSignal,
+    lifeline: Lifeline,
+    last_words: LastWords,
+    place: str,
+    order: str | None,
+) -> tuple[Stopped | None, Config | None]:
+    """Train until the run ends, or has made another model of its own. Collective.
+
+    Returns:
+        (what stopped it, the configuration of the other model)
+    """
+    import torch.distributed as dist
+
+    from megatron_stable.parallel.agreement import agreed, everywhere, together
+    from megatron_stable.parallel.topology import Topology
+    from megatron_stable.records.callbacks import Callbacks
+    from megatron_stable.records.presence import Rank, forget_request, write_start
+    from megatron_stable.records.stages import write_stages
+    from megatron_stable.stability.events import Resume, Start, Stop
+    from megatron_stable.training.compilation import choose_compilation
+    from megatron_stable.training.kernels import choose_attention, choose_kernels
+    from megatron_stable.training.progress import ProgressLine
+    from megatron_stable.training.trainer import Trainer
+    from megatron_stable.training.writers import writers
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with ExitStack() as stack:
+        callbacks = stack.enter_context(closing(Callbacks(*[ProgressLine(config)] * (rank == 0))))
         with lifeline.slow():  # kernels are compiled and tried out
             attention, kernels = choose_attention(config), choose_kernels(config.run)
             compiles, compilation = choose_compilation(config)
@@ -156,7 +189,7 @@ def _train_in_world(
         lifeline.stands_at(trainer.step)
         if trainer.step >= config.run.steps:
             callbacks.ended(f"nothing to do: {directory.path} has trained {trainer.step} of {config.run.steps} steps")
-            return None
+            return None, None
         with together():
             if rank == 0:
                 directory.commit(config)
@@ -170,6 +203,8 @@ def _train_in_world(
                     trainer.recovery.catch_up(trainer.step)
         last_words.begin(directory.path, tokens[0])
         stopped = trainer.run(stop, lifeline)
+        if trainer.operated is not None:
+            return None, trainer.operated
         if stopped and rank == 0:
             with suppress(OSError):  # the checkpoint counts
                 forget_request(directory.path)
@@ -177,7 +212,7 @@ def _train_in_world(
         if stopped and stopped.forced:  # no launcher on another machine is to take it for done
             raise agreed(MegatronStableError, str(stopped))
         callbacks.ended(str(stopped) if stopped else f"done: {trainer.step} steps, in {directory.path}")
-        return stopped
+        return stopped, None
 
 
 def _asked(directory: RunDirectory) -> Wish | None:

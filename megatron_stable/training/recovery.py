@@ -6,10 +6,12 @@ What to do is decided by :mod:`megatron_stable.stability.recovery`, which is pur
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.store import Shelf
 from megatron_stable.config.schema import Config
+from megatron_stable.config.surgery import recipe_values
 from megatron_stable.data import Course
 from megatron_stable.engine.diagnosis import Diagnosis
 from megatron_stable.files import explain_os_errors
@@ -17,9 +19,10 @@ from megatron_stable.parallel.agreement import decided
 from megatron_stable.records.callbacks import Callbacks
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.interventions import write_interventions
-from megatron_stable.stability.events import GaveUp, Rollback
+from megatron_stable.stability.events import GaveUp, Rollback, Surgery
 from megatron_stable.stability.interventions import Intervention, Interventions
 from megatron_stable.stability.recovery import Trouble, last_resort, plan
+from megatron_stable.training.operation import kept
 
 FLOOR = "loss scale at its floor"
 
@@ -52,11 +55,16 @@ class Recovery:
 
         def decide() -> Intervention | None:
             whole = [candidate for candidate in self.shelf.candidates() if candidate.step not in damaged]
-            return plan(trouble, whole, course, self.interventions, self.config.guard, fp16)
+            return plan(trouble, whole, course, self.interventions, self.config.guard, fp16, self._surgery())
 
         return decided(decide)
 
-    def commit(self, event: Rollback | GaveUp, intervention: Intervention) -> None:
+    def _surgery(self) -> dict[str, tuple[Any, Any]]:
+        """What an operation would change."""
+        recipe, now = self.config.guard.surgery, self.config.by_key()
+        return {key: (now[key], to) for key, to in recipe_values(recipe, self.config).items()} if recipe else {}
+
+    def commit(self, event: Rollback | GaveUp | Surgery, intervention: Intervention) -> None:
         """Make an intervention the run's, before anything is done about it.
 
         Raises:
@@ -83,15 +91,17 @@ class Recovery:
 
     def catch_up(self, step: int) -> None:
         """Tell of interventions that a crash kept out of the ledger; on rank 0."""
-        known = {event.id for event in self.directory.ledger.read() if isinstance(event, Rollback | GaveUp)}
+        known = {event.id for event in self.directory.ledger.read() if isinstance(event, Rollback | GaveUp | Surgery)}
         for item in self.interventions.items:
-            if item.id not in known:
+            if item.id not in known and item.changes:
+                self.callbacks.event(Surgery.of(item, step, str(kept(self.directory, item))))
+            elif item.id not in known:
                 self.callbacks.event((Rollback if item.windows else GaveUp).of(item, step))
 
     def tried(self) -> str:
         """What was tried, in words."""
         made = self.interventions
-        lines = [f"  {item.reason}" for item in made.items if item.by == "guard" and item.windows]
+        lines = [f"  {item.reason}" for item in made.items if item.by == "guard" and (item.windows or item.changes)]
         if not lines:
             return "nothing was tried"
         force = f"learning rate x {made.learning_rate_factor:g}, clip_grad x {made.clip_factor:g}"

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from megatron_stable.checkpoint import loader
 from megatron_stable.checkpoint.format import stored_config
 from megatron_stable.checkpoint.state import RunState
+from megatron_stable.config.load import replaced
 from megatron_stable.config.schema import Config
 from megatron_stable.data import Course, Stage, Stages, Tokenizer, unrecorded
 from megatron_stable.engine.engine import Engine
@@ -28,11 +29,12 @@ from megatron_stable.records.metrics import Record
 from megatron_stable.records.stages import read_stages
 from megatron_stable.stability.events import Blend, LossScaleFloor, Rollback, Stop
 from megatron_stable.stability.guard import Guard, GuardState, Judgement
-from megatron_stable.stability.interventions import Interventions
+from megatron_stable.stability.interventions import Intervention, Interventions
 from megatron_stable.stability.recovery import Trouble
 from megatron_stable.training.checkpoints import Checkpoints
 from megatron_stable.training.clock import Clock
 from megatron_stable.training.flops import flops_per_token, peak_flops
+from megatron_stable.training.operation import operate, settle
 from megatron_stable.training.probing import Probing
 from megatron_stable.training.record import record_of
 from megatron_stable.training.recovery import FLOOR, Recovery, explain_floor
@@ -52,6 +54,9 @@ class Trainer:
         tokenizer: The data must have been made with it; ``None``: of unknown origin.
         compiles: Whether blocks are compiled, where the configuration leaves it open.
 
+    Attributes:
+        operated: The configuration that the run goes on with, by another trainer, once it has operated on itself.
+
     Raises:
         MegatronStableError: On all ranks alike: the data cannot be used.
     """
@@ -67,6 +72,7 @@ class Trainer:
     ) -> None:
         self.config, self.directory, self.callbacks = config, directory, callbacks
         self.step = 0  # the last one that was trained
+        self.operated: Config | None = None
         self.source = Source(config, topology, tokenizer)
         if config.model.compile != "auto":
             compiles = config.model.compile
@@ -135,7 +141,7 @@ class Trainer:
             lifeline: Told of what is done, and of what takes long.
 
         Returns:
-            How a signal ended it, or ``None`` at the end.
+            How a signal ended it, or ``None`` at the end, and where it has to go on as ``operated``.
 
         Raises:
             DivergenceError, LossScaleError: On all ranks alike: the run cannot go on.
@@ -170,6 +176,8 @@ class Trainer:
             if trouble is not None:
                 with lifeline.slow():
                     self._recover(trouble)
+                if self.operated is not None:
+                    return None
                 self.probing.rewind(self.step)
                 self.callbacks.rewind(self.step)
                 clock = Clock()
@@ -266,6 +274,10 @@ class Trainer:
         self.checkpoints.judge(self.step)
         damaged: set[int] = set()
         while (intervention := self.recovery.plan(trouble, self.source.course, damaged)) is not None:
+            if intervention.changes:
+                if self._operate(intervention):
+                    return
+                break
             found = self.checkpoints.of(intervention.rollback_to)
             if found is not None:
                 self.recovery.commit(Rollback.of(intervention, self.step), intervention)
@@ -273,6 +285,23 @@ class Trainer:
                 return
             damaged.add(intervention.rollback_to)
         self._end(trouble)
+
+    def _operate(self, intervention: Intervention) -> bool:
+        """Make the run's model another one; whether that could be done. Collective."""
+        recovery, step = self.recovery, self.step
+        self.callbacks.message(f"surgery on the checkpoint of step {intervention.rollback_to}: {intervention.reason}")
+        try:
+            made, event = operate(
+                self.config, self.directory, intervention, recovery.interventions, self.source.course, step
+            )
+        except MegatronStableError as error:
+            self.callbacks.message(f"warning: no surgery: {error}")
+            return False
+        recovery.commit(event, made)
+        decided(lambda: settle(self.directory, recovery.interventions))
+        self.operated = replaced(self.config, recovery.interventions.changes)
+        self.callbacks.rewind(made.rollback_to)
+        return True
 
     def _end(self, trouble: Trouble) -> NoReturn:
         """Save everything, leave the run at a checkpoint from before the trouble if it may go back, and end it."""

@@ -49,7 +49,7 @@ RULES: dict[str, tuple[Values, Values, Values]] = {
         {"parametrization": "complete_p", "base_width": 8, "base_depth": 1, "weight_decay": 0.5,
          "no_decay": ["embeddings"], "clip_grad": 0.05},
         {"init": "fixed", "init_std": 0.05, "layer_scale": 0.5},
-        {"schedule": {"kind": "wsd", "decay_fraction": 0.5, "warmup_steps": 1}},
+        {"schedule": {"kind": "wsd", "decay_fraction": 0.5, "warmup_steps": 1, "rewarm": [1, 3]}},
     ),
 }  # fmt: skip
 # tensor, pipeline, data, sequence, zero_stage, dtype

@@ -82,3 +82,14 @@ def test_wsd_decays_over_its_fraction_of_all_steps() -> None:
 
 def test_inverse_square_root_halves_at_four_times_the_warm_up() -> None:
     assert learning_rate(config("inverse_sqrt", 1000, 25), 100) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_surgery_it_rises_again_to_where_it_stands(kind: str) -> None:
+    plain = config(kind, 100, 10)
+    again = plain.model_copy(update={"schedule": plain.schedule.model_copy(update={"rewarm": (40, 8)})})
+    shares = [learning_rate(again, step) / learning_rate(plain, step) for step in range(39, 52)]
+    assert shares == pytest.approx([1, 1, *(n / 8 for n in range(1, 9)), 1, 1, 1])
+    assert all(
+        learning_rate(again, step) == pytest.approx(reference.learning_rate(step, again)) for step in range(1, 101)
+    )

@@ -34,7 +34,17 @@ def learning_rate(step: int, cfg: Config) -> float:
     - linear, cosine: from peak at W to min at T, p = (step - W) / (T - W)
     - wsd: peak until T - decay_fraction * T (W, if that is later), then linear to min at T
     - inverse_sqrt: peak * sqrt(max(W, 1) / step), not below min
+
+    With rewarm (S, N): in step S + n, for n = 1 to N, n / N of that.
     """
+    again = cfg.schedule.rewarm
+    if again is not None and again[0] < step < sum(again):
+        return scheduled(step, cfg) * (step - again[0]) / again[1]
+    return scheduled(step, cfg)
+
+
+def scheduled(step: int, cfg: Config) -> float:
+    """The same without the re-warm-up."""
     peak, low = cfg.optimizer.learning_rate, cfg.schedule.min_learning_rate
     warmup, last = cfg.schedule.warmup_steps, cfg.run.steps
     if cfg.schedule.warmup_tokens is not None:

@@ -34,6 +34,7 @@ from megatron_stable.stability.events import (
     SpikeEnd,
     Start,
     Stop,
+    Surgery,
     Undo,
     Unknown,
     Waiting,
@@ -114,6 +115,17 @@ TOLD: list[tuple[Event, str]] = [
         "guard gave up and rolled back to step 50 (divergence, began at step 119). attempt 1 of 3",
     ),
     (GaveUp(**AT, by="guard", rule="divergence"), "guard gave up (divergence)"),
+    (
+        Surgery.of(
+            INTERVENTION.model_copy(update={"changes": {"model.qk_norm": (False, True)}}), 130, "kept"
+        ).model_copy(update={**AT, "before": 2.5, "after": 2.75, "verdict": "continuous"}),
+        "guard operated on the checkpoint of step 50 (divergence, began at step 119): model.qk_norm false → true; "
+        "loss 2.5 → 2.75, continuous. attempt 1 of 3",
+    ),
+    (
+        Surgery(**AT, by="user", rule="named by the user", source="a", rollback_to=7, changes={"model.layers": (2, 4)}),
+        "user operated on the checkpoint of step 7 (named by the user): model.layers 2 → 4",
+    ),
     (Undo(**AT, by="user", id="abc"), "user took back rollback abc"),
     (
         LossScaleFloor(**AT, scale=1.0, module=None, norms={"embedding": 1.5, "head": inf}),

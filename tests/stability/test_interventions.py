@@ -160,3 +160,15 @@ def test_the_order_is_that_of_knowing_all_windows_from_the_start(every: int, tur
     assert list(run.seen) == list(range(1, run.step + 1))
     stored = run.stored[run.step].course
     assert stored.trained(run.step) == len(seen) and stored.windows == out
+
+
+def test_checkpoints_from_before_surgery_are_of_another_model() -> None:
+    changed = {"model.qk_norm": (False, True)}
+    first = made("a", 300)
+    surgery = made("b", 200).model_copy(update={"changes": changed})
+    two = Interventions((first, surgery))
+    assert not two.holds(100, ())
+    assert not two.holds(200, (first,)), "even that of the step that was operated on"
+    assert two.holds(200, (first, surgery))
+    assert two.changes == {"model.qk_norm": True}
+    assert first.changes == {}

@@ -105,3 +105,23 @@ def test_the_whole_batch_of_the_trouble_is_skipped_where_it_lies_across_data_ste
     intervention = plan(Trouble("drops", 17, 17, "inf"), at(10), course, Interventions(), GuardConfig(skip_steps=1))
     assert intervention is not None and intervention.windows == ((17, 18),)
     assert intervention.samples == ((176, 208),)
+
+
+def test_surgery_is_the_last_rung_and_is_taken_once() -> None:
+    settings = GuardConfig(max_rollbacks=1, rollback_steps=10, widen=(1.0, 4.0), near_steps=300)
+    trouble, there = Trouble("divergence", 100, 110, "it rose"), at(50, 60, 80, 90)
+    wanted = {"model.qk_norm": (False, True)}
+    first = plan(trouble, there, COURSE, Interventions(), settings, surgery=wanted)
+    assert first is not None
+    assert (first.changes, first.windows != ()) == ({}, True)
+    done = Interventions((first,))
+    assert plan(trouble, there, COURSE, done, settings) is None, "there is no such rung"
+    last = plan(trouble, there, COURSE, done, settings, fp16=True, surgery=wanted)
+    assert last is not None
+    assert (last.changes, last.rollback_to, last.windows) == (wanted, 60, ())
+    assert last.reset_loss_scale
+    assert "1 attempt did not help: it rose" in last.reason
+    again = plan(trouble, there, COURSE, done.add(last), settings, surgery=wanted)
+    assert again is not None, "the other model has attempts of its own"
+    assert again.windows
+    assert plan(trouble, there, COURSE, done.add(last).add(again), settings, surgery=wanted) is None

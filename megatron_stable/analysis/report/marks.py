@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from megatron_stable.analysis.drawing import COLORS, INK, MUTED, style
 from megatron_stable.analysis.report.run import Run
-from megatron_stable.stability.events import Event, GaveUp, Rollback
+from megatron_stable.stability.events import Event, GaveUp, Rollback, Surgery
 
 KINDS = {  # how the kinds of events are drawn; all others are in the list alone
     "trouble": ("spike", "rise", "divergence"),
-    "decision": ("drop", "rollback", "gave_up", "loss_scale_floor"),
+    "decision": ("drop", "rollback", "gave_up", "surgery", "loss_scale_floor"),
     "warning": ("warning", "flight_recorded"),
 }
 LOOKS: dict[str, dict[str, Any]] = {
@@ -20,8 +20,8 @@ LOOKS: dict[str, dict[str, Any]] = {
     "warning": {"color": COLORS[3], "linestyle": (0, (5, 2)), "marker": "o"},
 }
 LEGEND = (
-    "dotted and ▾: a spike, rise or divergence begins; solid and ▪: an update dropped, a rollback, a run that "
-    "is given up; dashed and ●: a warning, or the flight recorder; grey: steps that a rollback went back behind"
+    "dotted and ▾: a spike, rise or divergence begins; solid and ▪: an update dropped, a rollback, surgery, a run "
+    "that is given up; dashed and ●: a warning, or the flight recorder; grey: steps that a rollback went back behind"
 )
 
 
@@ -46,7 +46,7 @@ def marks(events: Iterable[Event]) -> Marks:
         if look is not None and isinstance(event.step, int):
             onset = getattr(event, "onset", None) if look == "trouble" else None
             steps[look].add(onset or event.step)
-        if isinstance(event, (Rollback, GaveUp)) and event.rollback_to is not None:
+        if isinstance(event, (Rollback, GaveUp, Surgery)) and event.rollback_to is not None:
             behind.append((event.rollback_to, event.step))
     return Marks({look: sorted(found) for look, found in steps.items()}, behind)
 

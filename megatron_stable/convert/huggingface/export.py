@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from megatron_stable.convert.huggingface.families import FAMILIES, OURS, Family,
 from megatron_stable.convert.huggingface.function import knobs_of
 from megatron_stable.convert.huggingface.names import Knobs, Part, parts
 from megatron_stable.errors import ConfigError, DataError
-from megatron_stable.files import replace_file, sync_directory
+from megatron_stable.files import appearing, replace_file
 from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.persisted import package_version
 
@@ -158,24 +156,6 @@ def _sigma_factor(reader: Reader, part: Part) -> Tensor | None:
         some = reader.part("weight", Shard(place, first * width, (last - first) * width)).view(-1, width)
         sigma += u[first:last] @ (some @ v.float()).double()
     return (reader.full(inner + "gamma", "weight", (1,)).double() / sigma).float()
-
-
-@contextmanager
-def appearing(output: Path) -> Iterator[Path]:
-    """A directory beside ``output``, which becomes it if all goes well. ConfigError: there is something there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} is there and not empty; choose another --output, or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.parent / f".{output.name}.partial"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        sync_directory(beside)
-        beside.rename(output)  # over an empty directory, too
-        sync_directory(output.parent)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_json(path: Path, body: dict[str, Any]) -> None:

@@ -25,13 +25,14 @@ from megatron_stable.checkpoint.store import point_latest
 from megatron_stable.checkpoint.tensors import CHUNK, write_tensors
 from megatron_stable.config.checks import conflicts
 from megatron_stable.config.schema import Config
-from megatron_stable.convert.huggingface.export import STRETCH, appearing
+from megatron_stable.convert.huggingface.export import STRETCH
 from megatron_stable.convert.huggingface.families import FAMILIES, Family
 from megatron_stable.convert.huggingface.files import Weights
 from megatron_stable.convert.huggingface.function import config_of, knobs_of
 from megatron_stable.convert.huggingface.names import Knobs, Part, parts
 from megatron_stable.data.course import Course
 from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.files import appearing
 from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.persisted import read_json
 from megatron_stable.records.directory import RunDirectory

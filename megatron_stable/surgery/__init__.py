@@ -1,0 +1,1 @@
+"""A checkpoint operated upon: norms, caps, factors, vocabulary, depth, with optimizer state."""

@@ -1,0 +1,112 @@
+"""An operation as a whole: what it holds in memory, what it leaves alone, what it says of the run's state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_stable.checkpoint.format import stored_config
+from megatron_stable.checkpoint.reader import Reader
+from megatron_stable.config.schema import Config
+from megatron_stable.errors import ConfigError
+from megatron_stable.parallel.shards import Shard
+from megatron_stable.surgery import operating
+from megatron_stable.surgery.continuity import Continuity
+from megatron_stable.surgery.streaming import places, stream
+from tests.surgery.runs import cut, tokens, whole_of, write_trained
+
+
+def test_what_is_written_is_read_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding of more elements than a stretch: nothing larger is asked for while the checkpoint is written."""
+    whole = write_trained(tmp_path / "before", layers=1, vocab_size=140_000, tied_embeddings=True)
+    asked: list[int] = []
+    part, write = Reader.part, operating.write_tensors
+
+    def counting(self: Reader, kind: str, wanted: Shard) -> torch.Tensor:
+        asked.append(wanted.numel)
+        return part(self, kind, wanted)
+
+    def writing(*arguments: Any) -> Any:
+        asked.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Reader, "part", counting)
+            return write(*arguments)
+
+    monkeypatch.setattr(operating, "write_tensors", writing)
+    cut(whole, tmp_path / "after", {"model.vocab_size": 141_000, "model.tied_embeddings": False}, tokens(1, 9))
+    assert max(asked) == operating.STRETCH < 140_000 * 32
+
+
+def test_a_layer_lets_go_of_its_weights_before_the_next(tmp_path: Path) -> None:
+    whole = write_trained(tmp_path / "before")
+    config = stored_config(whole.directory, whole.manifest)
+    before: list[torch.nn.Module] = []
+    for _, module in stream(whole.directory, whole.manifest, config):
+        assert sum(weight.numel() for each in before for weight in each.parameters()) == 0
+        before.append(module)
+    assert len(before) == 6
+
+
+def test_what_is_not_operated_on_is_copied_bit_for_bit(tmp_path: Path) -> None:
+    whole = write_trained(tmp_path / "before")
+    done = cut(whole, tmp_path / "after", {"model.qk_norm": True})
+    old, new = whole_of(whole), whole_of(done.whole)
+    assert {key for key in new if key not in old} == {
+        f"blocks.{block}.attention.{norm}_norm.weight:{kind}"
+        for block in (0, 1) for norm in "qk" for kind in ("weight", "exp_avg", "exp_avg_sq")
+    }  # fmt: skip
+    assert all(torch.equal(new[key], old[key]) for key in old)
+    assert done.whole.manifest.state == whole.manifest.state
+    index = Reader(done.whole.directory, done.whole.manifest).parameters
+    assert index["blocks.0.attention.qkv.weight"].dim == 0, "so that convert can slice it"
+
+
+def test_moments_are_those_of_the_rule(tmp_path: Path) -> None:
+    """A checkpoint without moments stays without."""
+    from tests.convert.models import write_run
+
+    write_run(tmp_path / "before")
+    from megatron_stable.checkpoint.catalog import newest_whole
+
+    done = cut(newest_whole(tmp_path / "before"), tmp_path / "after", {"model.qk_norm": True})
+    assert {key.partition(":")[2] for key in whole_of(done.whole)} == {"weight"}
+
+
+def test_a_cap_below_the_logits_is_refused_or_raised(tmp_path: Path) -> None:
+    whole = write_trained(tmp_path / "before")
+    with pytest.raises(ConfigError, match=r"model\.attention_cap 0\.001 is not above the largest logit measured"):
+        cut(whole, tmp_path / "refused", {"model.attention_cap": 1e-3})
+    done = cut(whole, tmp_path / "raised", {"model.attention_cap": 1e-3}, raise_caps=True)
+    assert done.config.model.attention_cap is not None
+    assert done.config.model.attention_cap > 0.1
+    assert done.changes["model.attention_cap"] == (None, done.config.model.attention_cap)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "learnt", "verdict"),
+    [
+        (2.0, 2.00005, 3.0, "unchanged"),
+        (2.0, 1.5, 3.0, "continuous"),
+        (2.0, 2.1, 3.0, "continuous"),
+        (2.0, 2.2, 3.0, "broken"),
+        (2.0, None, 3.0, "broken"),
+        (5.0, 5.01, -0.1, "broken"),
+    ],
+)
+def test_verdicts(before: float, after: float | None, learnt: float, verdict: str) -> None:
+    found = Continuity(tokens=9, length=3, before=before, after=after, log_z=(1, 1), layers=(), learnt=learnt)
+    assert found.verdict == verdict
+    assert found.words().startswith(verdict)
+
+
+def test_places_of_30b_are_known_without_allocating_them() -> None:
+    config = Config.model_validate({"model": {"size": "30b", "vocab_size": 128_000}})
+    sizes: dict[str, int] = {}
+    for name, place in places(config).items():
+        layer = name.partition(".")[0] if not name.startswith("blocks.") else ".".join(name.split(".")[:2])
+        sizes[layer] = sizes.get(layer, 0) + 4 * place.numel
+    assert max(sizes.values()) == sizes["head"] == 128_000 * 7168 * 4
+    assert sizes["blocks.0"] == pytest.approx(2.47e9, rel=0.01)
