@@ -1,12 +1,14 @@
-"""How far the windows of a source would move a model: the step of Adam that each asks for, in units of the usual.
+"""How far the windows of a source would move a model: the step that Adam makes of a batch that holds one of them.
 
 Gradient norms alone miss data whose gradient falls on parameters that other data hardly touch, such as the embeddings
 of rare tokens: what moves the weights is the gradient over the root of its second moment. So a window w is measured by
+RMS_t of arXiv 2304.13013 (§3.4), whose spikes come one to eight steps before those of the loss, for its own part of a
+batch of B windows::
 
-    RMS_w = sqrt( mean over parameters of (g_w / (sqrt(v) + eps))^2 )
+    g = g_w / B,   RMS_w = sqrt( mean over parameters of g^2 / (sqrt(beta2 v + (1 - beta2) g^2) + eps)^2 )
 
-with its gradient g_w, and v as it stands in the optimizer's state (Adam's second moment, bias-corrected). Of a whole
-batch this is RMS_t of arXiv 2304.13013 (§3.4), whose spikes come one to eight steps before those of the loss.
+with v as the optimizer's state has it (Adam's second moment, bias-corrected). No parameter counts for more than
+1 / (1 - beta2), so that one token that has never been seen does not make a window stand out, and a window of them does.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def impact(run: Path, step: int, windows: Sequence[Sequence[Location]], tick: Ca
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = fill(whole, config, device)
     sigma.measure(model)
-    weights, roots = _roots(Reader(whole.directory, whole.manifest), model, config.optimizer.betas[1] ** step)
+    weights, moments = _moments(Reader(whole.directory, whole.manifest), model, config.optimizer.betas[1] ** step)
+    beta, eps, batch = config.optimizer.betas[1], config.optimizer.eps, config.batch.global_size
     assert config.model.vocab_size is not None
     rms, losses = [], []
     for location in (each for source in windows for each in source):
@@ -84,25 +87,27 @@ def impact(run: Path, step: int, windows: Sequence[Sequence[Location]], tick: Ca
             model(inputs[:, :-1]), inputs[:, 1:], vocab_size=config.model.vocab_size, cap=config.model.final_logit_cap
         )
         gradients = torch.autograd.grad(nll.mean(), weights)
-        pairs = zip(gradients, roots, strict=True)
-        squares = torch.stack([(g / (root + config.optimizer.eps)).square().sum() for g, root in pairs]).sum()
-        rms.append(float((squares / sum(root.numel() for root in roots)).sqrt()))
+        parts = [_squares(g / batch, v, beta, eps) for g, v in zip(gradients, moments, strict=True)]
+        rms.append(float((torch.stack(parts).sum() / sum(v.numel() for v in moments)).sqrt()))
         losses.append(float(nll.detach().mean()))
         tick()
     shape = len(windows), -1
     return Impact(np.array(rms).reshape(shape), np.array(losses).reshape(shape))
 
 
-def _roots(reader: Reader, model: Transformer, decayed: float) -> tuple[list[torch.nn.Parameter], list[Tensor]]:
-    """The parameters that Adam updates, and the root of the second moment of each."""
-    weights, roots = [], []
+def _squares(gradient: Tensor, moment: Tensor, beta: float, eps: float) -> Tensor:
+    return (gradient / ((beta * moment + (1 - beta) * gradient.square()).sqrt() + eps)).square().sum()
+
+
+def _moments(reader: Reader, model: Transformer, decayed: float) -> tuple[list[torch.nn.Parameter], list[Tensor]]:
+    """The parameters that Adam updates, and the second moment of each, bias-corrected."""
+    weights, moments = [], []
     for weight in model.parameters():
         known = place(weight)
         if SECOND in reader.parameters[known.name].kinds:
             weights.append(weight)
-            moment = reader.full(known.name, SECOND, tuple(weight.shape)).to(weight.device)
-            roots.append((moment / (1 - decayed)).sqrt())
+            moments.append(reader.full(known.name, SECOND, tuple(weight.shape)).to(weight.device) / (1 - decayed))
     reader.close()
     if not weights:
         raise ConfigError(f"{reader.directory}: no parameter has a second moment: screen with optimizer.name=adamw")
-    return weights, roots
+    return weights, moments

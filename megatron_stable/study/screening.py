@@ -27,7 +27,7 @@ from megatron_stable.study.observations import groups, nearest
 from megatron_stable.study.table import FILE, RATE, Row, read_table
 
 CONTROL, AXIS = "control", "source"
-STATES = 6  # checkpoints of a run, at equal distances; the control's are asked about windows
+STATES = 4  # checkpoints of a run, at equal distances; those of the control are asked about windows
 FACTOR, SEEDS, WINDOWS = 4.0, 3, 128
 NEAR = 0.5  # of the largest stable learning rate: at it, the control is so wild that it hides what is looked for
 SEARCHED = tuple(10 ** (k / 2) for k in range(7))  # learning rates of the search, in units of the configuration's
@@ -64,8 +64,8 @@ def ask(directory: Path, base: Path, overrides: Sequence[str], factor: float = F
         raise ConfigError(f"--factor {factor:g}: give more than 1 to up-weight a source, or 0 to leave it out")
     config = load_config(base, overrides)
     found = sources_of(config.data.train)
-    if config.run.steps < 10 * STATES:
-        raise ConfigError(f"run.steps {config.run.steps}: a proxy of less than {10 * STATES} steps says nothing")
+    if config.run.steps < 15 * STATES:
+        raise ConfigError(f"run.steps {config.run.steps}: a proxy of less than {15 * STATES} steps says nothing")
     return Asked(directory, base, tuple(overrides), found, factor, seeds)
 
 

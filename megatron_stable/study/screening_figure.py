@@ -31,11 +31,11 @@ def picture(found: Found) -> Any:
     left.set_yticks(range(len(sources)), [plain(name) for name in names])
     left.set_ylim(len(sources) - 0.5, -0.5)
     left.set_xlabel(f"step of a window over the median's; {found.record.stands_out:g} and more stand out")
-    right.set_xlabel(f"factor on the tail of gradient norms; {found.record.least_tail:g} matters")
+    right.set_xlabel(f"factor on the tail; {found.record.least_tail:g} matters")
     for axes, threshold in ((left, found.record.stands_out), (right, found.record.least_tail)):
         tidy(axes)
         axes.set_xscale("log")
-        axes.axvline(1, color=GRID, linewidth=1)
+        axes.axvline(1, color=GRID, linewidth=1, zorder=0)
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         low, high = axes.get_xlim()
         axes.set_xticks(*log_ticks(low, high))

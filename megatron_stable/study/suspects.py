@@ -36,7 +36,6 @@ from megatron_stable.study.screened import Bounds, Events, Place, Screened, Scre
 from megatron_stable.study.screening import AXIS, CONTROL, WINDOWS, Asked, weights
 from megatron_stable.study.screening_words import advice
 from megatron_stable.study.simultaneous import Interval, against_control, share
-from megatron_stable.study.table import RATE
 
 ERROR = 0.05  # that any interval of a screening misses
 STANDS_OUT, SHARE, TAIL = 3.0, 0.1, 1.5
@@ -96,10 +95,20 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
             )
         )  # fmt: skip
     record = Screening(
-        written_by=package_version(), learning_rate=float(grid.cells[0].config.by_key()[RATE]), factor=asked.factor,
-        seeds=tuple(cell.config.run.seed for cell in cells[CONTROL]), steps=grid.cells[0].config.run.steps,
-        windows=steps.shape[1], states=places, error=ERROR, stands_out=STANDS_OUT, least_share=SHARE, least_tail=TAIL, control=_events(cells[CONTROL]), sources=tuple(listed),
-    )  # fmt: skip
+        written_by=package_version(),
+        learning_rate=float(grid.cells[0].config.optimizer.learning_rate),
+        factor=asked.factor,
+        seeds=tuple(cell.config.run.seed for cell in cells[CONTROL]),
+        steps=grid.cells[0].config.run.steps,
+        windows=steps.shape[1],
+        states=places,
+        error=ERROR,
+        stands_out=STANDS_OUT,
+        least_share=SHARE,
+        least_tail=TAIL,
+        control=_events(cells[CONTROL]),
+        sources=tuple(listed),
+    )
     return Found(record.model_copy(update={"recommendation": tuple(advice(record))}), steps)
 
 
