@@ -48,8 +48,8 @@ TEXTS = {
 }
 KINDS = ("repeated", "random", "utf8", "none")
 VOCAB, PIECE, DOCUMENTS, PIECES = 768, 1500, 200, 20  # characters of a document, documents of a source, of a file
-SPOILED = 0.5  # of the victim's documents
-WINDOWS, SEEDS, STEPS = 64, 2, 72
+SPOILED = 0.3  # of the victim's documents
+WINDOWS, SEEDS, STEPS = 96, 2, 72
 PROXY = {
     "run": {"steps": STEPS},
     "model": {"layers": 2, "hidden": 32, "heads": 2, "sequence_length": 64, "vocab_size": VOCAB},
@@ -116,7 +116,7 @@ def spoilt(kind: str, text: str, tokenizer: Tokenizer, draw: random.Random) -> l
 def write_source(
     prefix: Path, texts: Sequence[str], kind: str | None, tokenizer: Tokenizer, draw: random.Random
 ) -> None:
-    """A dataset, in which half of the documents are spoiled if a kind is given."""
+    """A dataset, some of whose documents are spoiled if a kind is given."""
     with IndexedWriter(str(prefix), token_dtype(VOCAB)) as writer:
         for text in texts:
             bad = kind is not None and draw.random() < SPOILED
@@ -145,7 +145,7 @@ def prepare(root: Path) -> Tokenizer:
 
 
 def learning_rate(root: Path, tokenizer: Tokenizer) -> float:
-    """Half of the largest stable one on unspoiled text, as the verb has it."""
+    """A fifth of the largest stable one on unspoiled text, as the verb has it."""
     folder = root / "edge"
     if not (folder / "blend.yaml").is_file():
         write_blend(folder, "none", None, tokenizer, random.Random(1))
@@ -164,15 +164,15 @@ def trial(root: Path, kind: str, number: int, rate: float, tokenizer: Tokenizer)
         shutil.rmtree(folder, ignore_errors=True)
         victim = None if kind == "none" else draw.choice(list(TEXTS))
         blend = write_blend(folder, kind, victim, tokenizer, draw)
-        record, steps = _screen(folder, root / "proxy.yaml", blend, rate, seed=draw.randrange(10**6))
+        record, steps, losses = _screen(folder, root / "proxy.yaml", blend, rate, seed=draw.randrange(10**6))
         made = Trial(
             kind, number, victim,
             tuple(source.name for source in record.sources if source.verdict == "suspect"),
-            {source.name: source.standing_out.value for source in record.sources},
+            {source.name: source.odd.value for source in record.sources},
             time.monotonic() - began,
         )  # fmt: skip
         write_file(folder / "screening.json", record.model_dump_json(indent=1).encode())
-        np.save(folder / "steps.npy", steps)
+        np.save(folder / "windows.npy", np.stack([steps, losses]))
         shutil.rmtree(folder / "screen" / "runs")
         write_file(done, json.dumps(made._asdict()).encode())
     read: dict[str, Any] = json.loads(done.read_bytes())

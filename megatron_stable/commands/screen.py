@@ -30,7 +30,7 @@ def screen(
         "config.yaml"
     ),
     output: Annotated[Path, typer.Option(metavar="DIR", help="Everything goes there.")] = Path("screens/first"),
-    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: half of the largest stable one.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate. Default: a fifth of the largest stable one.")] = None,
     sweep: Annotated[
         Path | None, typer.Option(help="A sweep of learning rates that has the largest stable one. Default: search.")
     ] = None,
@@ -61,7 +61,7 @@ def screen(
         lr = _near(edge_of(sweep, asked.config))
     if lr is None and dry_run:
         print(f"{len(search(asked).cells)} runs to find the largest stable learning rate, then")
-        print(f"{(len(asked.sources) + 1) * seeds} runs at half of it")
+        print(f"{(len(asked.sources) + 1) * seeds} runs at a fifth of it")
         return
     work = Sweep(arms(asked, lr if lr is not None else _near(_searched(asked, jobs))))
     if dry_run:
@@ -112,13 +112,13 @@ def _print(record: Screening, output: Path) -> None:
         f"{record.windows} windows of each source at {record.states} states. All intervals together hold with 95 %."
     )
     table = Table(
-        "source", "weight", "windows that stand out", "loss over blend's", "tail of gradient norms", "spikes",
+        "source", "weight", "odd windows", "loss over blend's", "tail of gradient norms", "spikes",
         "diverged", "verdict", box=None, pad_edge=False,
     )  # fmt: skip
     seeds = len(record.seeds)
     for each in record.sources:
         table.add_row(
-            each.name, f"{each.share[0]:.0%} → {each.share[1]:.0%}", percent(each.standing_out), f"{each.gap:+.2f}",
+            each.name, f"{each.share[0]:.0%} → {each.share[1]:.0%}", percent(each.odd), f"{each.gap:+.2f}",
             factor_of(each.tail), str(each.events.spikes), f"{each.events.diverged} of {seeds}", each.verdict,
         )  # fmt: skip
     console.print(table)

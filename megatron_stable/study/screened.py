@@ -31,7 +31,7 @@ class Events(Persisted):
 
 
 class Place(Persisted):
-    """A window that stands out."""
+    """An odd window."""
 
     dataset: str
     document: int
@@ -40,6 +40,8 @@ class Place(Persisted):
     """Of the dataset, at which it begins."""
     step: float
     """Over the median window's."""
+    loss: float
+    """Robust standard deviations above the median window's."""
 
 
 class Screened(Persisted):
@@ -48,12 +50,12 @@ class Screened(Persisted):
     Attributes:
         weight: In the blend.
         share: Of the samples, there and in its own arm.
-        standing_out: Share of its windows.
+        odd: Share of its windows.
         gap: Mean loss of its windows over that of the blend's, nats per token, by the control's last states.
         tail: Factor on the tail of gradient norms.
         excursion: What it adds to the highest tenth of losses over their running median, nats per token.
         events: In its arm.
-        worst: Windows that stand out the most.
+        worst: Its oddest windows.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Screened(Persisted):
     weight: float
     share: tuple[float, float]
     verdict: Verdict
-    standing_out: Bounds
+    odd: Bounds
     gap: float
     tail: Bounds
     excursion: Bounds
@@ -77,7 +79,8 @@ class Screening(Persisted):
         windows: Of each source, that were looked at.
         states: Of the control, that were asked.
         error: Probability that any of the intervals misses.
-        stands_out: Step of a window, over the median's, from which on it stands out.
+        far, apart: Step of a window over the median's, and robust standard deviations of its loss, beyond which it is
+            odd.
         least_share, least_tail: A source is suspect whose interval lies above one of these.
         recommendation: In sentences.
     """
@@ -91,7 +94,8 @@ class Screening(Persisted):
     windows: int
     states: int
     error: float
-    stands_out: float
+    far: float
+    apart: float
     least_share: float
     least_tail: float
     control: Events

@@ -29,7 +29,7 @@ from megatron_stable.study.table import FILE, RATE, Row, read_table
 CONTROL, AXIS = "control", "source"
 STATES = 4  # checkpoints of a run, at equal distances; those of the control are asked about windows
 FACTOR, SEEDS, WINDOWS = 4.0, 3, 128
-NEAR = 0.5  # of the largest stable learning rate: at it, the control is so wild that it hides what is looked for
+NEAR = 0.2  # of the largest stable learning rate: nearer, the control is so wild that it hides what is looked for
 SEARCHED = tuple(10 ** (k / 2) for k in range(7))  # learning rates of the search, in units of the configuration's
 
 

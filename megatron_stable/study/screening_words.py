@@ -14,7 +14,8 @@ def advice(record: Screening) -> Iterator[str]:
             yield f"Inspect {each.name}, or remove it: {'; '.join(_charges(each, record))}."
             if each.worst:
                 places = ", ".join(
-                    f"{place.document} of {place.dataset} ({place.step:.0f} times)" for place in each.worst
+                    f"{place.document} of {place.dataset} (step {place.step:.1f}, loss {place.loss:+.0f})"
+                    for place in each.worst
                 )
                 yield f"  Begin with documents {places}."
     for each in record.sources:
@@ -26,21 +27,18 @@ def advice(record: Screening) -> Iterator[str]:
 
 
 def _charges(each: Screened, record: Screening) -> Iterator[str]:
-    out, tail = each.standing_out, each.tail
+    out, tail = each.odd, each.tail
     if out.low is not None and out.low > record.least_share:
-        yield (
-            f"{percent(out)} of its windows would move the model {record.stands_out:g} times as far as the median "
-            "window, or more"
-        )
+        yield f"{percent(out)} of its windows are odd: a step of {record.far:g} times, or a loss {record.apart:g} sd off"
     if tail.low is not None and tail.low > record.least_tail:
         done = "up-weighted" if record.factor else "in the blend"
         yield f"{done}, it multiplies the tail of gradient norms by {factor_of(tail)}"
 
 
 def _doubts(each: Screened, record: Screening) -> Iterator[str]:
-    out, tail = each.standing_out, each.tail
+    out, tail = each.odd, each.tail
     if out.high is not None and out.high > record.least_share:
-        yield f"{percent(out)} of its windows stand out, which does not tell; more --windows narrow it"
+        yield f"{percent(out)} of its windows are odd, which may be more than {record.least_share:.0%} or not; more --windows narrow it"
     if tail.high is None or tail.high > record.least_tail:
         yield f"its runs leave room for a factor of {factor_of(tail)} on the tail; more --seeds narrow it"
 

@@ -2,10 +2,11 @@
 
 Two lines of evidence, each with half of the error that is allowed, so that all their intervals hold together:
 
-Windows. The control's states are asked how far random windows of each source would move them
-(:mod:`megatron_stable.study.impact`), over the median window of the blend, as the geometric mean over all states. A
-window stands out from ``STANDS_OUT`` times on. Texts differ, so a source is suspect only if more than ``SHARE`` of its
-windows stand out, beyond doubt.
+Windows. The control's states are asked about random windows of each source: how far each would move them, over the
+median window of the blend (:mod:`megatron_stable.study.impact`), and how its loss lies to theirs, in robust standard
+deviations, as means over all states. A window is odd that would move them ``FAR`` times as far, or whose loss is
+``APART`` deviations off, to either side: what is far too easy, such as the same bytes again and again, is no text
+either. Texts differ, so a source is suspect only if more than ``SHARE`` of its windows are odd, beyond doubt.
 
 Arms. The tail of gradient norms of a run is the mean of its highest tenth, over a running median, in logarithms: a
 level that differs between texts drops out. A source is suspect if it multiplies the tail by more than ``TAIL``.
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_stable.analysis.inspection import SIGMA
 from megatron_stable.data import Location, TokenDataset
 from megatron_stable.data.shards import open_tokens
 from megatron_stable.errors import ConfigError
@@ -38,21 +40,23 @@ from megatron_stable.study.screening_words import advice
 from megatron_stable.study.simultaneous import Interval, against_control, share
 
 ERROR = 0.05  # that any interval of a screening misses
-STANDS_OUT, SHARE, TAIL = 3.0, 0.1, 1.5
+FAR, APART, SHARE, TAIL = 2.0, 4.0, 0.1, 1.5
 AROUND, MOST = (
     10,
     10.0,
 )  # steps to either side of a running median; a gradient norm beyond so many times it counts as that
-FAR = 1e6  # of a window's step, which is beyond all measure where it is not finite
+MEASURE = 1e6  # of a window's step, which is beyond all measure where it is not finite
 NAMED = 5  # windows of a suspect that are named
 SEED = 20220502  # of the windows that are drawn
 
 
 class Found(NamedTuple):
-    """A screening, and how far each window would move the model, over the median ``[sources, windows]``."""
+    """A screening, and of each window ``[sources, windows]`` how far it would move the model, over the median window,
+    and how its loss lies to theirs, in robust standard deviations."""
 
     record: Screening
     steps: NDArray[np.float64]
+    losses: NDArray[np.float64]
 
 
 def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], None] = lambda total: None) -> Found:
@@ -72,10 +76,14 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
     names = [each.name for each in asked.sources]
     windows = _drawn(asked, count)
     told, places = _ask(cells[CONTROL], windows, tick)
-    logs = np.log(np.nan_to_num(np.stack([each.rms for each in told]), nan=FAR, posinf=FAR).clip(1 / FAR, FAR))
+    logs = np.log(
+        np.nan_to_num(np.stack([each.rms for each in told]), nan=MEASURE, posinf=MEASURE).clip(1 / MEASURE, MEASURE)
+    )
     blend = np.array([asked.sources[i].weight / len(row) for i, row in enumerate(windows) for _ in row])
     # of each state the median window of the blend is the measure; over states, the geometric mean
     steps = np.exp(np.mean([state - _median(state, blend) for state in logs], axis=0))
+    losses = np.mean([_deviations(each.loss, blend) for each in told], axis=0)
+    odd = (steps > FAR) | (np.abs(losses) > APART)
     gaps = _gaps(told[-len(cells[CONTROL]) :], asked)
     tails, excursions = _excesses([cells[arm] for arm in (CONTROL, *names)], asked)
     sign = 1 if asked.factor else -1
@@ -83,15 +91,15 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
     listed = []
     for i, source in enumerate(asked.sources):
         after = weights(asked, source.name)
-        out = share(int((steps[i] > STANDS_OUT).sum()), steps.shape[1], each_error)
+        out = share(int(odd[i].sum()), steps.shape[1], each_error)
         tail, excursion = _signed(tails[i], sign), _signed(excursions[i], sign)
         factor = Interval(*(float(np.exp(bound)) for bound in tail))
         listed.append(
             Screened(
                 name=source.name, paths=source.paths, weight=source.weight,
                 share=(before[source.name] / sum(before.values()), after[source.name] / sum(after.values())),
-                verdict=_verdict(out, factor), standing_out=_bounds(out), gap=gaps[i], tail=_bounds(factor),
-                excursion=_bounds(excursion), events=_events(cells[source.name]), worst=_worst(steps[i], windows[i]),
+                verdict=_verdict(out, factor), odd=_bounds(out), gap=gaps[i], tail=_bounds(factor),
+                excursion=_bounds(excursion), events=_events(cells[source.name]), worst=_worst(steps[i], losses[i], windows[i]),
             )
         )  # fmt: skip
     record = Screening(
@@ -103,13 +111,14 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
         windows=steps.shape[1],
         states=places,
         error=ERROR,
-        stands_out=STANDS_OUT,
+        far=FAR,
+        apart=APART,
         least_share=SHARE,
         least_tail=TAIL,
         control=_events(cells[CONTROL]),
         sources=tuple(listed),
     )
-    return Found(record.model_copy(update={"recommendation": tuple(advice(record))}), steps)
+    return Found(record.model_copy(update={"recommendation": tuple(advice(record))}), steps, losses)
 
 
 def _verdict(out: Interval, tail: Interval) -> Verdict:
@@ -140,6 +149,13 @@ def _median(values: NDArray[np.float64], blend: NDArray[np.float64]) -> float:
     order = np.argsort(flat)
     passed = np.cumsum(blend[order])
     return float(flat[order][np.searchsorted(passed, passed[-1] / 2)])
+
+
+def _deviations(values: NDArray[np.float64], blend: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Robust standard deviations from the median, none more than ``MEASURE``."""
+    known = np.nan_to_num(values, nan=MEASURE, posinf=MEASURE)
+    over = known - _median(known, blend)
+    return (over / max(SIGMA * _median(np.abs(over), blend), 1e-12)).clip(-MEASURE, MEASURE)
 
 
 def _gaps(last: Sequence[Impact], asked: Asked) -> list[float]:
@@ -187,13 +203,17 @@ def _events(cells: Sequence[Cell]) -> Events:
     )
 
 
-def _worst(steps: NDArray[np.float64], windows: Sequence[Location]) -> tuple[Place, ...]:
-    order = [int(i) for i in np.argsort(-steps)[:NAMED] if steps[i] > STANDS_OUT]
-    found = ((windows[i].dataset.indexed, windows[i].start, float(steps[i])) for i in order)
+def _worst(steps: NDArray[np.float64], losses: NDArray[np.float64], windows: Sequence[Location]) -> tuple[Place, ...]:
+    badness = np.maximum(np.log(steps) / log(FAR), np.abs(losses) / APART)
+    order = [int(i) for i in np.argsort(-badness)[:NAMED] if badness[i] > 1]
+    found = ((i, windows[i].dataset.indexed, windows[i].start) for i in order)
     return tuple(
-        Place(dataset=str(data.prefix), document=data.document_at(start), token=start, step=step)
-        for data, start, step in found
-    )
+        Place(
+            dataset=str(data.prefix), document=data.document_at(start), token=start, step=float(steps[i]),
+            loss=float(losses[i]),
+        )
+        for i, data, start in found
+    )  # fmt: skip
 
 
 def _signed(found: Interval, sign: int) -> Interval:
