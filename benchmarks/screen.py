@@ -4,7 +4,7 @@
     python benchmarks/screen.py --trials 20 --output runs/screen # goes on where it stopped; hours on two cores
 
 Text that `make setup` leaves on any machine, in six natural sources: Python of the standard library, C++ headers,
-manuals, type stubs, tests, style sheets and HTML. In a trial, one of them has half of its documents spoiled:
+manuals, type stubs, tests, style sheets and HTML. In a trial, three in ten documents of one of them are spoiled:
 
 repeated   one byte, drawn for each document, again and again
 random     tokens drawn evenly from the vocabulary

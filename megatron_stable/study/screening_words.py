@@ -13,11 +13,11 @@ def advice(record: Screening) -> Iterator[str]:
         if each.verdict == "suspect":
             yield f"Inspect {each.name}, or remove it: {'; '.join(_charges(each, record))}."
             if each.worst:
-                places = ", ".join(
+                told = (
                     f"{place.document} of {place.dataset} (step {place.step:.1f}, loss {place.loss:+.0f})"
                     for place in each.worst
                 )
-                yield f"  Begin with documents {places}."
+                yield f"  Begin with documents {', '.join(told)}."
     for each in record.sources:
         if each.verdict == "open":
             yield f"Nothing can be said of {each.name}: {'; '.join(_doubts(each, record))}."
@@ -29,7 +29,10 @@ def advice(record: Screening) -> Iterator[str]:
 def _charges(each: Screened, record: Screening) -> Iterator[str]:
     out, tail = each.odd, each.tail
     if out.low is not None and out.low > record.least_share:
-        yield f"{percent(out)} of its windows are odd: a step of {record.far:g} times, or a loss {record.apart:g} sd off"
+        yield (
+            f"{percent(out)} of its windows are odd: they would move the model {record.far:g} times as far as the "
+            f"median window, or their loss is {record.apart:g} robust standard deviations off"
+        )
     if tail.low is not None and tail.low > record.least_tail:
         done = "up-weighted" if record.factor else "in the blend"
         yield f"{done}, it multiplies the tail of gradient norms by {factor_of(tail)}"
@@ -38,7 +41,10 @@ def _charges(each: Screened, record: Screening) -> Iterator[str]:
 def _doubts(each: Screened, record: Screening) -> Iterator[str]:
     out, tail = each.odd, each.tail
     if out.high is not None and out.high > record.least_share:
-        yield f"{percent(out)} of its windows are odd, which may be more than {record.least_share:.0%} or not; more --windows narrow it"
+        yield (
+            f"{percent(out)} of its windows are odd, which may be more than {record.least_share:.0%} or not; more "
+            "--windows narrow it"
+        )
     if tail.high is None or tail.high > record.least_tail:
         yield f"its runs leave room for a factor of {factor_of(tail)} on the tail; more --seeds narrow it"
 

@@ -99,7 +99,8 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
                 name=source.name, paths=source.paths, weight=source.weight,
                 share=(before[source.name] / sum(before.values()), after[source.name] / sum(after.values())),
                 verdict=_verdict(out, factor), odd=_bounds(out), gap=gaps[i], tail=_bounds(factor),
-                excursion=_bounds(excursion), events=_events(cells[source.name]), worst=_worst(steps[i], losses[i], windows[i]),
+                excursion=_bounds(excursion), events=_events(cells[source.name]),
+                worst=_worst(steps[i], losses[i], windows[i]),
             )
         )  # fmt: skip
     record = Screening(
