@@ -82,7 +82,9 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
     blend = np.array([asked.sources[i].weight / len(row) for i, row in enumerate(windows) for _ in row])
     # of each state the median window of the blend is the measure; over states, the geometric mean
     steps = np.exp(np.mean([state - _median(state, blend) for state in logs], axis=0))
-    losses = np.mean([_deviations(each.loss, blend) for each in told], axis=0)
+    deviations = np.stack([_deviations(each.loss, blend) for each in told])
+    # what is learnt fast is too hard first and too easy then: sizes are averaged, not signs
+    losses = np.copysign(np.abs(deviations).mean(0), deviations.mean(0))
     odd = (steps > FAR) | (np.abs(losses) > APART)
     gaps = _gaps(told[-len(cells[CONTROL]) :], asked)
     tails, excursions = _excesses([cells[arm] for arm in (CONTROL, *names)], asked)
