@@ -1,6 +1,7 @@
 """What the runs of a screening say of each source: evidence with intervals, verdicts, and a record of it all.
 
-Two lines of evidence, each with half of the error that is allowed, so that all their intervals hold together:
+Two lines of evidence, each with half of the error that is allowed (of the second's, half is for tails of losses), so
+that all intervals hold together:
 
 Windows. The control's states are asked about random windows of each source: how far each would move them, over the
 median window of the blend (:mod:`megatron_stable.study.impact`), and how its loss lies to theirs, in robust standard
@@ -169,8 +170,7 @@ def _gaps(last: Sequence[Impact], asked: Asked) -> list[float]:
 def _excesses(arms: Sequence[Sequence[Cell]], asked: Asked) -> tuple[list[Interval], list[Interval]]:
     """What each source does to the tail of gradient norms, in logarithms, and to that of losses."""
     measured = np.array([[_excess(cell) for cell in runs] for runs in arms])
-    first = against_control(measured[..., 0], ERROR / 2)
-    return first, against_control(measured[..., 1], ERROR / 2)
+    return against_control(measured[..., 0], ERROR / 4), against_control(measured[..., 1], ERROR / 4)
 
 
 def _excess(cell: Cell) -> tuple[float, float]:
