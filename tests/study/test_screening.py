@@ -31,7 +31,8 @@ def write_sources(folder: Path, spoiled: str | None = "bad") -> Path:
                     tokens = draw.integers(0, VOCAB, SEQUENCE + 8)
                 writer.add(tokens)
     path = folder / "blend.yaml"
-    path.write_text(yaml.safe_dump({"sources": {name: {"path": name, "weight": 2.0} for name in NAMES}}))
+    listed = {name: {"path": name, "weight": 2.0} for name in NAMES}
+    path.write_text(yaml.safe_dump({"sources": listed}, sort_keys=False))
     return path
 
 
