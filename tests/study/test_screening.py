@@ -195,3 +195,15 @@ def test_impact_is_the_rms_of_adams_step(tmp_path: Path) -> None:
         count += weight.numel()
     assert found.loss[3, 1] == pytest.approx(nll.item(), rel=1e-4)
     assert found.rms[3, 1] == pytest.approx((total / count) ** 0.5, rel=1e-3)
+
+
+def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sources(tmp_path)
+    command = ["screen", "--config", str(write_proxy(tmp_path)), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert run_verb(command) == 0
+    said = capsys.readouterr().out
+    assert "7 runs to find the largest stable learning rate" in said and "15 runs at a fifth of it" in said
+    assert run_verb([*command, "--lr", "1e-2", "--seeds", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0] == "source=control,seed=1234" and lines[-1] == "source=bad,seed=1235"
+    assert not (tmp_path / "out" / "runs").exists()
