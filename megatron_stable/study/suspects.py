@@ -41,7 +41,7 @@ from megatron_stable.study.screening_words import advice
 from megatron_stable.study.simultaneous import Interval, against_control, share
 
 ERROR = 0.05  # that any interval of a screening misses
-FAR, APART, SHARE, TAIL = 2.0, 4.0, 0.05, 1.5
+FAR, APART, SHARE, TAIL = 2.0, 4.0, 0.1, 1.5
 AROUND, MOST = (
     10,
     10.0,
