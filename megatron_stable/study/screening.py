@@ -17,8 +17,7 @@ import yaml
 from megatron_stable.config.load import load_config
 from megatron_stable.config.notation import parse
 from megatron_stable.config.schema import Config
-from megatron_stable.data.dataset import YAML
-from megatron_stable.data.sources import EXAMPLE, DataSource, read_sources
+from megatron_stable.data.sources import EXAMPLE, YAML, read_sources
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import write_file
 from megatron_stable.study.criteria import best_of, diverged
@@ -31,6 +30,14 @@ STATES = 4  # checkpoints of a run, at equal distances; those of the control are
 FACTOR, SEEDS, WINDOWS = 4.0, 3, 128
 NEAR = 0.2  # of the largest stable learning rate: nearer, the control is so wild that it hides what is looked for
 SEARCHED = tuple(10 ** (k / 2) for k in range(7))  # learning rates of the search, in units of the configuration's
+
+
+class Weighed(NamedTuple):
+    """A source, and its weight in the blend."""
+
+    name: str
+    paths: tuple[str, ...]
+    weight: float
 
 
 class Asked(NamedTuple):
@@ -48,7 +55,7 @@ class Asked(NamedTuple):
     directory: Path
     base: Path
     overrides: tuple[str, ...]
-    sources: tuple[DataSource, ...]
+    sources: tuple[Weighed, ...]
     factor: float = FACTOR
     seeds: int = SEEDS
 
@@ -64,15 +71,18 @@ def ask(directory: Path, base: Path, overrides: Sequence[str], factor: float = F
         raise ConfigError(f"--factor {factor:g}: give more than 1 to up-weight a source, or 0 to leave it out")
     config = load_config(base, overrides)
     found = sources_of(config.data.train)
+    if config.data.stages:
+        raise ConfigError("data.stages is set: a screening has one blend, so give a proxy without stages")
     if config.run.steps < 15 * STATES:
         raise ConfigError(f"run.steps {config.run.steps}: a proxy of less than {15 * STATES} steps says nothing")
     return Asked(directory, base, tuple(overrides), found, factor, seeds)
 
 
-def sources_of(train: Any) -> tuple[DataSource, ...]:
+def sources_of(train: Any) -> tuple[Weighed, ...]:
     """The sources of a blend, as ``data.train`` has it. ConfigError: it is none of at least two."""
     if isinstance(train, str) and Path(train).suffix in YAML:
-        found = tuple(read_sources(train))
+        listed = read_sources(train)
+        found = tuple(Weighed(each.name, each.paths, each.weight) for each in listed if each.weight is not None)
     elif isinstance(train, dict):
         short = [Path(prefix).name for prefix in train]
         names = short if len(set(short)) == len(short) else list(train)
