@@ -86,9 +86,7 @@ def sources_of(train: Any) -> tuple[Weighed, ...]:
     elif isinstance(train, dict):
         short = [Path(prefix).name for prefix in train]
         names = short if len(set(short)) == len(short) else list(train)
-        found = tuple(
-            DataSource(name, (path,), weight) for name, (path, weight) in zip(names, train.items(), strict=True)
-        )
+        found = tuple(Weighed(name, (path,), weight) for name, (path, weight) in zip(names, train.items(), strict=True))
     else:
         found = ()
     if len(found) < 2:
