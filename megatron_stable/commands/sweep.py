@@ -83,7 +83,8 @@ def sweep(
         for job in submit(work, slurm, option or []):
             print(job)
     else:
-        _train(work, jobs, retries)
+        train(work, jobs, retries)
+        _tell(work, work.rows())
 
 
 def _exclusive(commands: int | None, slurm: int | None, dry_run: bool, table: bool) -> Iterator[tuple[str, bool]]:
@@ -98,7 +99,8 @@ def _part(text: str) -> Part:
     return Part(int(found[1]), int(found[2]))
 
 
-def _train(work: Sweep, jobs: int | None, retries: int) -> None:
+def train(work: Sweep, jobs: int | None, retries: int = 1) -> None:
+    """Train what is open of a sweep, and show on the terminal how that goes."""
     jobs, devices = places(work.grid.ranks, jobs)
     waiting = work.open()
     kept = len(work.mine) - len(waiting)
@@ -114,7 +116,6 @@ def _train(work: Sweep, jobs: int | None, retries: int) -> None:
         for change in work.train(jobs, devices, retries):
             for line in shown.follow(change):
                 print(line, flush=True)
-    _tell(work, work.rows())
 
 
 class Shown:

@@ -32,6 +32,7 @@ VERBS = {
     "forecast": "Foretell from a sweep over sizes whether a larger model will be stable, and which learning rate to "
     "use.",
     "recommend": "Recommend a configuration for a model size and a number of tokens, with the evidence for each value.",
+    "screen": "Say which source of the training data raises the risk of loss spikes.",
     "spikes": "Find the spikes of a run: where each began, its peak, how long it lasted, and whether the gradient norm "
     "led it.",
     "checkpoints": "List a run's checkpoints: step, size, layout, and whether each is complete.",

@@ -94,9 +94,9 @@ class _Largest(Unprobed):
     def __init__(self) -> None:
         self.value = -torch.inf
 
-    def attention(self, q: Tensor, k: Tensor, scores: Scores) -> None:
+    def attention(self, q: Tensor, k: Tensor, scores: Scores, starts: Tensor | None = None) -> None:
         """Before any cap."""
-        self.value = max(self.value, float(max_attention_logits(q, k, scores.scale).max()))
+        self.value = max(self.value, float(max_attention_logits(q, k, scores.scale, starts).max()))
 
 
 def measure(whole: Whole, before: Config, after: Config, batches: list[Tensor]) -> Measured:

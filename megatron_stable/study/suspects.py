@@ -1,0 +1,228 @@
+"""What the runs of a screening say of each source: evidence with intervals, verdicts, and a record of it all.
+
+Two lines of evidence, each with half of the error that is allowed (of the second's, half is for tails of losses), so
+that all intervals hold together:
+
+Windows. The control's states are asked about random windows of each source: how far each would move them, over the
+median window of the blend (:mod:`megatron_stable.study.impact`), and how its loss lies to theirs, in robust standard
+deviations, as means over all states. A window is odd that would move them ``FAR`` times as far, or whose loss is
+``APART`` deviations off, to either side: what is far too easy, such as the same bytes again and again, is no text
+either. Texts differ, so a source is suspect only if more than ``SHARE`` of its windows are odd, beyond doubt.
+
+Arms. The tail of gradient norms of a run is the mean of its highest tenth, over a running median, in logarithms: a
+level that differs between texts drops out. A source is suspect if it multiplies the tail by more than ``TAIL``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import inf, isfinite, log
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_stable.analysis.inspection import SIGMA
+from megatron_stable.data import Location, TokenDataset
+from megatron_stable.data.shards import open_tokens
+from megatron_stable.errors import ConfigError
+from megatron_stable.numbers import finite
+from megatron_stable.persisted import package_version
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.records.metrics import latest, read_metrics
+from megatron_stable.stability.events import SecondOpinion, Spike
+from megatron_stable.study.grid import Cell, Grid
+from megatron_stable.study.impact import Impact, drawn, impact, states
+from megatron_stable.study.outcome import read_ended
+from megatron_stable.study.screened import Bounds, Events, Place, Screened, Screening, Verdict
+from megatron_stable.study.screening import AXIS, CONTROL, WINDOWS, Asked, weights
+from megatron_stable.study.screening_words import advice
+from megatron_stable.study.simultaneous import Interval, against_control, share
+
+ERROR = 0.05  # that any interval of a screening misses
+FAR, APART, SHARE, TAIL = 2.0, 4.0, 0.1, 1.5
+AROUND, MOST = (
+    10,
+    10.0,
+)  # steps to either side of a running median; a gradient norm beyond so many times it counts as that
+MEASURE = 1e6  # of a window's step, which is beyond all measure where it is not finite
+NAMED = 5  # windows of a suspect that are named
+SEED = 20220502  # of the windows that are drawn
+
+
+class Found(NamedTuple):
+    """A screening, and of each window ``[sources, windows]`` how far it would move the model, over the median window,
+    and how its loss lies to theirs, in robust standard deviations."""
+
+    record: Screening
+    steps: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+
+def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], None] = lambda total: None) -> Found:
+    """What a screening has found, when its runs have ended.
+
+    Args:
+        count: Windows of each source.
+        tick: Called after each window at each state, with how many there are in all.
+
+    Raises:
+        ConfigError: No control run has a checkpoint to ask.
+        DataError: Data or checkpoints cannot be read.
+    """
+    cells: dict[str, list[Cell]] = {}
+    for cell in grid.cells:
+        cells.setdefault(cell.labels[AXIS], []).append(cell)
+    names = [each.name for each in asked.sources]
+    windows = _drawn(asked, count)
+    told, places = _ask(cells[CONTROL], windows, tick)
+    logs = np.log(
+        np.nan_to_num(np.stack([each.rms for each in told]), nan=MEASURE, posinf=MEASURE).clip(1 / MEASURE, MEASURE)
+    )
+    blend = np.array([asked.sources[i].weight / len(row) for i, row in enumerate(windows) for _ in row])
+    # of each state the median window of the blend is the measure; over states, the geometric mean
+    steps = np.exp(np.mean([state - _median(state, blend) for state in logs], axis=0))
+    deviations = np.stack([_deviations(each.loss, blend) for each in told])
+    # what is learnt fast is too hard first and too easy then: sizes are averaged, not signs
+    losses = np.copysign(np.abs(deviations).mean(0), deviations.mean(0))
+    odd = (steps > FAR) | (np.abs(losses) > APART)
+    gaps = _gaps(told[-len(cells[CONTROL]) :], asked)
+    tails, excursions = _excesses([cells[arm] for arm in (CONTROL, *names)], asked)
+    sign = 1 if asked.factor else -1
+    before, each_error = weights(asked, CONTROL), ERROR / 2 / len(names)
+    listed = []
+    for i, source in enumerate(asked.sources):
+        after = weights(asked, source.name)
+        out = share(int(odd[i].sum()), steps.shape[1], each_error)
+        tail, excursion = _signed(tails[i], sign), _signed(excursions[i], sign)
+        factor = Interval(*(float(np.exp(bound)) for bound in tail))
+        listed.append(
+            Screened(
+                name=source.name, paths=source.paths, weight=source.weight,
+                share=(before[source.name] / sum(before.values()), after[source.name] / sum(after.values())),
+                verdict=_verdict(out, factor), odd=_bounds(out), gap=gaps[i], tail=_bounds(factor),
+                excursion=_bounds(excursion), events=_events(cells[source.name]),
+                worst=_worst(steps[i], losses[i], windows[i]),
+            )
+        )  # fmt: skip
+    record = Screening(
+        written_by=package_version(),
+        learning_rate=float(grid.cells[0].config.optimizer.learning_rate),
+        factor=asked.factor,
+        seeds=tuple(cell.config.run.seed for cell in cells[CONTROL]),
+        steps=grid.cells[0].config.run.steps,
+        windows=steps.shape[1],
+        states=places,
+        error=ERROR,
+        far=FAR,
+        apart=APART,
+        least_share=SHARE,
+        least_tail=TAIL,
+        control=_events(cells[CONTROL]),
+        sources=tuple(listed),
+    )
+    return Found(record.model_copy(update={"recommendation": tuple(advice(record))}), steps, losses)
+
+
+def _verdict(out: Interval, tail: Interval) -> Verdict:
+    if out.low > SHARE or tail.low > TAIL:
+        return "suspect"
+    return "clear" if out.high <= SHARE and tail.high <= TAIL else "open"
+
+
+def _drawn(asked: Asked, count: int) -> list[list[Location]]:
+    length = asked.config.model.sequence_length
+    opened = [TokenDataset(open_tokens(each.paths, each.name), length, SEED) for each in asked.sources]
+    return drawn(opened, count)
+
+
+def _ask(
+    control: Sequence[Cell], windows: Sequence[Sequence[Location]], tick: Callable[[int], None]
+) -> tuple[list[Impact], int]:
+    """What the states of the control say, the earliest first, and how many they are."""
+    asked = sorted((step, cell.directory) for cell in control for step in states(cell.directory))
+    if not asked:
+        raise ConfigError("no control run has a checkpoint: the plain blend diverges at once; give a lower --lr")
+    total = len(asked) * sum(map(len, windows))
+    return [impact(run, step, windows, lambda: tick(total)) for step, run in asked], len(asked)
+
+
+def _median(values: NDArray[np.float64], blend: NDArray[np.float64]) -> float:
+    flat = values.ravel()
+    order = np.argsort(flat)
+    passed = np.cumsum(blend[order])
+    return float(flat[order][np.searchsorted(passed, passed[-1] / 2)])
+
+
+def _deviations(values: NDArray[np.float64], blend: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Robust standard deviations from the median, none more than ``MEASURE``."""
+    known = np.nan_to_num(values, nan=MEASURE, posinf=MEASURE)
+    over = known - _median(known, blend)
+    return (over / max(SIGMA * _median(np.abs(over), blend), 1e-12)).clip(-MEASURE, MEASURE)
+
+
+def _gaps(last: Sequence[Impact], asked: Asked) -> list[float]:
+    means = np.mean([each.loss.mean(1) for each in last], axis=0)
+    return [float(gap) for gap in means - np.average(means, weights=[each.weight for each in asked.sources])]
+
+
+def _excesses(arms: Sequence[Sequence[Cell]], asked: Asked) -> tuple[list[Interval], list[Interval]]:
+    """What each source does to the tail of gradient norms, in logarithms, and to that of losses."""
+    measured = np.array([[_excess(cell) for cell in runs] for runs in arms])
+    return against_control(measured[..., 0], ERROR / 4), against_control(measured[..., 1], ERROR / 4)
+
+
+def _excess(cell: Cell) -> tuple[float, float]:
+    """The highest tenth of a run's gradient norms and losses over their running median, in logarithms and in nats."""
+    records = latest(read_metrics(RunDirectory(cell.directory).metrics))
+    ended, config = read_ended(cell.directory), cell.config
+    warm = max(config.warmup_steps, config.run.steps // 10)
+    kept = [record for record in records if record["step"] > warm]
+    if len(kept) < 2 * AROUND or (ended is not None and ended.status == "diverged"):
+        return log(MOST), log(MOST)
+    norms = np.array([inf if (x := finite(record.get("grad_norm"))) is None else x for record in kept])
+    losses = np.array([inf if (x := finite(record.get("loss"))) is None else x for record in kept])
+    return tail_of(np.log(np.maximum(norms, 1e-30))), tail_of(losses)
+
+
+def tail_of(values: NDArray[np.float64]) -> float:
+    """The mean of the highest tenth of a series over its running median, none of them above log ``MOST``."""
+    padded = [values[max(0, i - AROUND) : i + AROUND + 1] for i in range(len(values))]
+    usual = np.array([np.median(near[np.isfinite(near)]) if np.isfinite(near).any() else 0.0 for near in padded])
+    over = np.sort(np.minimum(values - usual, log(MOST)))
+    return float(over[-max(1, len(over) // 10) :].mean())
+
+
+def _events(cells: Sequence[Cell]) -> Events:
+    ended = [read_ended(cell.directory) for cell in cells]
+    told = [event for cell in cells for event in RunDirectory(cell.directory).ledger.read()]
+    opinions = Counter(event.verdict for event in told if isinstance(event, SecondOpinion))
+    return Events(
+        diverged=sum(how is not None and how.status == "diverged" for how in ended),
+        spikes=sum(isinstance(event, Spike) for event in told),
+        data_blamed=opinions["data"],
+        state_blamed=opinions["state"],
+    )
+
+
+def _worst(steps: NDArray[np.float64], losses: NDArray[np.float64], windows: Sequence[Location]) -> tuple[Place, ...]:
+    badness = np.maximum(np.log(steps) / log(FAR), np.abs(losses) / APART)
+    order = [int(i) for i in np.argsort(-badness)[:NAMED] if badness[i] > 1]
+    found = ((i, windows[i].dataset.indexed, windows[i].start) for i in order)
+    return tuple(
+        Place(
+            dataset=str(data.prefix), document=data.document_at(start), token=start, step=float(steps[i]),
+            loss=float(losses[i]),
+        )
+        for i, data, start in found
+    )  # fmt: skip
+
+
+def _signed(found: Interval, sign: int) -> Interval:
+    return found if sign > 0 else Interval(-found.value, -found.high, -found.low)
+
+
+def _bounds(found: Interval) -> Bounds:
+    low, high = (bound if isfinite(bound) else None for bound in (found.low, found.high))
+    return Bounds(value=found.value, low=low, high=high)
