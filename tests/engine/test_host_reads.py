@@ -17,11 +17,12 @@ from tests.harness.ranks import Ranks
 STEPS = 10
 # (dtype, ZeRO stage, PP): reads per step. One is ours: what the step has to say, and whether its update may be made.
 # The others are DeepSpeed's: whether the gradient overflowed (fp16), and whether its norm did (all but bf16 under
-# ZeRO 1 and 2).
+# ZeRO 1 and 2, and fp32 whose weights are the masters).
 READS = {
     **{("bf16", *layout): 1 for layout in ((1, 1), (1, 2), (2, 1))},
     ("bf16", 3, 1): 2,
-    **{("fp32", *layout): 2 for layout in ((1, 1), (1, 2), (2, 1), (3, 1))},
+    ("fp32", 1, 1): 1,
+    **{("fp32", *layout): 2 for layout in ((1, 2), (2, 1), (3, 1))},
     **{("fp16", *layout): 3 for layout in ((1, 1), (1, 2), (2, 1), (3, 1))},
 }
 OFTEN = [("bf16", 1, 1), ("bf16", 1, 2), ("bf16", 2, 1), ("fp16", 1, 1)]
