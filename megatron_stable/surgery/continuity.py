@@ -117,9 +117,9 @@ def compare(before: Whole, old: Config, after: Whole, new: Config, samples: Tens
             losses = _loss(module, x, targets, old), _loss(other, y, targets, new)
             break
         if module is not None:
-            x = forward(module, x)
+            x = forward(module, x, ids, old)
         if other is not None:
-            y = forward(other, y)
+            y = forward(other, y, ids, new)
             changes.append(_change(name, compared, x, y))
     (first, log_z), (second, other_log_z) = losses
     vocab = new.model.vocab_size or 2

@@ -99,9 +99,10 @@ class _Largest(Unprobed):
         self.value = max(self.value, float(max_attention_logits(q, k, scores.scale, starts).max()))
 
 
+@torch.no_grad()
 def measure(whole: Whole, before: Config, after: Config, batches: list[Tensor]) -> Measured:
     """Send batches ``[b, s]`` of token ids through the model of a checkpoint, a layer at a time."""
-    found, x, number, tops = Measured(), list(batches), 0, list[float]()
+    found, x, number = Measured(), list(batches), 0
     for name, module in stream(whole.directory, whole.manifest, before):
         with ExitStack() as stack:
             probe = _Largest()
@@ -109,10 +110,9 @@ def measure(whole: Whole, before: Config, after: Config, batches: list[Tensor]) 
                 module.measure(probe)
                 stack.enter_context(_watched(module, number, before.model, after.model, found))
             if name == "head":
-                forward(module, x, lambda y: tops.append(float(y[..., : before.model.vocab_size].abs().max())))
-                found.logits = max(tops)
+                found.logits = max(float(module(y)[..., : before.model.vocab_size].abs().max()) for y in x)
                 break
-            x = forward(module, x)
+            x = forward(module, x, batches, before)
         if isinstance(module, Block):
             found.attention.append(probe.value)
             number += 1

@@ -13,8 +13,9 @@ from megatron_stable.checkpoint.format import Manifest
 from megatron_stable.checkpoint.model import head_of
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.config.parametrization import model_multipliers
-from megatron_stable.config.schema import Config
+from megatron_stable.config.schema import Config, ModelConfig
 from megatron_stable.model import sigma
+from megatron_stable.model.documents import DocumentMask
 from megatron_stable.model.transformer import Layer, layer_list
 from megatron_stable.parallel.parameters import place
 from megatron_stable.parallel.shards import Place, Shard
@@ -23,8 +24,10 @@ from megatron_stable.parallel.topology import TensorParallel
 
 def layers(config: Config, draw: bool = False) -> list[Layer]:
     """The model's, whole and on the host, with the attention backend that runs there."""
-    model = config.model.model_copy(update={"attention": "auto", "compile": False, "activation_checkpointing": "none"})
-    found = layer_list(model, TensorParallel(), config.run.seed, draw=draw, multipliers=model_multipliers(config))
+    model, by = _on_host(config.model), model_multipliers(config)
+    found = layer_list(
+        model, TensorParallel(), config.run.seed, draw=draw, multipliers=by, documents=config.data.document_mask
+    )
     by_name = {layer.name: layer for layer in found}
 
     def alone(layer: Layer) -> Layer:
@@ -33,6 +36,10 @@ def layers(config: Config, draw: bool = False) -> list[Layer]:
         return replace(layer, tied=None, build=head_of(by_name[layer.tied].build, TensorParallel()))
 
     return [alone(layer) for layer in found]
+
+
+def _on_host(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"attention": "auto", "compile": False, "activation_checkpointing": "none"})
 
 
 def places(config: Config) -> dict[str, Place]:
@@ -68,10 +75,26 @@ def stream(directory: Path, manifest: Manifest, config: Config) -> Iterator[tupl
 
 
 @torch.no_grad()
-def forward(module: nn.Module, batches: list[Tensor], see: Callable[[Tensor], None] = lambda y: None) -> list[Tensor]:
-    """A layer's outputs for each of its inputs, which are let go; ``see`` is shown each."""
-    outputs = []
-    while batches:
+def forward(
+    module: nn.Module,
+    batches: list[Tensor],
+    ids: list[Tensor],
+    config: Config,
+    see: Callable[[Tensor], None] = lambda y: None,
+) -> list[Tensor]:
+    """A layer's outputs for each of its inputs, which are let go; ``see`` is shown each.
+
+    Args:
+        ids: Of the tokens that the inputs come from, ``[b, s]`` each: what tells documents apart, if the run does.
+        config: The model's.
+    """
+    outputs, mask = [], None
+    if config.data.document_mask:
+        assert config.data.end_of_document is not None
+        mask = DocumentMask(module, _on_host(config.model), config.data.end_of_document, torch.device("cpu"))
+    for tokens in ids:
+        if mask is not None:
+            mask.announce(tokens)
         outputs.append(module(batches.pop(0)))
         see(outputs[-1])
     return outputs

@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from megatron_stable.analysis.trained import Trained
+from megatron_stable.checkpoint.catalog import Whole
 from megatron_stable.checkpoint.format import stored_config
+from megatron_stable.checkpoint.model import load_model
 from megatron_stable.checkpoint.reader import Reader
+from megatron_stable.config.load import replaced
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel.shards import Shard
@@ -110,3 +115,24 @@ def test_places_of_30b_are_known_without_allocating_them() -> None:
         sizes[layer] = sizes.get(layer, 0) + 4 * place.numel
     assert max(sizes.values()) == sizes["head"] == 128_000 * 7168 * 4
     assert sizes["blocks.0"] == pytest.approx(2.47e9, rel=0.01)
+
+
+def test_documents_are_kept_apart_as_in_training(tmp_path: Path) -> None:
+    whole = write_trained(tmp_path / "before", attention_cap=0.5)
+    plain = stored_config(whole.directory, whole.manifest)
+    config = replaced(plain, {"data.document_mask": True, "data.end_of_document": 3})
+    manifest = whole.manifest.model_copy(update={"config": config.model_dump(mode="json")})
+    samples = tokens(8, config.model.sequence_length + 1)
+    samples[:, 5] = samples[:, 11] = 3
+    done = cut(Whole(whole.directory, whole.step, manifest), tmp_path / "after", {"model.qk_norm": True}, samples)
+    _, model, _ = load_model(tmp_path / "before")
+    assert config.model.vocab_size is not None
+
+    def loss(config: Config) -> float:
+        with torch.no_grad(), Trained(config, model, None, whole.step).reading(samples[:, :-1]):
+            logits = model(samples[:, :-1])[..., : config.model.vocab_size]
+        return F.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()).item()
+
+    assert done.continuity is not None
+    assert done.continuity.before == pytest.approx(loss(config), rel=1e-5)
+    assert done.continuity.before != pytest.approx(loss(plain), rel=1e-3)
