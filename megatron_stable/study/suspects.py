@@ -41,11 +41,9 @@ from megatron_stable.study.screening_words import advice
 from megatron_stable.study.simultaneous import Interval, against_control, share
 
 ERROR = 0.05  # that any interval of a screening misses
-FAR, APART, SHARE, TAIL = 2.0, 4.0, 0.1, 1.5
-AROUND, MOST = (
-    10,
-    10.0,
-)  # steps to either side of a running median; a gradient norm beyond so many times it counts as that
+FAR, APART, SHARE, TAIL = 3.0, 4.0, 0.1, 1.5
+AROUND = 10  # steps to either side of a running median
+MOST = 10.0  # times it, beyond which a gradient norm counts as that
 MEASURE = 1e6  # of a window's step, which is beyond all measure where it is not finite
 NAMED = 5  # windows of a suspect that are named
 SEED = 20220502  # of the windows that are drawn

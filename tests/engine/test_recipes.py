@@ -47,7 +47,7 @@ KNOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"attention_temperature": 2.0, "attention_cap": 1.0, "attention_clip": (-0.05, 1.1)},
         {},
     ),
-    "geglu": ({"activation": "geglu", "norm": "rmsnorm", "kv_heads": 2}, {}),
+    "geglu": ({"activation": "geglu", "norm": "rmsnorm"}, {}),
     "embedding_norm_learned": ({"embedding_norm": True, "positions": "learned", "bias": True}, {}),
     "embedding_gradient_scale": ({"embedding_gradient": 0.1, "embedding_scale": True, "positions": "learned"}, {}),
     "head_width": ({"head_width": 12, "qk_norm": True, "v_norm": True}, {}),
