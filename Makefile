@@ -36,8 +36,8 @@ $(STAMP): setup.py constraints.txt
 demo: setup  ## prepare text, train a small model on two ranks, show what came out
 	$(BIN)/megatron-stable demo
 
-test: setup  ## the test suite
-	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile -m 'not full'
+test: setup  ## the test suite, but for tests/hosts
+	$(BIN)/python -m pytest $(TESTS) -n $(JOBS) --dist loadfile -m 'not full' --ignore tests/hosts
 
 test-hosts: setup  ## every launcher on two machines in namespaces; needs root, sshd, pdsh, Open MPI, Slurm
 	$(BIN)/python -m pytest tests/hosts -n $(JOBS) --dist loadfile
