@@ -20,7 +20,7 @@ class MegatronStableConfig(PretrainedConfig):
     """
 
     model_type = "megatron_stable"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 256

@@ -159,7 +159,11 @@ class SecondOpinion(Event):
     state has.
     """
 
-    VERDICTS: ClassVar = {"data": "the data are to blame", "state": "the state is to blame", "undecided": "undecided"}
+    VERDICTS: ClassVar[dict[str, str]] = {
+        "data": "the data are to blame",
+        "state": "the state is to blame",
+        "undecided": "undecided",
+    }
 
     event: Literal["second_opinion"] = "second_opinion"
     onset: Step
