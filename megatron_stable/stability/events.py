@@ -159,11 +159,8 @@ class SecondOpinion(Event):
     state has.
     """
 
-    VERDICTS: ClassVar[dict[str, str]] = {
-        "data": "the data are to blame",
-        "state": "the state is to blame",
-        "undecided": "undecided",
-    }
+    VERDICTS: ClassVar[dict[str, str]] = {"data": "the data are to blame", "state": "the state is to blame"}
+    VERDICTS["undecided"] = "undecided"
 
     event: Literal["second_opinion"] = "second_opinion"
     onset: Step

@@ -12,7 +12,7 @@ the learning rate and of gradient clipping, and which checkpoints may be resumed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, Literal, TypeAlias
@@ -104,6 +104,15 @@ class Interventions:
     def changes(self) -> dict[str, Any]:
         """What surgery has made of the configuration, by key."""
         return {key: now for item in self.items for key, (_, now) in item.changes.items()}
+
+    def applied(self, values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """What surgery makes of configured values, by section: those that still are what they were become what they are
+        now, and one that was given anew stands."""
+        now = {f"{section}.{name}": value for section, fields in values.items() for name, value in fields.items()}
+        found: dict[str, Any] = {}
+        for item in self.items:
+            found |= {key: to for key, (was, to) in item.changes.items() if found.get(key, now.get(key)) == was}
+        return found
 
     def since(self, before: Sequence[Intervention]) -> tuple[Intervention, ...] | None:
         """Those made after a list was in force; ``None`` if that list is not the beginning of this one."""

@@ -43,7 +43,7 @@ from megatron_stable.study.table import RESULTS
 
 KEYS = ("directory", "base", "config", "axes", "runs", "draws", "seed", "ranks")
 # A sweep is to find out where runs fail, so no run is helped; over the base, under the sweep's own fields.
-DEFAULTS = {"guard.mode": "watch", "guard.collapse": 0.5, "checkpoint.keep": 1}
+DEFAULTS = {"guard.mode": "watch", "guard.surgery": None, "guard.collapse": 0.5, "checkpoint.keep": 1}
 MOST = 10_000  # runs
 NAME = 120  # characters
 

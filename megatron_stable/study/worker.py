@@ -10,7 +10,6 @@ may have left anything behind.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -31,6 +30,7 @@ from megatron_stable.persisted import Persisted
 from megatron_stable.records import jsonl
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.study.outcome import Ended, read_ended, write_ended
+from megatron_stable.training.host_memory import let_go
 
 
 class Answer(Persisted):
@@ -89,7 +89,7 @@ def run(config: Config, ranks: int) -> Ended | None:
             traceback.print_exc(file=log)
         return Ended(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
     finally:
-        gc.collect()  # a model is full of cycles, and the next one should not have to stand beside it
+        let_go()
 
 
 def _train(config: Config) -> Ended | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import log
 from typing import Literal, TypeAlias
 
@@ -103,7 +103,14 @@ def _text(value: float | None, width: int = 10) -> str:
     return f"{'not finite' if value is None else f'{value:.4g}':>{width}}"
 
 
-def compare(before: Whole, old: Config, after: Whole, new: Config, samples: Tensor) -> Continuity:
+def compare(
+    before: Whole,
+    old: Config,
+    after: Whole,
+    new: Config,
+    samples: Tensor,
+    tick: Callable[[], None] = lambda: None,
+) -> Continuity:
     """Send samples ``[n, s + 1]`` through both models, a layer of each in memory at a time."""
     size = old.batch.micro_size
     ids = [chunk[:, :-1] for chunk in samples.split(size)]
@@ -121,6 +128,7 @@ def compare(before: Whole, old: Config, after: Whole, new: Config, samples: Tens
         if other is not None:
             y = forward(other, y, ids, new)
             changes.append(_change(name, compared, x, y))
+        tick()
     (first, log_z), (second, other_log_z) = losses
     vocab = new.model.vocab_size or 2
     return Continuity(

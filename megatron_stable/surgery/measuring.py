@@ -100,7 +100,9 @@ class _Largest(Unprobed):
 
 
 @torch.no_grad()
-def measure(whole: Whole, before: Config, after: Config, batches: list[Tensor]) -> Measured:
+def measure(
+    whole: Whole, before: Config, after: Config, batches: list[Tensor], tick: Callable[[], None] = lambda: None
+) -> Measured:
     """Send batches ``[b, s]`` of token ids through the model of a checkpoint, a layer at a time."""
     found, x, number = Measured(), list(batches), 0
     for name, module in stream(whole.directory, whole.manifest, before):
@@ -113,6 +115,7 @@ def measure(whole: Whole, before: Config, after: Config, batches: list[Tensor]) 
                 found.logits = max(float(module(y)[..., : before.model.vocab_size].abs().max()) for y in x)
                 break
             x = forward(module, x, batches, before)
+        tick()
         if isinstance(module, Block):
             found.attention.append(probe.value)
             number += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from megatron_stable.data import check_vocabulary, open_dataset
 from megatron_stable.data.check import check_ids
 from megatron_stable.data.course import Course, Era
 from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.files import sync_directory
 from megatron_stable.parallel.shards import Shard
 from megatron_stable.persisted import package_version
 from megatron_stable.stability.interventions import Intervention, Interventions
@@ -62,6 +63,10 @@ def planned(before: Config, after: Config, rewarm: tuple[int, int] | None) -> Co
         ConfigError: Something cannot be operated.
     """
     fail("surgery", refusals(before, after))
+    if after.data.document_mask and after.data.end_of_document is None:
+        raise ConfigError(
+            "data.document_mask true needs to know what stands between documents: set data.end_of_document=ID"
+        )
     if rewarm is None or before.schedule.rewarm != after.schedule.rewarm:
         return after
     return after.model_copy(update={"schedule": after.schedule.model_copy(update={"rewarm": rewarm})})
@@ -76,11 +81,12 @@ def samples(before: Config, after: Config, course: Course, step: int, prefix: st
     """
     length = min(before.model.sequence_length, after.model.sequence_length)
     source, first = prefix or before.data.validation, 0
+    stages: Sequence[tuple[int, Mapping[str, float]]] = ()
     if source is None:
-        source, first = before.data.train, course.position(step)
-    if source is None:
+        source, first, stages = before.data.train, course.position(step), before.data.stages
+    if source is None and not stages:
         raise ConfigError("the run names no data: name a .bin/.idx dataset with --data PREFIX")
-    dataset = open_dataset(source, length, before.run.seed)
+    dataset = open_dataset(source, length, before.run.seed, stages)
     assert before.model.vocab_size is not None
     check_vocabulary(dataset, before.model.vocab_size)
     many = number or max(FEWEST, -(-TOKENS // length))
@@ -102,6 +108,7 @@ def perform(
     raise_caps: bool = False,
     decision: tuple[Interventions, Intervention] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Operated:
     """Write the checkpoint of ``after`` into ``directory``, which is not there yet, and compare the two.
 
@@ -111,13 +118,14 @@ def perform(
         raise_caps: Put a new cap above what was measured, where it is not; else that is an error.
         decision: Where the run itself decided: the interventions in force, and the one to come.
         on_progress: Called with (elements written, elements in all).
+        tick: Called after each layer that is looked at, and each stretch that is written.
 
     Raises:
         ConfigError: A cap would cut off logits that there are.
         DataError: The checkpoint is damaged.
     """
     batches = [part[:, :-1] for part in looked_at.split(before.batch.micro_size)]
-    measured = measure(whole, before, after, batches)
+    measured = measure(whole, before, after, batches, tick)
     after = _with_factors(before, _caps(before, after, measured, raise_caps), whole)
     old, new = places(before), places(after)
     reader = Reader(whole.directory, whole.manifest)
@@ -136,11 +144,12 @@ def perform(
     )
     try:
         directory.mkdir(parents=True)
-        entry = write_tensors(directory / rank_file(0), *_pieces(made, on_progress))
+        entry = write_tensors(directory / rank_file(0), *_pieces(made, on_progress, tick))
         held = {name: StoredShard.of(Shard(new[name], 0, new[name].numel), each.kinds) for name, each in made.items()}
         index = Index(files={rank_file(0): entry}, parameters=parameters_of({0: held}))
         written = Whole(directory, whole.step, write_contents(directory, index, manifest))
-        continuity = compare(whole, before, written, after, looked_at)
+        continuity = compare(whole, before, written, after, looked_at, tick)
+        sync_directory(directory.parent)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -151,7 +160,7 @@ def perform(
 
 
 def _pieces(
-    made: Parameters, on_progress: Callable[[int, int], None] | None
+    made: Parameters, on_progress: Callable[[int, int], None] | None, tick: Callable[[], None]
 ) -> tuple[dict[str, int], Callable[[str], Iterator[Tensor]]]:
     """What :func:`write_tensors` takes: sizes by key, and the pieces of each."""
     by_key = {f"{name}:{kind}": (each, kind) for name, each in sorted(made.items()) for kind in each.kinds}
@@ -164,6 +173,7 @@ def _pieces(
             piece = each.read(kind, low, min(low + STRETCH, each.numel))
             yield piece
             done += len(piece)
+            tick()
             if on_progress:
                 on_progress(done, total)
 
@@ -200,7 +210,11 @@ def _with_factors(before: Config, after: Config, whole: Whole) -> Config:
     )
     low = after.schedule.min_learning_rate * rate
     return after.model_copy(
-        update={"optimizer": optimizer, "schedule": after.schedule.model_copy(update={"min_learning_rate": low})}
+        update={
+            "optimizer": optimizer,
+            "schedule": after.schedule.model_copy(update={"min_learning_rate": low}),
+            "data": after.data.model_copy(update={"skip": ()}),  # all of it lies behind
+        }
     )
 
 
@@ -209,6 +223,8 @@ def _state(
 ) -> RunState:
     """The state of the run, as far as it means the same for the other model."""
     state, updates = whole.manifest.state, dict[str, Any]()
+    # what the run changed by itself is in its configuration, from where the new run takes it
+    updates["interventions"] = tuple(item for item in state.interventions if not item.changes)
     if decision is not None:
         made, new = decision
         updates["interventions"] = made.add(new.model_copy(update={"changes": changes(before, after)})).items
@@ -225,8 +241,13 @@ def _state(
                 f"surgery: model.sequence_length {old} cannot become {length}: data are skipped that lie ahead, in "
                 f"samples of {old} tokens; train past them first, or undo them with `megatron-stable skip RUN --undo`"
             )
-        sample = -(-position * old // length)
-        era = Era(step=whole.step, data_step=whole.step, sample=sample, size=after.batch.global_size)
+        if state.stages is not None and len(state.stages.stages) > 1:
+            raise ConfigError(
+                f"surgery: model.sequence_length {old} cannot become {length}: "
+                f"data.stages count samples of {old} tokens"
+            )
+        sample, data_step = -(-position * old // length), state.course.behind(whole.step)
+        era = Era(step=whole.step, data_step=data_step, sample=sample, size=after.batch.global_size)
         updates["course"] = Course(eras=(era,))
         updates["interventions"] = ()
     return state.model_copy(update=updates)

@@ -1,8 +1,9 @@
-"""Host memory of a run on a CPU."""
+"""Memory of a process that trains."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST = 32 * 2**20  # bytes; glibc takes no larger threshold
@@ -19,3 +20,12 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def let_go() -> None:
+    """Free what nothing refers to any more: a model is full of cycles, and the next one should not stand beside it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from megatron_stable.config.schema import Config
 from megatron_stable.config.surgery import recipe_values
 from megatron_stable.data import Course
 from megatron_stable.errors import MegatronStableError
-from megatron_stable.files import sync_directory
+from megatron_stable.files import explain_os_errors, sync_directory
 from megatron_stable.parallel.agreement import decided
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.events import Surgery
@@ -38,7 +38,13 @@ PREFIX, KEPT = ".operated_", "before_surgery"
 
 
 def operate(
-    config: Config, directory: RunDirectory, intervention: Intervention, made: Interventions, course: Course, step: int
+    config: Config,
+    directory: RunDirectory,
+    intervention: Intervention,
+    made: Interventions,
+    course: Course,
+    step: int,
+    progress: Callable[[], None],
 ) -> tuple[Intervention, Surgery]:
     """Write the operated checkpoint. Collective; the work is rank 0's.
 
@@ -47,15 +53,17 @@ def operate(
         made: Those in force.
         course: Of the run so far.
         step: At which this was decided.
+        progress: Called on all ranks whenever rank 0 has got further: hours may pass until it is done.
 
     Returns:
         The intervention with all that it changes, and what is to be put on record when it is the run's.
 
     Raises:
+        DataError: On all ranks alike: the checkpoint, or data, cannot be used.
         MegatronStableError: On all ranks alike: it cannot be done.
     """
 
-    def work() -> tuple[Intervention, Surgery]:
+    def work(tick: Callable[[], None]) -> tuple[Intervention, Surgery]:
         source = directory.checkpoints / directory_name(intervention.rollback_to)
         whole = Whole(source, intervention.rollback_to, read_manifest(source))
         assert config.guard.surgery is not None
@@ -63,14 +71,20 @@ def operate(
         after = planned(config, wanted, (whole.step, config.guard.surgery_rewarm))
         looked_at = samples(config, after, course, whole.step, None, None)
         target = directory.checkpoints / f"{PREFIX}{intervention.id}"
-        done = perform(whole, config, after, looked_at, target, raise_caps=True, decision=(made, intervention))
-        write_report(directory.path, kept(directory, intervention), done)
+        done = perform(
+            whole, config, after, looked_at, target, raise_caps=True, decision=(made, intervention), tick=tick
+        )
+        try:
+            write_report(directory.path, kept(directory, intervention), done)
+        except BaseException:
+            remove(target)
+            raise
         final = intervention.model_copy(update={"changes": done.changes})
         event = Surgery.of(final, step, str(kept(directory, final)))
         check = {"before": done.continuity.before, "after": done.continuity.after, "verdict": done.continuity.verdict}
         return final, event.model_copy(update=check)
 
-    return _on_rank_0(work)
+    return _on_rank_0(work, progress)
 
 
 def kept(directory: RunDirectory, intervention: Intervention) -> Path:
@@ -87,22 +101,29 @@ def settle(directory: RunDirectory, made: Interventions | None) -> None:
             remove(path)
             continue
         place, before = directory.checkpoints / directory_name(item.rollback_to), kept(directory, item)
-        if place.exists():
-            before.parent.mkdir(exist_ok=True)
-            remove(before)
-            place.rename(before)
-        path.rename(place)
-        sync_directory(directory.checkpoints)
+        with explain_os_errors("move", path):
+            if place.exists():
+                before.parent.mkdir(exist_ok=True)
+                remove(before)
+                place.rename(before)
+                sync_directory(before.parent)
+            path.rename(place)
+            sync_directory(directory.checkpoints)
 
 
-def _on_rank_0(work: Callable[[], T]) -> T:
+def _on_rank_0(work: Callable[[Callable[[], None]], T], progress: Callable[[], None]) -> T:
     """What ``work`` makes there, in a thread: the others ask again and again, as no collective waits for so long."""
     found: list[T] = []
     errors: list[BaseException] = []
+    got = 0
+
+    def tick() -> None:
+        nonlocal got
+        got += 1
 
     def run() -> None:
         try:
-            found.append(work())
+            found.append(work(tick))
         except BaseException as error:
             errors.append(error)
 
@@ -110,19 +131,22 @@ def _on_rank_0(work: Callable[[], T]) -> T:
     if thread is not None:
         thread.start()
 
-    def busy() -> bool:
+    def busy() -> tuple[bool, int]:
         assert thread is not None
         thread.join(TURN)
-        return thread.is_alive()
+        return thread.is_alive(), got
 
-    while decided(busy):
-        pass
+    before = 0
+    while (state := decided(busy))[0]:
+        if state[1] != before:
+            progress()
+        before = state[1]
 
     def result() -> Any:
-        if errors and not isinstance(errors[0], MegatronStableError | OSError):
+        if errors and isinstance(errors[0], MegatronStableError):
             raise errors[0]
-        if errors:
-            raise MegatronStableError(str(errors[0]))
+        if errors:  # whatever it is, of memory or of a disk: the run ends as it would have without
+            raise MegatronStableError(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
         return found[0]
 
     return cast(T, decided(result))

@@ -23,6 +23,7 @@ from megatron_stable.training.hangup import Starters
 if TYPE_CHECKING:
     from megatron_stable.data import Tokenizer
     from megatron_stable.parallel.lifeline import Lifeline
+    from megatron_stable.parallel.topology import Topology
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.training.last_words import LastWords
     from megatron_stable.training.stop import Stopped, StopSignal, Wish
@@ -100,10 +101,12 @@ def _train_in_world(
     from megatron_stable.data import Tokenizer
     from megatron_stable.model.backends import choose_backend
     from megatron_stable.parallel.agreement import decided, together
+    from megatron_stable.parallel.lifeline import SLOW
+    from megatron_stable.parallel.topology import Topology
     from megatron_stable.records.directory import RunDirectory
     from megatron_stable.records.interventions import read_interventions
     from megatron_stable.records.wandb import require_wandb
-    from megatron_stable.training.host_memory import keep_freed_memory
+    from megatron_stable.training.host_memory import keep_freed_memory, let_go
     from megatron_stable.training.operation import settle
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -112,7 +115,8 @@ def _train_in_world(
     with ExitStack() as stack:
         made = decided(lambda: read_interventions(directory.path))
         with together():
-            config = replaced(config, made.changes) if made else config  # it may have operated on itself
+            if made is not None:  # it may have operated on itself
+                config = replaced(config, made.applied(config.model_dump(mode="json")))
             check(config, world)
             choose_backend(config.model, "cuda" if torch.cuda.is_available() else "cpu", config.data.document_mask)
             if config.data.tokenizer is not None:
@@ -137,13 +141,19 @@ def _train_in_world(
             keep_freed_memory()
             order = None
         going: Config | None = config
+        topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         while going is not None:
-            stopped, going = _train_model(going, directory, tokenizer, stop, lifeline, last_words, place, order)
+            lifeline.progress(SLOW)
+            stopped, going = _train_model(
+                going, topology, directory, tokenizer, stop, lifeline, last_words, place, order
+            )
+            let_go()
         return stopped
 
 
 def _train_model(
     config: Config,
+    topology: Topology,
     directory: RunDirectory,
     tokenizer: Tokenizer | None,
     stop: StopSignal,
@@ -160,7 +170,6 @@ def _train_model(
     import torch.distributed as dist
 
     from megatron_stable.parallel.agreement import agreed, everywhere, together
-    from megatron_stable.parallel.topology import Topology
     from megatron_stable.records.callbacks import Callbacks
     from megatron_stable.records.presence import Rank, forget_request, write_start
     from megatron_stable.records.stages import write_stages
@@ -180,7 +189,6 @@ def _train_model(
         for said in (f"attention backend {attention.name}: {attention.reason}", kernels, compilation, order):
             if said is not None:
                 callbacks.message(said)
-        topology = Topology(config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence)
         trainer = Trainer(config, topology, directory, callbacks, tokenizer, compiles)
         stack.push(partial(_at_orderly_end, trainer.engine.close))
         ranks, tokens = zip(*everywhere((Rank.myself(), directory.token)), strict=True)

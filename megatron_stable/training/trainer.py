@@ -16,11 +16,11 @@ from megatron_stable.config.schema import Config
 from megatron_stable.data import Course, Stage, Stages, Tokenizer, unrecorded
 from megatron_stable.engine.engine import Engine
 from megatron_stable.engine.outcome import Outcome, StepMetrics
-from megatron_stable.errors import DivergenceError, LossScaleError, MegatronStableError
+from megatron_stable.errors import DataError, DivergenceError, LossScaleError, MegatronStableError
 from megatron_stable.numbers import finite
 from megatron_stable.optim.schedule import learning_rate
 from megatron_stable.parallel.agreement import decided, everywhere
-from megatron_stable.parallel.lifeline import Lifeline
+from megatron_stable.parallel.lifeline import SLOW, Lifeline
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.records.callbacks import Callbacks
 from megatron_stable.records.directory import RunDirectory, differences
@@ -175,7 +175,7 @@ class Trainer:
             rewound = trouble is not None  # the step after a rollback supersedes what was recorded before it
             if trouble is not None:
                 with lifeline.slow():
-                    self._recover(trouble)
+                    self._recover(trouble, lifeline)
                 if self.operated is not None:
                     return None
                 self.probing.rewind(self.step)
@@ -264,7 +264,7 @@ class Trainer:
         storm = max(self.guard.overflows, 1)
         return Trouble(FLOOR, step - storm + 1, step, explain_floor(diagnosis, scale, step, data_step))
 
-    def _recover(self, trouble: Trouble) -> None:
+    def _recover(self, trouble: Trouble, lifeline: Lifeline) -> None:
         """Go back to an earlier checkpoint and on from there with other data, or end the run. Collective.
 
         Raises:
@@ -275,9 +275,16 @@ class Trainer:
         damaged: set[int] = set()
         while (intervention := self.recovery.plan(trouble, self.source.course, damaged)) is not None:
             if intervention.changes:
-                if self._operate(intervention):
+                try:
+                    self._operate(intervention, lifeline)
                     return
-                break
+                except DataError as error:  # an older one may be sound
+                    self.callbacks.message(f"warning: no surgery: {error}")
+                    damaged.add(intervention.rollback_to)
+                    continue
+                except MegatronStableError as error:
+                    self.callbacks.message(f"warning: no surgery: {error}")
+                    break
             found = self.checkpoints.of(intervention.rollback_to)
             if found is not None:
                 self.recovery.commit(Rollback.of(intervention, self.step), intervention)
@@ -286,22 +293,20 @@ class Trainer:
             damaged.add(intervention.rollback_to)
         self._end(trouble)
 
-    def _operate(self, intervention: Intervention) -> bool:
-        """Make the run's model another one; whether that could be done. Collective."""
-        recovery, step = self.recovery, self.step
+    def _operate(self, intervention: Intervention, lifeline: Lifeline) -> None:
+        """Make the run's model another one. Collective; raises what :func:`operate` does."""
+        recovery, step, course = self.recovery, self.step, self.source.course
         self.callbacks.message(f"surgery on the checkpoint of step {intervention.rollback_to}: {intervention.reason}")
-        try:
-            made, event = operate(
-                self.config, self.directory, intervention, recovery.interventions, self.source.course, step
-            )
-        except MegatronStableError as error:
-            self.callbacks.message(f"warning: no surgery: {error}")
-            return False
+        made, event = operate(
+            self.config, self.directory, intervention, recovery.interventions, course, step,
+            lambda: lifeline.progress(SLOW),
+        )  # fmt: skip
+        if event.verdict == "broken":
+            self.callbacks.message("warning: the surgery has cost more than a twentieth of what was learnt")
         recovery.commit(event, made)
         decided(lambda: settle(self.directory, recovery.interventions))
         self.operated = replaced(self.config, recovery.interventions.changes)
         self.callbacks.rewind(made.rollback_to)
-        return True
 
     def _end(self, trouble: Trouble) -> NoReturn:
         """Save everything, leave the run at a checkpoint from before the trouble if it may go back, and end it."""

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ from megatron_stable.data import Course, SkipWindows
 from megatron_stable.stability.interventions import Intervention, Interventions
 
 
-def made(name: str, rollback_to: int, *windows: tuple[int, int], size: int = 1, **changes: float) -> Intervention:
+def made(name: str, rollback_to: int, *windows: tuple[int, int], size: int = 1, **changes: Any) -> Intervention:
     """In a run whose batches always had `size` samples."""
     return Intervention(
         id=name, time="2026-01-01T00:00:00+00:00", by="guard", rule="divergence", rollback_to=rollback_to,
@@ -172,3 +172,15 @@ def test_checkpoints_from_before_surgery_are_of_another_model() -> None:
     assert two.holds(200, (first, surgery))
     assert two.changes == {"model.qk_norm": True}
     assert first.changes == {}
+
+
+def test_what_surgery_changed_holds_unless_it_is_given_anew() -> None:
+    first = {"model.qk_norm": (False, True), "schedule.rewarm": (None, [20, 4])}
+    done = Interventions((made("a", 20, changes=first), made("b", 40, changes={"schedule.rewarm": ([20, 4], [40, 4])})))
+
+    def applied(qk_norm: bool, rewarm: list[int] | None) -> dict[str, object]:
+        return done.applied({"model": {"qk_norm": qk_norm}, "schedule": {"rewarm": rewarm}})
+
+    assert applied(False, None) == done.changes == {"model.qk_norm": True, "schedule.rewarm": [40, 4]}
+    assert applied(True, [40, 4]) == {}
+    assert applied(False, [90, 9]) == {"model.qk_norm": True}

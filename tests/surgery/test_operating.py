@@ -16,8 +16,10 @@ from megatron_stable.checkpoint.model import load_model
 from megatron_stable.checkpoint.reader import Reader
 from megatron_stable.config.load import replaced
 from megatron_stable.config.schema import Config
+from megatron_stable.data import Course, Stage, Stages, Stream
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel.shards import Shard
+from megatron_stable.stability.interventions import Intervention
 from megatron_stable.surgery import operating
 from megatron_stable.surgery.continuity import Continuity
 from megatron_stable.surgery.streaming import places, stream
@@ -136,3 +138,37 @@ def test_documents_are_kept_apart_as_in_training(tmp_path: Path) -> None:
     assert done.continuity is not None
     assert done.continuity.before == pytest.approx(loss(config), rel=1e-5)
     assert done.continuity.before != pytest.approx(loss(plain), rel=1e-3)
+
+
+def with_state(whole: Whole, **state: object) -> Whole:
+    manifest = whole.manifest
+    return Whole(
+        whole.directory, whole.step, manifest.model_copy(update={"state": manifest.state.model_copy(update=state)})
+    )
+
+
+def test_what_the_run_did_to_itself_stays_with_it(tmp_path: Path) -> None:
+    """Its operation is in the configuration; kept as an intervention, it would be made again over the new one."""
+    whole = write_trained(tmp_path / "before", qk_norm=True)
+    facts = {"time": "2026-01-01T00:00:00+00:00", "by": "guard", "rule": "divergence", "rollback_to": 3}
+    plain = Intervention(id="a" * 12, **facts)
+    own = Intervention(id="b" * 12, changes={"model.qk_norm": (False, True)}, **facts)
+    done = cut(with_state(whole, interventions=(plain, own)), tmp_path / "after", {"model.v_norm": True})
+    assert done.whole.manifest.state.interventions == (plain,)
+
+
+def test_with_another_length_what_is_counted_in_samples_ends_or_is_refused(tmp_path: Path) -> None:
+    whole = write_trained(tmp_path / "before")
+    course = Course.begin(8, skip=[(2, 3)])
+    config = replaced(stored_config(whole.directory, whole.manifest), {"data.skip": [[2, 3]]})
+    manifest = whole.manifest.model_copy(update={"config": config.model_dump(mode="json")})
+    whole = with_state(Whole(whole.directory, whole.step, manifest), course=course)
+    done = cut(whole, tmp_path / "after", {"model.sequence_length": 8}, tokens(4, 9))
+    assert done.config.data.skip == ()
+    (era,) = done.whole.manifest.state.course.eras
+    assert (era.sample, era.data_step) == (2 * course.position(7), course.behind(7)) == (2 * 9 * 8, 9)
+    stages = Stages.begin({"a": Stream(paths="a"), "b": Stream(paths="b")}, [
+        Stage(sample=0, weights={"a": 1.0}), Stage(sample=100, weights={"b": 1.0}),
+    ])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data\.stages count samples of 16 tokens"):
+        cut(with_state(whole, stages=stages), tmp_path / "other", {"model.sequence_length": 8}, tokens(4, 9))
