@@ -48,6 +48,11 @@ class Impact(NamedTuple):
     rms: NDArray[np.float64]
     loss: NDArray[np.float64]
 
+    @property
+    def finite(self) -> bool:
+        """Whether the state can be asked at all: of half of the windows, or more, it says something finite."""
+        return bool((np.isfinite(self.rms) & np.isfinite(self.loss)).mean() >= 0.5)
+
 
 def drawn(sources: Sequence[TokenDataset], count: int) -> list[list[Location]]:
     """Windows of each source, at random, no one twice: equally many, as many as the smallest has if that is fewer."""

@@ -82,6 +82,7 @@ class Screening(Persisted):
         far, apart: Step of a window over the median's, and robust standard deviations of its loss, beyond which it is
             odd.
         least_share, least_tail: A source is suspect whose interval lies above one of these.
+        no_tails: Why tails of the runs say nothing, and what would mend it; ``null``: they do say something.
         recommendation: In sentences.
     """
 
@@ -98,6 +99,7 @@ class Screening(Persisted):
     apart: float
     least_share: float
     least_tail: float
+    no_tails: str | None = None
     control: Events
     sources: tuple[Screened, ...]
     recommendation: tuple[str, ...] = ()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from math import inf, log
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ import yaml
 from megatron_stable.commands.app import run_verb
 from megatron_stable.data import IndexedWriter, open_dataset
 from megatron_stable.errors import ConfigError
-from megatron_stable.study.impact import drawn, impact
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.study.grid import Cell
+from megatron_stable.study.impact import Impact, drawn, impact
+from megatron_stable.study.outcome import Ended, write_ended
 from megatron_stable.study.screening import CONTROL, arms, ask, edge, sources_of
-from megatron_stable.study.suspects import tail_of
+from megatron_stable.study.suspects import _excesses, sound_until, tail_of
 
 VOCAB, SEQUENCE = 128, 32
 NAMES = ("one", "two", "three", "bad")
@@ -115,6 +120,7 @@ def test_arms_differ_in_the_weight_of_one_source_alone(tmp_path: Path) -> None:
         (["--lr", "-1"], 2, "--lr -1 is not a positive number"),
         (["--lr", "1e-2", "--factor", "0.5"], 2, "give more than 1 to up-weight a source, or 0"),
         (["--lr", "1e-2", "run.steps=20"], 2, "says nothing"),
+        (["--lr", "1e-2", "schedule.warmup_steps=45"], 2, "leave 15 behind the warm-up"),
         (["--lr", "1e-2", "data.train=one"], 2, "is no blend of two sources"),
         (["--lr", "1e-2", "data.train=nowhere.yaml"], 5, "nowhere.yaml"),
         (["--sweep", "nowhere"], 2, "nowhere is no table of a sweep"),
@@ -210,3 +216,49 @@ def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and lines[0] == "source=control,seed=1234" and lines[-1] == "source=bad,seed=1235"
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def write_run(cell: Cell, status: str = "finished", steps: int = 60) -> None:
+    """What a run of a sweep leaves of itself, with a little noise."""
+    run, draw = cell.directory, np.random.default_rng(crc32(cell.name.encode()))
+    rows = ({"step": k, "loss": 3 + 0.01 * draw.normal(), "grad_norm": draw.uniform(1, 1.05)} for k in range(1, steps))
+    run.mkdir(parents=True, exist_ok=True)
+    RunDirectory(run).metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_ended(run, Ended(status=status))  # type: ignore[arg-type]
+
+
+def by_arm(folder: Path, seeds: int) -> list[list[Cell]]:
+    write_sources(folder)
+    cells = arms(ask(folder / "screen", write_proxy(folder), [], seeds=seeds), 1e-2).cells
+    return [[cell for cell in cells if cell.labels["source"] == arm] for arm in (CONTROL, *NAMES)]
+
+
+def test_a_diverged_control_or_short_runs_leave_tails_open(tmp_path: Path) -> None:
+    runs = by_arm(tmp_path, 3)
+    for cell in (each for arm in runs for each in arm):
+        write_run(cell, "diverged")
+    tails, _, why = _excesses(runs)
+    assert why is not None and "3 of 3 runs of the plain blend diverged" in why and "lower --lr" in why
+    assert all((tail.low, tail.high) == (-inf, inf) for tail in tails)
+    for arm in runs[:-1]:
+        for cell in arm:
+            write_run(cell)
+    tails, _, why = _excesses(runs)  # beside healthy controls, runs that diverge are evidence
+    assert why is None and tails[-1].low > log(1.5) and all(tail.high < log(1.5) for tail in tails[:-1])
+    write_run(runs[1][0], steps=20)
+    tails, _, why = _excesses(runs)
+    assert why is not None and "more run.steps" in why and tails[-1].low == -inf
+
+
+def test_a_diverged_run_of_the_control_is_asked_only_before(tmp_path: Path) -> None:
+    (cell, *_), *_ = by_arm(tmp_path, 1)
+    write_run(cell)
+    assert sound_until(cell) == inf
+    losses = [4.0 - 0.02 * k for k in range(30)] + [4.1] * 30
+    rows = [{"step": k, "loss": loss} for k, loss in enumerate(losses, 1)]
+    RunDirectory(cell.directory).metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_ended(cell.directory, Ended(status="diverged"))
+    assert 20 <= sound_until(cell) <= 30
+    wild, tame = Impact(np.full(8, np.nan), np.full(8, np.nan)), Impact(np.ones(8), np.ones(8))
+    assert not wild.finite and tame.finite
+    assert Impact(np.array([1.0] * 7 + [np.inf]), np.ones(8)).finite  # a window that blows up is what is looked for
