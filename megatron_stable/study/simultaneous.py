@@ -55,9 +55,9 @@ def against_control(
 ) -> list[Interval]:
     """What each treatment adds to a control, by Dunnett's method (JASA 50, 1955), each block with all of them.
 
-    The noise is taken to be normal and alike in all cells; what blocks have in common drops out. Treatments of which all
-    is censored show no noise, so that it is estimated from the others; if only the control is left, from the control,
-    with what blocks have in common. Bounds are infinite where no noise is known: there is one block, or the control is
+    The noise is taken to be normal and alike in all cells; what blocks have in common drops out. Treatments of which
+    all is censored show no noise, so that it is estimated from the others; if only the control is left, from the
+    control, with what blocks have in common. Bounds are infinite where no noise is known: there is one block, or the control is
     censored.
 
     Args:

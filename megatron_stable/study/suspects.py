@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_stable.analysis.inspection import SIGMA
-from megatron_stable.data import Location, TokenDataset
+from megatron_stable.data import Location, TokenDataset, repetition_filter
 from megatron_stable.data.shards import open_tokens
 from megatron_stable.errors import ConfigError
 from megatron_stable.numbers import finite
@@ -51,19 +51,19 @@ SEED = 20220502  # of the windows that are drawn
 
 
 class Found(NamedTuple):
-    """A screening, and of each window ``[sources, windows]`` how far it would move the model, over the median window,
-    and how its loss lies to theirs, in robust standard deviations."""
+    """A screening, and by source, of each of its windows, how far it would move the model, over the median window, and
+    how its loss lies to theirs, in robust standard deviations."""
 
     record: Screening
-    steps: NDArray[np.float64]
-    losses: NDArray[np.float64]
+    steps: list[NDArray[np.float64]]
+    losses: list[NDArray[np.float64]]
 
 
 def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], None] = lambda total: None) -> Found:
     """What a screening has found, when its runs have ended.
 
     Args:
-        count: Windows of each source.
+        count: Windows of each source that has so many.
         tick: Called after each window at each state, with how many there are in all.
 
     Raises:
@@ -81,24 +81,25 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
     )
     blend = np.array([asked.sources[i].weight / len(row) for i, row in enumerate(windows) for _ in row])
     # of each state the median window of the blend is the measure; over states, the geometric mean
-    steps = np.exp(np.mean([state - _median(state, blend) for state in logs], axis=0))
+    ends = np.cumsum([len(row) for row in windows])[:-1]
+    steps = np.split(np.exp(np.mean([state - _median(state, blend) for state in logs], axis=0)), ends)
     deviations = np.stack([_deviations(each.loss, blend) for each in told])
     # what is learnt fast is too hard first and too easy then: sizes are averaged, not signs
-    losses = np.copysign(np.abs(deviations).mean(0), deviations.mean(0))
-    odd = (steps > FAR) | (np.abs(losses) > APART)
-    gaps = _gaps(told[-len(cells[CONTROL]) :], asked)
+    losses = np.split(np.copysign(np.abs(deviations).mean(0), deviations.mean(0)), ends)
+    gaps = _gaps(told[-len(cells[CONTROL]) :], ends, asked)
     tails, excursions, no_tails = _excesses([cells[arm] for arm in (CONTROL, *names)])
     sign = 1 if asked.factor else -1
     before, each_error = weights(asked, CONTROL), ERROR / 2 / len(names)
     listed = []
     for i, source in enumerate(asked.sources):
         after = weights(asked, source.name)
-        out = share(int(odd[i].sum()), steps.shape[1], each_error)
+        odd = (steps[i] > FAR) | (np.abs(losses[i]) > APART)
+        out = share(int(odd.sum()), len(odd), each_error)
         tail, excursion = _signed(tails[i], sign), _signed(excursions[i], sign)
         factor = Interval(*(float(np.exp(bound)) for bound in tail))
         listed.append(
             Screened(
-                name=source.name, paths=source.paths, weight=source.weight,
+                name=source.name, paths=source.paths, weight=source.weight, windows=len(odd),
                 share=(before[source.name] / sum(before.values()), after[source.name] / sum(after.values())),
                 verdict=_verdict(out, factor), odd=_bounds(out), gap=gaps[i], tail=_bounds(factor),
                 excursion=_bounds(excursion), events=_events(cells[source.name]),
@@ -111,7 +112,7 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
         factor=asked.factor,
         seeds=tuple(cell.config.run.seed for cell in cells[CONTROL]),
         steps=grid.cells[0].config.run.steps,
-        windows=steps.shape[1],
+        windows=count,
         states=places,
         error=ERROR,
         far=FAR,
@@ -134,7 +135,7 @@ def _verdict(out: Interval, tail: Interval) -> Verdict:
 def _drawn(asked: Asked, count: int) -> list[list[Location]]:
     length = asked.config.model.sequence_length
     opened = [TokenDataset(open_tokens(each.paths, each.name), length, SEED) for each in asked.sources]
-    return drawn(opened, count)
+    return drawn(opened, count, repetition_filter(asked.config.data))
 
 
 def _ask(
@@ -149,7 +150,8 @@ def _ask(
     told = [each for each in told if each.finite]
     if not told:
         raise ConfigError(
-            "no control run has a checkpoint from before it diverged: the plain blend diverges at once; give a lower --lr"
+            "no control run has a checkpoint from before it diverged: the plain blend diverges at once; "
+            "give a lower --lr"
         )
     return told, len(told)
 
@@ -169,10 +171,9 @@ def sound_until(cell: Cell) -> float:
 
 
 def _median(values: NDArray[np.float64], blend: NDArray[np.float64]) -> float:
-    flat = values.ravel()
-    order = np.argsort(flat)
+    order = np.argsort(values)
     passed = np.cumsum(blend[order])
-    return float(flat[order][np.searchsorted(passed, passed[-1] / 2)])
+    return float(values[order][np.searchsorted(passed, passed[-1] / 2)])
 
 
 def _deviations(values: NDArray[np.float64], blend: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -182,8 +183,8 @@ def _deviations(values: NDArray[np.float64], blend: NDArray[np.float64]) -> NDAr
     return (over / max(SIGMA * _median(np.abs(over), blend), 1e-12)).clip(-MEASURE, MEASURE)
 
 
-def _gaps(last: Sequence[Impact], asked: Asked) -> list[float]:
-    means = np.mean([each.loss.mean(1) for each in last], axis=0)
+def _gaps(last: Sequence[Impact], ends: NDArray[np.int64], asked: Asked) -> list[float]:
+    means = np.mean([[row.mean() for row in np.split(each.loss, ends)] for each in last], axis=0)
     return [float(gap) for gap in means - np.average(means, weights=[each.weight for each in asked.sources])]
 
 
