@@ -57,8 +57,8 @@ def against_control(
 
     The noise is taken to be normal and alike in all cells; what blocks have in common drops out. Treatments of which
     all is censored show no noise, so that it is estimated from the others; if only the control is left, from the
-    control, with what blocks have in common. Bounds are infinite where no noise is known: there is one block, or the control is
-    censored.
+    control, with what blocks have in common. Bounds are infinite where no noise is known: there is one block, or the
+    control is censored.
 
     Args:
         values: ``[1 + treatments, blocks]``, the control first.
