@@ -109,7 +109,8 @@ def _print(record: Screening, output: Path) -> None:
     console = Console(highlight=False)
     console.print(
         f"{len(record.seeds)} seeds of each arm, {record.steps} steps at learning rate {record.learning_rate:g}; "
-        f"{record.windows} windows of each source at {record.states} states. All intervals together hold with 95 %."
+        f"{record.windows} windows of each source, or all it has, at {record.states} states. "
+        "All intervals together hold with 95 %."
     )
     table = Table(
         "source", "weight", "odd windows", "loss over blend's", "tail of gradient norms", "spikes",

@@ -22,13 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_stable.analysis.trained import Trained
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.checkpoint.model import fill, usable_config
 from megatron_stable.checkpoint.reader import Reader
-from megatron_stable.data import Location, TokenDataset
+from megatron_stable.data import Location, RepetitionFilter, TokenDataset
 from megatron_stable.data.check import check_ids
-from megatron_stable.errors import ConfigError
+from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.model import sigma
 from megatron_stable.model.loss import vocab_parallel_cross_entropy
 from megatron_stable.model.transformer import Transformer
@@ -38,7 +39,7 @@ SECOND = "exp_avg_sq"
 
 
 class Impact(NamedTuple):
-    """What one state says of windows ``[sources, windows]``.
+    """What one state says of windows, source after source, ``[windows]``.
 
     Attributes:
         rms: RMS_w, without unit.
@@ -48,11 +49,31 @@ class Impact(NamedTuple):
     rms: NDArray[np.float64]
     loss: NDArray[np.float64]
 
+    @property
+    def finite(self) -> bool:
+        """Whether the state can be asked at all: of half of the windows, or more, it says something finite."""
+        return bool((np.isfinite(self.rms) & np.isfinite(self.loss)).mean() >= 0.5)
 
-def drawn(sources: Sequence[TokenDataset], count: int) -> list[list[Location]]:
-    """Windows of each source, at random, no one twice: equally many, as many as the smallest has if that is fewer."""
-    count = min(count, *(source.windows for source in sources))
-    return [[source.locate(k) for k in range(count)] for source in sources]
+
+def drawn(
+    sources: Sequence[TokenDataset], count: int, repetitive: RepetitionFilter | None = None
+) -> list[list[Location]]:
+    """Windows of each source, at random, no one twice: so many, or all that a smaller source has.
+
+    Raises:
+        DataError: A source has none that training would predict.
+    """
+    found = []
+    for source in sources:
+        windows = [source.locate(k) for k in range(min(count, source.windows))]
+        kept = [each for each in windows if repetitive is None or not repetitive.finds(each.read())]
+        if not kept:
+            raise DataError(
+                f"dataset {source.indexed.prefix}: data.repetition_filter leaves out all {len(windows)} windows that "
+                "were drawn: take the source out of the blend, or raise data.repetition_filter"
+            )
+        found.append(kept)
+    return found
 
 
 def states(run: Path) -> list[int]:
@@ -61,7 +82,8 @@ def states(run: Path) -> list[int]:
 
 
 def impact(run: Path, step: int, windows: Sequence[Sequence[Location]], tick: Callable[[], None]) -> Impact:
-    """Ask one state of a run about windows, one at a time: a forward and a backward pass each, fp32, no dropout.
+    """Ask one state of a run about windows, one at a time: a forward and a backward pass each, fp32, no dropout, with
+    documents kept apart where training did.
 
     Args:
         tick: Called after each window.
@@ -75,6 +97,7 @@ def impact(run: Path, step: int, windows: Sequence[Sequence[Location]], tick: Ca
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = fill(whole, config, device)
     sigma.measure(model)
+    trained = Trained(config, model, None, step)
     weights, moments = _moments(Reader(whole.directory, whole.manifest), model, config.optimizer.betas[1] ** step)
     beta, eps, batch = config.optimizer.betas[1], config.optimizer.eps, config.batch.global_size
     assert config.model.vocab_size is not None
@@ -83,16 +106,17 @@ def impact(run: Path, step: int, windows: Sequence[Sequence[Location]], tick: Ca
         tokens = location.read()
         check_ids(tokens, config.model.vocab_size, location.dataset.indexed, location.start)
         inputs = torch.from_numpy(tokens).to(device)[None]
-        nll, _ = vocab_parallel_cross_entropy(
-            model(inputs[:, :-1]), inputs[:, 1:], vocab_size=config.model.vocab_size, cap=config.model.final_logit_cap
-        )
-        gradients = torch.autograd.grad(nll.mean(), weights)
+        with trained.reading(inputs[:, :-1]):
+            nll, _ = vocab_parallel_cross_entropy(
+                model(inputs[:, :-1]), inputs[:, 1:], vocab_size=config.model.vocab_size,
+                cap=config.model.final_logit_cap,
+            )  # fmt: skip
+            gradients = torch.autograd.grad(nll.mean(), weights)
         parts = [_squares(g / batch, v, beta, eps) for g, v in zip(gradients, moments, strict=True)]
         rms.append(float((torch.stack(parts).sum() / sum(v.numel() for v in moments)).sqrt()))
         losses.append(float(nll.detach().mean()))
         tick()
-    shape = len(windows), -1
-    return Impact(np.array(rms).reshape(shape), np.array(losses).reshape(shape))
+    return Impact(np.array(rms), np.array(losses))
 
 
 def _squares(gradient: Tensor, moment: Tensor, beta: float, eps: float) -> Tensor:

@@ -49,6 +49,7 @@ class Screened(Persisted):
 
     Attributes:
         weight: In the blend.
+        windows: That were looked at.
         share: Of the samples, there and in its own arm.
         odd: Share of its windows.
         gap: Mean loss of its windows over that of the blend's, nats per token, by the control's last states.
@@ -61,6 +62,7 @@ class Screened(Persisted):
     name: str
     paths: tuple[str, ...]
     weight: float
+    windows: int
     share: tuple[float, float]
     verdict: Verdict
     odd: Bounds
@@ -76,12 +78,13 @@ class Screening(Persisted):
 
     Attributes:
         factor: On the weight of an arm's source; 0: it was left out.
-        windows: Of each source, that were looked at.
+        windows: Of each source that has so many.
         states: Of the control, that were asked.
         error: Probability that any of the intervals misses.
         far, apart: Step of a window over the median's, and robust standard deviations of its loss, beyond which it is
             odd.
         least_share, least_tail: A source is suspect whose interval lies above one of these.
+        no_tails: Why tails of the runs say nothing, and what would mend it; ``null``: they do say something.
         recommendation: In sentences.
     """
 
@@ -98,6 +101,7 @@ class Screening(Persisted):
     apart: float
     least_share: float
     least_tail: float
+    no_tails: str | None = None
     control: Events
     sources: tuple[Screened, ...]
     recommendation: tuple[str, ...] = ()

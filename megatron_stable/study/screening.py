@@ -26,6 +26,7 @@ from megatron_stable.study.observations import groups, nearest
 from megatron_stable.study.table import FILE, RATE, Row, read_table
 
 CONTROL, AXIS = "control", "source"
+LEAST = 20  # steps behind the warm-up, without which a run has no tail
 STATES = 4  # checkpoints of a run, at equal distances; those of the control are asked about windows
 FACTOR, SEEDS, WINDOWS = 4.0, 3, 128
 NEAR = 0.2  # of the largest stable learning rate: nearer, the control is so wild that it hides what is looked for
@@ -75,7 +76,18 @@ def ask(directory: Path, base: Path, overrides: Sequence[str], factor: float = F
         raise ConfigError("data.stages is set: a screening has one blend, so give a proxy without stages")
     if config.run.steps < 15 * STATES:
         raise ConfigError(f"run.steps {config.run.steps}: a proxy of less than {15 * STATES} steps says nothing")
+    left = config.run.steps - warm_up(config)
+    if left < LEAST:
+        raise ConfigError(
+            f"run.steps {config.run.steps} leave {left} behind the warm-up, and tails of gradient norms need {LEAST}: "
+            "give more run.steps, or a shorter schedule.warmup_steps"
+        )
     return Asked(directory, base, tuple(overrides), found, factor, seeds)
+
+
+def warm_up(config: Config) -> int:
+    """The first steps of a run, which say nothing of its tail."""
+    return max(config.warmup_steps, config.run.steps // 10)
 
 
 def sources_of(train: Any) -> tuple[Weighed, ...]:

@@ -45,7 +45,9 @@ def _doubts(each: Screened, record: Screening) -> Iterator[str]:
             f"{percent(out)} of its windows are odd, which may be more than {record.least_share:.0%} or not; more "
             "--windows narrow it"
         )
-    if tail.high is None or tail.high > record.least_tail:
+    if record.no_tails is not None:
+        yield record.no_tails
+    elif tail.high is None or tail.high > record.least_tail:
         yield f"its runs leave room for a factor of {factor_of(tail)} on the tail; more --seeds narrow it"
 
 

@@ -50,22 +50,31 @@ def _root(rising: Callable[[float], float], wanted: float) -> float:
     return (low + high) / 2
 
 
-def against_control(values: NDArray[np.float64], error: float) -> list[Interval]:
+def against_control(
+    values: NDArray[np.float64], error: float, censored: NDArray[np.bool_] | None = None
+) -> list[Interval]:
     """What each treatment adds to a control, by Dunnett's method (JASA 50, 1955), each block with all of them.
 
-    The noise is taken to be normal and alike in all cells; what blocks have in common drops out. Bounds are infinite
-    where there is one block, of which no noise is known.
+    The noise is taken to be normal and alike in all cells; what blocks have in common drops out. Treatments of which
+    all is censored show no noise, so that it is estimated from the others; if only the control is left, from the
+    control, with what blocks have in common. Bounds are infinite where no noise is known: there is one block, or the
+    control is censored.
 
     Args:
         values: ``[1 + treatments, blocks]``, the control first.
         error: Probability that any of the intervals misses.
+        censored: ``[1 + treatments, blocks]``: which values only say that the truth is no less; ``None``: none.
     """
+    lost = np.zeros(values.shape, bool) if censored is None else censored
     arms, blocks = values.shape
     effects = values[1:].mean(1) - values[0].mean()
-    freedom = (arms - 1) * (blocks - 1)
-    if not freedom:
+    noisy = values[~lost.all(1)]
+    freedom = max(len(noisy) - 1, 1) * (blocks - 1)
+    if lost[0].any() or not freedom:
         return [Interval(float(effect), -inf, inf) for effect in effects]
-    rest = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    rest = noisy - noisy.mean(1, keepdims=True)
+    if len(noisy) > 1:
+        rest = rest - rest.mean(0)
     half = _critical(arms - 1, freedom, error) * sqrt(2 * float((rest**2).sum()) / freedom / blocks)
     return [Interval(float(effect), float(effect) - half, float(effect) + half) for effect in effects]
 

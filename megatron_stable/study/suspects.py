@@ -24,19 +24,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_stable.analysis.inspection import SIGMA
-from megatron_stable.data import Location, TokenDataset
+from megatron_stable.data import Location, TokenDataset, repetition_filter
 from megatron_stable.data.shards import open_tokens
 from megatron_stable.errors import ConfigError
 from megatron_stable.numbers import finite
 from megatron_stable.persisted import package_version
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.metrics import latest, read_metrics
+from megatron_stable.stability.collapse import RECENT, Collapse
 from megatron_stable.stability.events import SecondOpinion, Spike
 from megatron_stable.study.grid import Cell, Grid
 from megatron_stable.study.impact import Impact, drawn, impact, states
 from megatron_stable.study.outcome import read_ended
 from megatron_stable.study.screened import Bounds, Events, Place, Screened, Screening, Verdict
-from megatron_stable.study.screening import AXIS, CONTROL, WINDOWS, Asked, weights
+from megatron_stable.study.screening import AXIS, CONTROL, LEAST, WINDOWS, Asked, warm_up, weights
 from megatron_stable.study.screening_words import advice
 from megatron_stable.study.simultaneous import Interval, against_control, share
 
@@ -50,19 +51,19 @@ SEED = 20220502  # of the windows that are drawn
 
 
 class Found(NamedTuple):
-    """A screening, and of each window ``[sources, windows]`` how far it would move the model, over the median window,
-    and how its loss lies to theirs, in robust standard deviations."""
+    """A screening, and by source, of each of its windows, how far it would move the model, over the median window, and
+    how its loss lies to theirs, in robust standard deviations."""
 
     record: Screening
-    steps: NDArray[np.float64]
-    losses: NDArray[np.float64]
+    steps: list[NDArray[np.float64]]
+    losses: list[NDArray[np.float64]]
 
 
 def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], None] = lambda total: None) -> Found:
     """What a screening has found, when its runs have ended.
 
     Args:
-        count: Windows of each source.
+        count: Windows of each source that has so many.
         tick: Called after each window at each state, with how many there are in all.
 
     Raises:
@@ -80,24 +81,25 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
     )
     blend = np.array([asked.sources[i].weight / len(row) for i, row in enumerate(windows) for _ in row])
     # of each state the median window of the blend is the measure; over states, the geometric mean
-    steps = np.exp(np.mean([state - _median(state, blend) for state in logs], axis=0))
+    ends = np.cumsum([len(row) for row in windows])[:-1]
+    steps = np.split(np.exp(np.mean([state - _median(state, blend) for state in logs], axis=0)), ends)
     deviations = np.stack([_deviations(each.loss, blend) for each in told])
     # what is learnt fast is too hard first and too easy then: sizes are averaged, not signs
-    losses = np.copysign(np.abs(deviations).mean(0), deviations.mean(0))
-    odd = (steps > FAR) | (np.abs(losses) > APART)
-    gaps = _gaps(told[-len(cells[CONTROL]) :], asked)
-    tails, excursions = _excesses([cells[arm] for arm in (CONTROL, *names)], asked)
+    losses = np.split(np.copysign(np.abs(deviations).mean(0), deviations.mean(0)), ends)
+    gaps = _gaps(told[-len(cells[CONTROL]) :], ends, asked)
+    tails, excursions, no_tails = _excesses([cells[arm] for arm in (CONTROL, *names)])
     sign = 1 if asked.factor else -1
     before, each_error = weights(asked, CONTROL), ERROR / 2 / len(names)
     listed = []
     for i, source in enumerate(asked.sources):
         after = weights(asked, source.name)
-        out = share(int(odd[i].sum()), steps.shape[1], each_error)
+        odd = (steps[i] > FAR) | (np.abs(losses[i]) > APART)
+        out = share(int(odd.sum()), len(odd), each_error)
         tail, excursion = _signed(tails[i], sign), _signed(excursions[i], sign)
         factor = Interval(*(float(np.exp(bound)) for bound in tail))
         listed.append(
             Screened(
-                name=source.name, paths=source.paths, weight=source.weight,
+                name=source.name, paths=source.paths, weight=source.weight, windows=len(odd),
                 share=(before[source.name] / sum(before.values()), after[source.name] / sum(after.values())),
                 verdict=_verdict(out, factor), odd=_bounds(out), gap=gaps[i], tail=_bounds(factor),
                 excursion=_bounds(excursion), events=_events(cells[source.name]),
@@ -110,13 +112,14 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
         factor=asked.factor,
         seeds=tuple(cell.config.run.seed for cell in cells[CONTROL]),
         steps=grid.cells[0].config.run.steps,
-        windows=steps.shape[1],
+        windows=count,
         states=places,
         error=ERROR,
         far=FAR,
         apart=APART,
         least_share=SHARE,
         least_tail=TAIL,
+        no_tails=no_tails,
         control=_events(cells[CONTROL]),
         sources=tuple(listed),
     )
@@ -132,25 +135,45 @@ def _verdict(out: Interval, tail: Interval) -> Verdict:
 def _drawn(asked: Asked, count: int) -> list[list[Location]]:
     length = asked.config.model.sequence_length
     opened = [TokenDataset(open_tokens(each.paths, each.name), length, SEED) for each in asked.sources]
-    return drawn(opened, count)
+    return drawn(opened, count, repetition_filter(asked.config.data))
 
 
 def _ask(
     control: Sequence[Cell], windows: Sequence[Sequence[Location]], tick: Callable[[int], None]
 ) -> tuple[list[Impact], int]:
     """What the states of the control say, the earliest first, and how many they are."""
-    asked = sorted((step, cell.directory) for cell in control for step in states(cell.directory))
-    if not asked:
-        raise ConfigError("no control run has a checkpoint: the plain blend diverges at once; give a lower --lr")
+    asked = sorted(
+        (step, cell.directory) for cell in control for step in states(cell.directory) if step < sound_until(cell)
+    )
     total = len(asked) * sum(map(len, windows))
-    return [impact(run, step, windows, lambda: tick(total)) for step, run in asked], len(asked)
+    told = [impact(run, step, windows, lambda: tick(total)) for step, run in asked]
+    told = [each for each in told if each.finite]
+    if not told:
+        raise ConfigError(
+            "no control run has a checkpoint from before it diverged: the plain blend diverges at once; "
+            "give a lower --lr"
+        )
+    return told, len(told)
+
+
+def sound_until(cell: Cell) -> float:
+    """The step at which a run began to diverge, before which its states may be asked; infinite: it did not."""
+    if not _diverged(cell):
+        return inf
+    level, began = Collapse(), inf
+    for record in latest(read_metrics(RunDirectory(cell.directory).metrics)):
+        loss = finite(record.get("loss"))
+        level = level.followed_by(record["step"], loss, cell.config.guard.collapse or 0.5)
+        if loss is None:
+            began = min(began, record["step"])
+    # the level is a median of so many losses, and follows them
+    return min(began, inf if level.onset is None else level.onset - RECENT)
 
 
 def _median(values: NDArray[np.float64], blend: NDArray[np.float64]) -> float:
-    flat = values.ravel()
-    order = np.argsort(flat)
+    order = np.argsort(values)
     passed = np.cumsum(blend[order])
-    return float(flat[order][np.searchsorted(passed, passed[-1] / 2)])
+    return float(values[order][np.searchsorted(passed, passed[-1] / 2)])
 
 
 def _deviations(values: NDArray[np.float64], blend: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -160,25 +183,45 @@ def _deviations(values: NDArray[np.float64], blend: NDArray[np.float64]) -> NDAr
     return (over / max(SIGMA * _median(np.abs(over), blend), 1e-12)).clip(-MEASURE, MEASURE)
 
 
-def _gaps(last: Sequence[Impact], asked: Asked) -> list[float]:
-    means = np.mean([each.loss.mean(1) for each in last], axis=0)
+def _gaps(last: Sequence[Impact], ends: NDArray[np.int64], asked: Asked) -> list[float]:
+    means = np.mean([[row.mean() for row in np.split(each.loss, ends)] for each in last], axis=0)
     return [float(gap) for gap in means - np.average(means, weights=[each.weight for each in asked.sources])]
 
 
-def _excesses(arms: Sequence[Sequence[Cell]], asked: Asked) -> tuple[list[Interval], list[Interval]]:
-    """What each source does to the tail of gradient norms, in logarithms, and to that of losses."""
-    measured = np.array([[_excess(cell) for cell in runs] for runs in arms])
-    return against_control(measured[..., 0], ERROR / 4), against_control(measured[..., 1], ERROR / 4)
+def _excesses(arms: Sequence[Sequence[Cell]]) -> tuple[list[Interval], list[Interval], str | None]:
+    """What each source does to the tail of gradient norms, in logarithms, and to that of losses; and why that cannot be
+    known, if it cannot."""
+    found = [[_excess(cell) for cell in runs] for runs in arms]
+    lost = np.array([[_diverged(cell) for cell in runs] for runs in arms])
+    if lost[0].any():
+        why = (
+            f"{int(lost[0].sum())} of {len(arms[0])} runs of the plain blend diverged, so that nothing can be compared "
+            "with their tails; give a lower --lr"
+        )
+    elif any(each is None for runs in found for each in runs):
+        why = f"runs have fewer than {LEAST} records behind the warm-up; give more run.steps, and logging.every=1"
+    else:
+        measured = np.array(found, float)
+        norms, losses = (against_control(measured[..., i], ERROR / 4, lost) for i in (0, 1))
+        return norms, losses, None
+    unknown = [Interval(0.0, -inf, inf) for _ in arms[1:]]
+    return unknown, unknown, why
 
 
-def _excess(cell: Cell) -> tuple[float, float]:
-    """The highest tenth of a run's gradient norms and losses over their running median, in logarithms and in nats."""
-    records = latest(read_metrics(RunDirectory(cell.directory).metrics))
-    ended, config = read_ended(cell.directory), cell.config
-    warm = max(config.warmup_steps, config.run.steps // 10)
-    kept = [record for record in records if record["step"] > warm]
-    if len(kept) < 2 * AROUND or (ended is not None and ended.status == "diverged"):
+def _diverged(cell: Cell) -> bool:
+    ended = read_ended(cell.directory)
+    return ended is not None and ended.status == "diverged"
+
+
+def _excess(cell: Cell) -> tuple[float, float] | None:
+    """The highest tenth of a run's gradient norms and losses over their running median, in logarithms and in nats, of a
+    diverged run log ``MOST``; ``None``: it has too few records."""
+    if _diverged(cell):
         return log(MOST), log(MOST)
+    records = latest(read_metrics(RunDirectory(cell.directory).metrics))
+    kept = [record for record in records if record["step"] > warm_up(cell.config)]
+    if len(kept) < LEAST:
+        return None
     norms = np.array([inf if (x := finite(record.get("grad_norm"))) is None else x for record in kept])
     losses = np.array([inf if (x := finite(record.get("loss"))) is None else x for record in kept])
     return tail_of(np.log(np.maximum(norms, 1e-30))), tail_of(losses)

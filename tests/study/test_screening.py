@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from math import inf, log
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from megatron_stable.analysis.trained import open_run
 from megatron_stable.commands.app import run_verb
-from megatron_stable.data import IndexedWriter, open_dataset
-from megatron_stable.errors import ConfigError
-from megatron_stable.study.impact import drawn, impact
+from megatron_stable.data import IndexedWriter, RepetitionFilter, TokenDataset, open_dataset
+from megatron_stable.errors import ConfigError, DataError
+from megatron_stable.records.directory import RunDirectory
+from megatron_stable.study.grid import Cell
+from megatron_stable.study.impact import Impact, drawn, impact
+from megatron_stable.study.outcome import Ended, write_ended
 from megatron_stable.study.screening import CONTROL, arms, ask, edge, sources_of
-from megatron_stable.study.suspects import tail_of
+from megatron_stable.study.suspects import _excesses, sound_until, tail_of
+from megatron_stable.study.worker import run
 
 VOCAB, SEQUENCE = 128, 32
 NAMES = ("one", "two", "three", "bad")
@@ -25,7 +34,7 @@ def write_sources(folder: Path, spoiled: str | None = "bad") -> Path:
     for number, name in enumerate(NAMES, 1):
         draw = np.random.default_rng(number)
         with IndexedWriter(folder / name, np.uint16) as writer:
-            for i in range(120):
+            for i in range(40 if name == "three" else 120):
                 tokens = (draw.integers(64) + number * np.arange(SEQUENCE + 8)) % 64
                 if name == spoiled and i % 2:
                     tokens = draw.integers(0, VOCAB, SEQUENCE + 8)
@@ -66,6 +75,7 @@ def test_a_poisoned_source_is_found_and_the_screening_goes_on(
     assert record["version"] == 1 and record["seeds"] == [1234, 1235] and record["learning_rate"] == 0.01
     by_name = {source["name"]: source for source in record["sources"]}
     assert [name for name, source in by_name.items() if source["verdict"] == "suspect"] == ["bad"]
+    assert [source["windows"] for source in record["sources"]] == [64, 64, 49, 64]  # all that the smallest has
     bad = by_name["bad"]
     assert bad["share"] == [0.25, pytest.approx(4 / 7)] and bad["weight"] == 2.0
     assert 0.3 < bad["odd"]["low"] < bad["odd"]["value"] < bad["odd"]["high"] < 0.9
@@ -115,6 +125,7 @@ def test_arms_differ_in_the_weight_of_one_source_alone(tmp_path: Path) -> None:
         (["--lr", "-1"], 2, "--lr -1 is not a positive number"),
         (["--lr", "1e-2", "--factor", "0.5"], 2, "give more than 1 to up-weight a source, or 0"),
         (["--lr", "1e-2", "run.steps=20"], 2, "says nothing"),
+        (["--lr", "1e-2", "schedule.warmup_steps=45"], 2, "leave 15 behind the warm-up"),
         (["--lr", "1e-2", "data.train=one"], 2, "is no blend of two sources"),
         (["--lr", "1e-2", "data.train=nowhere.yaml"], 5, "nowhere.yaml"),
         (["--sweep", "nowhere"], 2, "nowhere is no table of a sweep"),
@@ -164,13 +175,10 @@ def test_a_tail_is_the_highest_tenth_over_a_running_median() -> None:
 
 def test_impact_is_the_rms_of_adams_step(tmp_path: Path) -> None:
     """Against the definition in float64, from the files of a checkpoint."""
-    import torch
-
     from megatron_stable.checkpoint.catalog import newest_whole
     from megatron_stable.checkpoint.model import load_model
     from megatron_stable.checkpoint.reader import Reader
     from megatron_stable.parallel.parameters import place
-    from megatron_stable.study.worker import run
 
     write_sources(tmp_path)
     grid = arms(ask(tmp_path / "screen", write_proxy(tmp_path), ["run.steps=60"], seeds=1), 1e-2)
@@ -180,7 +188,7 @@ def test_impact_is_the_rms_of_adams_step(tmp_path: Path) -> None:
     blend = open_dataset(config.data.train, SEQUENCE, 5)
     windows = drawn(blend.parts, 3)
     found = impact(Path(config.run.directory), 30, windows, lambda: None)
-    assert found.rms.shape == found.loss.shape == (4, 3)
+    assert found.rms.shape == found.loss.shape == (12,)
 
     _, model, _ = load_model(config.run.directory, 30)
     whole = newest_whole(config.run.directory, 30)
@@ -196,8 +204,8 @@ def test_impact_is_the_rms_of_adams_step(tmp_path: Path) -> None:
         v = reader.full(place(weight).name, "exp_avg_sq", tuple(weight.shape)).double() / (1 - beta**30)
         total += float((g / ((beta * v + (1 - beta) * g**2).sqrt() + eps)).square().sum())
         count += weight.numel()
-    assert found.loss[3, 1] == pytest.approx(nll.item(), rel=1e-4)
-    assert found.rms[3, 1] == pytest.approx((total / count) ** 0.5, rel=1e-3)
+    assert found.loss[10] == pytest.approx(nll.item(), rel=1e-4)
+    assert found.rms[10] == pytest.approx((total / count) ** 0.5, rel=1e-3)
 
 
 def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,3 +218,97 @@ def test_a_dry_run_says_what_would_be_trained(tmp_path: Path, capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and lines[0] == "source=control,seed=1234" and lines[-1] == "source=bad,seed=1235"
     assert not (tmp_path / "out" / "runs").exists()
+
+
+def write_run(cell: Cell, status: str = "finished", steps: int = 60) -> None:
+    """What a run of a sweep leaves of itself, with a little noise."""
+    folder, draw = cell.directory, np.random.default_rng(crc32(cell.name.encode()))
+    rows = ({"step": k, "loss": 3 + 0.01 * draw.normal(), "grad_norm": draw.uniform(1, 1.05)} for k in range(1, steps))
+    folder.mkdir(parents=True, exist_ok=True)
+    RunDirectory(folder).metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_ended(folder, Ended(status=status))  # type: ignore[arg-type]
+
+
+def by_arm(folder: Path, seeds: int) -> list[list[Cell]]:
+    write_sources(folder)
+    cells = arms(ask(folder / "screen", write_proxy(folder), [], seeds=seeds), 1e-2).cells
+    return [[cell for cell in cells if cell.labels["source"] == arm] for arm in (CONTROL, *NAMES)]
+
+
+def test_a_diverged_control_or_short_runs_leave_tails_open(tmp_path: Path) -> None:
+    runs = by_arm(tmp_path, 3)
+    for cell in (each for arm in runs for each in arm):
+        write_run(cell, "diverged")
+    tails, _, why = _excesses(runs)
+    assert why is not None and "3 of 3 runs of the plain blend diverged" in why and "lower --lr" in why
+    assert all((tail.low, tail.high) == (-inf, inf) for tail in tails)
+    for arm in runs[:-1]:
+        for cell in arm:
+            write_run(cell)
+    tails, _, why = _excesses(runs)  # beside healthy controls, runs that diverge are evidence
+    assert why is None and tails[-1].low > log(1.5) and all(tail.high < log(1.5) for tail in tails[:-1])
+    write_run(runs[1][0], steps=20)
+    tails, _, why = _excesses(runs)
+    assert why is not None and "more run.steps" in why and tails[-1].low == -inf
+
+
+def test_a_diverged_run_of_the_control_is_asked_only_before(tmp_path: Path) -> None:
+    (cell, *_), *_ = by_arm(tmp_path, 1)
+    write_run(cell)
+    assert sound_until(cell) == inf
+    losses = [4.0 - 0.02 * k for k in range(30)] + [4.1] * 30
+    rows = [{"step": k, "loss": loss} for k, loss in enumerate(losses, 1)]
+    RunDirectory(cell.directory).metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_ended(cell.directory, Ended(status="diverged"))
+    assert 20 <= sound_until(cell) <= 30
+    wild, tame = Impact(np.full(8, np.nan), np.full(8, np.nan)), Impact(np.ones(8), np.ones(8))
+    assert not wild.finite and tame.finite
+    assert Impact(np.array([1.0] * 7 + [np.inf]), np.ones(8)).finite  # a window that blows up is what is looked for
+
+
+def test_a_small_source_takes_no_windows_from_others(tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    with IndexedWriter(tmp_path / "few", np.uint16) as writer:
+        writer.add(np.arange(3 * SEQUENCE + 1) % 64)
+    parts = [TokenDataset(str(tmp_path / name), SEQUENCE, 1) for name in ("one", "few")]
+    assert [len(row) for row in drawn(parts, 64)] == [64, 3]
+
+
+def test_windows_that_training_leaves_out_are_not_asked_about(tmp_path: Path) -> None:
+    for name, pages in (("half", (0, 1)), ("all", (0,))):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            for i in range(40):
+                writer.add(np.arange(4 * SEQUENCE) % 50 if pages[i % len(pages)] else np.full(4 * SEQUENCE, 7))
+    half, every = (TokenDataset(str(tmp_path / name), SEQUENCE, 1) for name in ("half", "all"))
+    (kept,) = drawn([half], 100, RepetitionFilter(16))
+    assert 30 < len(kept) < 70 and all(len(set(each.read())) > 8 for each in kept)
+    with pytest.raises(DataError, match="leaves out all 100 windows"):
+        drawn([every], 100, RepetitionFilter(16))
+
+
+def test_impact_keeps_documents_apart_as_training_does(tmp_path: Path) -> None:
+    """What stands in another document of a window changes the loss of its rest by nothing."""
+    write_sources(tmp_path)
+    end = 0
+    overrides = ["data.document_mask=true", f"data.end_of_document={end}"]
+    for name in NAMES:  # documents that end with the token that stands between them
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            draw = np.random.default_rng(len(name))
+            for _ in range(120):
+                writer.add(np.append(draw.integers(1, 64, SEQUENCE + 7), end))
+    asked = ask(tmp_path / "screen", write_proxy(tmp_path), overrides, seeds=1)
+    config = arms(asked, 1e-2).cells[0].config
+    ended = run(config, 1)
+    assert ended is not None and ended.status == "finished", ended
+    windows = drawn(open_dataset(config.data.train, SEQUENCE, 5).parts, 8)
+    told = impact(Path(config.run.directory), 60, windows, lambda: None)
+    trained = open_run(config.run.directory, 60)
+    apart, across = [], []
+    for location in (each for row in windows for each in row):
+        rows = torch.from_numpy(location.read())[None]
+        for losses, context in ((apart, trained.reading(rows[:, :-1])), (across, nullcontext())):
+            with context, torch.no_grad():
+                logits = trained.model(rows[:, :-1])[0, :, :VOCAB]
+            losses.append(float(torch.nn.functional.cross_entropy(logits.double(), rows[0, 1:])))
+    assert told.loss == pytest.approx(apart, rel=1e-4)
+    assert np.abs(np.array(apart) - across).max() > 1e-3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import comb, inf
+from math import comb, inf, log
 
 import numpy as np
 import pytest
@@ -44,3 +44,17 @@ def test_all_intervals_hold_together_as_often_as_is_said() -> None:
 def test_of_one_block_nothing_is_known() -> None:
     (found,) = against_control(np.array([[1.0], [3.0]]), 0.05)
     assert (found.value, found.low, found.high) == (2.0, -inf, inf)
+
+
+def test_censored_arms_show_no_noise() -> None:
+    """What only says "no less" must make no interval narrower; a censored control leaves nothing to compare with."""
+    values = np.array([[0.1, 0.2, 0.15], [0.12, 0.1, 0.3], [2.3, 2.3, 2.3], [2.3, 2.3, 2.3]])
+    lost = values > 2
+    alone, known = against_control(values[:2], 0.05), against_control(values, 0.05, lost)
+    assert known[0].high - known[0].low >= alone[0].high - alone[0].low
+    assert all(log(1.5) < each.low < each.value < each.high for each in known[1:])
+    # only the control is left to show noise
+    (first, second) = against_control(values[[0, 2, 3]], 0.05, lost[[0, 2, 3]])
+    assert log(1.5) < first.low == second.low < first.value
+    every = against_control(np.full((3, 3), 2.3), 0.05, np.ones((3, 3), bool))
+    assert all((each.low, each.high) == (-inf, inf) for each in every)
