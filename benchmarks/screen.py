@@ -172,7 +172,7 @@ def trial(root: Path, kind: str, number: int, rate: float, tokenizer: Tokenizer)
             time.monotonic() - began,
         )  # fmt: skip
         write_file(folder / "screening.json", record.model_dump_json(indent=1).encode())
-        np.save(folder / "windows.npy", np.stack([steps, losses]))
+        np.savez(folder / "windows.npz", steps=np.concatenate(steps), losses=np.concatenate(losses))
         shutil.rmtree(folder / "screen" / "runs")
         write_file(done, json.dumps(made._asdict()).encode())
     read: dict[str, Any] = json.loads(done.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import torch
+from packaging.version import Version
 
 from megatron_stable.config.parametrization import model_multipliers
 from megatron_stable.config.schema import Config
@@ -15,6 +16,7 @@ from megatron_stable.model.documents import DocumentMask
 from megatron_stable.parallel.agreement import everywhere
 from megatron_stable.parallel.topology import TensorParallel
 
+GRAPHS = Version("2.13")  # whose Dynamo has been seen to take the collectives of a block into its graph
 LENGTH, HEADS = 128, 2  # of the block that is tried
 # how far outputs and gradients may be off, of their norms: as far as rounding takes them
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -27,6 +29,8 @@ def why_not(config: Config, device: str) -> str | None:
         return "there is no GPU"
     if config.parallel.zero_stage == 3:
         return "under ZeRO-3 weights are gathered within a block"
+    if config.parallel.tensor > 1 and Version(torch.__version__) < GRAPHS:
+        return f"PyTorch {torch.__version__} cannot trace collectives that overlap, {GRAPHS} can"
     return "run.deterministic is on" if config.run.deterministic else None
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_stable.model import cross_entropy_kernels as kernels
-from megatron_stable.model.triton_support import INSTALLED
+from tests.harness.triton import needs_triton
 
 pytestmark = [
-    pytest.mark.skipif(not INSTALLED, reason="Triton is not installed: pip install triton"),
+    needs_triton,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets"),
 ]
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from megatron_stable.model import cross_entropy_kernels as kernels
 from megatron_stable.model.cross_entropy import Columns
 from megatron_stable.model.loss import combined, vocab_parallel_cross_entropy
-from megatron_stable.model.triton_support import INSTALLED
+from tests.harness.triton import needs_triton
 
-pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed: pip install triton")
+pytestmark = needs_triton
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
+from packaging.version import Version
 
+from megatron_stable.training.compilation import GRAPHS
 from tests.harness.ranks import Ranks
 
 BLOCKS = 3
@@ -57,8 +60,18 @@ def graphs(
     return {"trained": trained, "evaluated": counter.frame_count - trained, "breaks": dict(counters["graph_break"])}
 
 
+takes_collectives = pytest.mark.skipif(Version(torch.__version__) < GRAPHS, reason=f"needs PyTorch {GRAPHS}")
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)], ids=["alone", "tp", "sp"])
+@pytest.mark.parametrize(
+    ("tensor", "sequence"),
+    [
+        pytest.param(1, False, id="alone"),
+        pytest.param(2, False, id="tp", marks=takes_collectives),
+        pytest.param(2, True, id="sp", marks=takes_collectives),
+    ],
+)
 def test_all_blocks_are_one_graph(ranks: Ranks, tensor: int, sequence: bool, recompute: str) -> None:
     model = {"recipe": "qk_norm_cap", "activation_checkpointing": recompute}
     (found,) = ranks.run(tensor, graphs, model, tensor, sequence, only=[0], timeout=120)
@@ -67,6 +80,7 @@ def test_all_blocks_are_one_graph(ranks: Ranks, tensor: int, sequence: bool, rec
     assert (found["trained"], found["evaluated"]) == (2 if recompute == "full" else 1, 1)
 
 
+@takes_collectives
 @pytest.mark.parametrize(
     "model",
     [
@@ -81,6 +95,7 @@ def test_recipes_are_one_graph(ranks: Ranks, model: dict[str, Any]) -> None:
     assert found == {"trained": 1, "evaluated": 1, "breaks": {}}
 
 
+@takes_collectives
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_largest_logits_are_a_part_of_the_graph(ranks: Ranks, recompute: str) -> None:
     model = {"recipe": "soft_temp", "activation_checkpointing": recompute}
@@ -88,6 +103,7 @@ def test_the_largest_logits_are_a_part_of_the_graph(ranks: Ranks, recompute: str
     assert found == {"trained": 2 if recompute == "full" else 1, "evaluated": 1, "breaks": {}}
 
 
+@takes_collectives
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("recipe", ["qk_norm_cap", "soft_temp"], ids=["math", "sdpa"])
 def test_documents_are_a_part_of_the_graph(ranks: Ranks, recipe: str, recompute: str) -> None:

@@ -23,9 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_stable.model import largest_logits
 from megatron_stable.model.largest_logits import by_chunks, by_kernel, max_attention_logits, tile, usable
-from megatron_stable.model.triton_support import INSTALLED
-
-needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed: pip install triton")
+from tests.harness.triton import needs_triton
 
 
 def draw(dtype: torch.dtype, kv_heads: int, length: int, width: int = 16) -> tuple[Tensor, Tensor]:
