@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from math import log
 from typing import Literal, TypeAlias
 
@@ -163,7 +164,8 @@ def _pairs(
 def _loss(head: nn.Module, batches: list[Tensor], targets: list[Tensor], config: Config) -> tuple[float, float]:
     """(cross-entropy, RMS of log Z)"""
     model, nll, squares, count = config.model, 0.0, 0.0, 0
-    for x, wanted in zip(batches, targets, strict=True):
+    rows = chain.from_iterable(zip(x.split(1), y.split(1), strict=True) for x, y in zip(batches, targets, strict=True))
+    for x, wanted in rows:  # logits of one sequence at a time
         losses, log_z = vocab_parallel_cross_entropy(head(x), wanted, None, model.vocab_size, model.final_logit_cap)
         nll, squares = nll + float(losses.double().sum()), squares + float(log_z.double().square().sum())
         count += wanted.numel()

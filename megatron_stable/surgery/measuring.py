@@ -112,7 +112,8 @@ def measure(
                 module.measure(probe)
                 stack.enter_context(_watched(module, number, before.model, after.model, found))
             if name == "head":
-                found.logits = max(float(module(y)[..., : before.model.vocab_size].abs().max()) for y in x)
+                rows = (row for y in x for row in y.split(1))  # logits of one sequence at a time
+                found.logits = max(float(module(row)[..., : before.model.vocab_size].abs().max()) for row in rows)
                 break
             x = forward(module, x, batches, before)
         tick()
