@@ -108,10 +108,11 @@ def _named(source: Path, step: int | None) -> tuple[Path, int | None]:
 
 def _said(output: Path, done: Operated) -> list[str]:
     before, after = done.parameters
+    least = done.config.parallel.tensor * done.config.parallel.pipeline
     return [
         f"{output}: step {done.whole.step}, {before:,} parameters before, {after:,} after",
         *(f"  {key}: {plain(old)} -> {plain(new)}" for key, (old, new) in done.changes.items()),
         *done.continuity.lines(),
         "train it on with",
-        f"  megatron-stable pretrain --config {output / 'config.yaml'}",
+        f"  megatron-stable pretrain --config {output / 'config.yaml'}" + (f" --ranks {least}" if least > 1 else ""),
     ]
