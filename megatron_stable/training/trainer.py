@@ -19,7 +19,7 @@ from megatron_stable.engine.outcome import Outcome, StepMetrics
 from megatron_stable.errors import DataError, DivergenceError, LossScaleError, MegatronStableError
 from megatron_stable.numbers import finite
 from megatron_stable.optim.schedule import learning_rate
-from megatron_stable.parallel.agreement import decided, everywhere
+from megatron_stable.parallel.agreement import agreed, decided, everywhere
 from megatron_stable.parallel.lifeline import SLOW, Lifeline
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.records.callbacks import Callbacks
@@ -27,7 +27,7 @@ from megatron_stable.records.directory import RunDirectory, differences
 from megatron_stable.records.interventions import read_interventions
 from megatron_stable.records.metrics import Record
 from megatron_stable.records.stages import read_stages
-from megatron_stable.stability.events import Blend, LossScaleFloor, Rollback, Stop
+from megatron_stable.stability.events import Blend, LossScaleFloor, Rollback, Stop, Surgery
 from megatron_stable.stability.guard import Guard, GuardState, Judgement
 from megatron_stable.stability.interventions import Intervention, Interventions
 from megatron_stable.stability.recovery import Trouble
@@ -99,6 +99,12 @@ class Trainer:
         found = self.checkpoints.newest()
         made = decided(lambda: read_interventions(self.directory.path))
         if found is None:
+            if made is not None and made.changes:
+                raise agreed(
+                    DataError,
+                    f"{self.directory.path}: no checkpoint of the model that this run has made of its own is usable; "
+                    "what it was made of is in before_surgery/",
+                )
             self.recovery.interventions = made or Interventions()
             self.source.arrange(None, 0, self.recovery.interventions)
             self._follow(self.source.course, 0)
@@ -276,8 +282,7 @@ class Trainer:
         while (intervention := self.recovery.plan(trouble, self.source.course, damaged)) is not None:
             if intervention.changes:
                 try:
-                    self._operate(intervention, lifeline)
-                    return
+                    made, event = self._operate(intervention, lifeline)
                 except DataError as error:  # an older one may be sound
                     self.callbacks.message(f"warning: no surgery: {error}")
                     damaged.add(intervention.rollback_to)
@@ -285,6 +290,8 @@ class Trainer:
                 except MegatronStableError as error:
                     self.callbacks.message(f"warning: no surgery: {error}")
                     break
+                self._become(made, event)
+                return
             found = self.checkpoints.of(intervention.rollback_to)
             if found is not None:
                 self.recovery.commit(Rollback.of(intervention, self.step), intervention)
@@ -293,14 +300,17 @@ class Trainer:
             damaged.add(intervention.rollback_to)
         self._end(trouble)
 
-    def _operate(self, intervention: Intervention, lifeline: Lifeline) -> None:
-        """Make the run's model another one. Collective; raises what :func:`operate` does."""
-        recovery, step, course = self.recovery, self.step, self.source.course
+    def _operate(self, intervention: Intervention, lifeline: Lifeline) -> tuple[Intervention, Surgery]:
+        """Write a checkpoint of another model. Collective; raises what :func:`operate` does."""
         self.callbacks.message(f"surgery on the checkpoint of step {intervention.rollback_to}: {intervention.reason}")
-        made, event = operate(
-            self.config, self.directory, intervention, recovery.interventions, course, step,
+        return operate(
+            self.config, self.directory, intervention, self.recovery.interventions, self.source.course, self.step,
             lambda: lifeline.progress(SLOW),
         )  # fmt: skip
+
+    def _become(self, made: Intervention, event: Surgery) -> None:
+        """Make the run's model another one. Collective; it is decided then, whatever happens."""
+        recovery = self.recovery
         if event.verdict == "broken":
             self.callbacks.message("warning: the surgery has cost more than a twentieth of what was learnt")
         recovery.commit(event, made)

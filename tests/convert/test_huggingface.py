@@ -28,8 +28,8 @@ def test_a_class_of_transformers_computes_the_same(family: str, fields: dict[str
     chosen = "mistral" if family == "mistral" else None  # it computes what Llama does, which is taken first
     done = export(newest_whole(tmp_path / "run"), tmp_path / "hf", "fp32", chosen)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
-    )
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )  # fused attention leaves Gemma 2's cap out in some versions
     assert model.config.model_type == family
     assert type(model).__name__ == done.architecture
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
