@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._inductor import config as inductor
 
 from megatron_stable.config.schema import Config, DataConfig
 from megatron_stable.model import block
-from megatron_stable.training.compilation import choose_compilation, try_out, why_not
+from megatron_stable.training.compilation import GRAPHS, choose_compilation, try_out, why_not
 
 CPU = torch.device("cpu")
 
@@ -31,6 +32,8 @@ OTHERS = [{"recipe": recipe} for recipe in ("baseline", "qk_norm", "qk_norm_cap"
 
 @pytest.mark.parametrize("model", [SOME, *(pytest.param(other, marks=pytest.mark.full) for other in OTHERS)])
 def test_a_small_block_comes_out_right(model: dict[str, Any]) -> None:
+    if model is SOME and Version(torch.__version__) < GRAPHS:
+        pytest.skip("PyTorch 2.11 compiles it into something else on a CPU, as the trial finds")
     assert try_out(config(model=model), CPU) is None
 
 
