@@ -33,11 +33,12 @@ def sdpa_attention(
     """PyTorch's fused attention; it has no cap and no clip. ``visible``: as :func:`math_attention` has it."""
     assert scores.cap is None and scores.clip is None
     grouped = q.shape[1] != k.shape[1]
+    causal = visible is None and q.shape[2] > 1  # it takes the first query to be the first key's
     # with a mask, cuDNN 9.20 gives gradients that are NaN (pytorch#196678)
     usable = restrict(NOT_CUDNN) if visible is not None and q.is_cuda else nullcontext()
     with usable:
         return F.scaled_dot_product_attention(
-            q, k, v, visible, dropout_p=dropout, is_causal=visible is None, scale=scores.scale, enable_gqa=grouped
+            q, k, v, visible, dropout_p=dropout, is_causal=causal, scale=scores.scale, enable_gqa=grouped
         )
 
 

@@ -26,6 +26,7 @@ from megatron_stable.model.documents import Documents
 from megatron_stable.model.elementwise import LayerScale, Scale
 from megatron_stable.model.mlp import MLP
 from megatron_stable.model.norms import residual_norm
+from megatron_stable.model.positions import rotary_table
 from megatron_stable.model.probes import UNPROBED, Unprobed
 from megatron_stable.parallel.random import dropout
 from megatron_stable.parallel.topology import TensorParallel
@@ -65,6 +66,7 @@ class Block(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what is within the recomputation, which no graph can hold; all blocks of a kind share one graph."""
+        torch.compiler.assume_constant_result(rotary_table)  # else each forward would compute it anew
         self._forward = torch.compile(self._forward, *args, **kwargs)  # type: ignore[method-assign]
 
     def measure(self, probe: Unprobed) -> None:

@@ -23,7 +23,7 @@ from megatron_stable.config.attention import limits
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model.attention import Attention
 from megatron_stable.model.backends import sdpa_attention
-from megatron_stable.model.positions import EmbeddingOutput, Positions
+from megatron_stable.model.positions import EmbeddingOutput, positions_of
 from megatron_stable.model.scores import Scores, math_attention
 
 
@@ -31,29 +31,31 @@ class Pass(NamedTuple):
     """Of which sequences tokens go through the model, and what they see.
 
     Attributes:
-        rows: ``[n, 1]``; ``None``: all, in their order.
-        slots: ``[n, s]``: where the tokens are.
-        visible: ``[n, 1, s, seen]``: which slots each sees.
+        rows: ``[n]``; ``None``: all, in their order.
+        place: Where the tokens are, as an index of the memory of a layer.
+        seen: How many slots there are up to the last token.
+        visible: ``[n, 1, s, seen]``: which slots each sees; ``None``: those up to its own, alike in all sequences.
     """
 
     rows: Tensor | None
-    slots: Tensor
-    visible: Tensor
+    place: tuple[Tensor | slice, ...]
+    seen: int
+    visible: Tensor | None
 
 
 class Cache:
     """The memory of all attention layers.
 
     Args:
+        config: Of the model.
         sequences: That it holds, numbered from 0.
         length: Tokens that there is room for in each.
         device: Where the model is.
-        fused: Whether PyTorch's fused attention computes the model.
     """
 
-    def __init__(self, sequences: int, length: int, device: torch.device, fused: bool) -> None:
-        self.sequences, self.length, self.device = sequences, length, device
-        self.attend = sdpa_attention if fused else math_attention
+    def __init__(self, config: ModelConfig, sequences: int, length: int, device: torch.device) -> None:
+        self.config, self.sequences, self.length, self.device = config, sequences, length, device
+        self.attend = math_attention if any(limits("sdpa", config)) else sdpa_attention
         self.layers: list[_Memory] = []
         self.places: list[Attention | EmbeddingOutput] = []
         self.now: Pass | None = None
@@ -63,13 +65,17 @@ class Cache:
 
         What earlier passes have left at those positions and behind them is forgotten.
         """
-        first = torch.tensor(starts, device=self.device).unsqueeze(1)
-        slots = first + torch.arange(tokens, device=self.device)
-        visible = torch.arange(max(starts) + tokens, device=self.device) <= slots[:, None, :, None]
-        every = list(rows) == list(range(self.sequences))
-        self.now = Pass(None if every else torch.tensor(rows, device=self.device).unsqueeze(1), slots, visible)
+        slots = torch.tensor(starts, device=self.device).unsqueeze(1) + torch.arange(tokens, device=self.device)
+        every, seen = list(rows) == list(range(self.sequences)), max(starts) + tokens
+        if every and len(set(starts)) == 1 and (tokens == 1 or seen == tokens):
+            self.now = Pass(None, (slice(None), slice(None), slice(seen - tokens, seen)), seen, None)
+        else:
+            chosen = torch.tensor(rows, device=self.device)
+            visible = torch.arange(seen, device=self.device) <= slots[:, None, :, None]
+            self.now = Pass(None if every else chosen, (slice(None), chosen.unsqueeze(1), slots), seen, visible)
+        positions = positions_of(slots, self.length, self.config)
         for module in self.places:
-            module.positions = Positions(slots, self.length)
+            module.positions = positions
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the other sequences; these are numbered anew, in this order."""
@@ -90,10 +96,9 @@ class _Memory:
         assert now is not None
         if self.held is None:  # zeros, as a weight of 0 does not hide a NaN
             self.held = k.new_zeros(2, self.cache.sequences, self.cache.length, k.shape[1], k.shape[3])
-        rows = torch.arange(len(k), device=k.device).unsqueeze(1) if now.rows is None else now.rows
-        self.held[:, rows, now.slots] = torch.stack((k, v)).transpose(2, 3)
-        seen = self.held[:, :, : now.visible.shape[-1]]
-        keys, values = (seen if now.rows is None else seen[:, now.rows[:, 0]]).transpose(2, 3)
+        self.held[now.place] = torch.stack((k, v)).transpose(2, 3)
+        seen = self.held[:, :, : now.seen]
+        keys, values = (seen if now.rows is None else seen[:, now.rows]).transpose(2, 3)
         return self.cache.attend(q, keys, values, scores, dropout, now.visible)
 
 
@@ -105,7 +110,7 @@ def remembering(model: nn.Module, config: ModelConfig, sequences: int, length: i
         length: At most ``config.sequence_length``.
     """
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-    cache = Cache(sequences, length, device, fused=not any(limits("sdpa", config)))
+    cache = Cache(config, sequences, length, device)
     cache.places = [module for module in model.modules() if isinstance(module, (Attention, EmbeddingOutput))]
     before = [(module, module.backend) for module in cache.places if isinstance(module, Attention)]
     for module, _ in before:

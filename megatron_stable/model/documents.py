@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_stable.config.schema import ModelConfig
 from megatron_stable.model.backends import SEEN, choose_backend
-from megatron_stable.model.positions import EmbeddingOutput, Positions, rotary_table
+from megatron_stable.model.positions import EmbeddingOutput, Positions, positions_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DocumentMask:
         self.embedding = [layer for layer in module.modules() if isinstance(layer, EmbeddingOutput)]
         self.blocks: list[Any] = [layer for layer in module.modules() if hasattr(layer, "documents")]
         self.see = SEEN[choose_backend(config, device.type, documents=True).name]
-        self.theta, self.width = config.rope_theta if config.positions == "rope" else None, config.head_dim
+        self.config = config
 
     def announce(self, tokens: Tensor) -> None:
         """What the next forward pass sees: inputs ``[b, s]``; on the CPU, nothing waits for a device."""
@@ -75,8 +75,7 @@ class DocumentMask:
         length, seen = starts.shape[1], self.see(starts, self.device)
         starts = starts.to(self.device, non_blocking=True)
         each = torch.arange(length, device=self.device) - starts
-        turns = None if self.theta is None else rotary_table(length, self.width, self.theta, self.device)[:, each]
-        return Documents(starts, Positions(each, length, turns), seen)
+        return Documents(starts, positions_of(each, length, self.config), seen)
 
     def _tell(self, documents: Documents | None) -> None:
         for block in self.blocks:

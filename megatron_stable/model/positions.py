@@ -16,7 +16,6 @@ from megatron_stable.parallel.random import dropout
 from megatron_stable.parallel.topology import TensorParallel
 
 
-@torch.compiler.assume_constant_result  # else torch.compile would compute it anew in each forward
 def rotary_table(length: int, width: int, theta: float, device: torch.device) -> Tensor:
     """cos and sin ``[2, length, width]`` in fp32 of the angles position x theta^(-2i/width) (arXiv 2104.09864)."""
     return _rotary_table(length, width, theta, device)
@@ -35,12 +34,19 @@ class Positions(NamedTuple):
     Attributes:
         each: ``[b, s]``.
         bound: More than any of them.
-        turns: Their rows of the rotary table, ``[2, b, s, d]``, looked up once for many layers; ``None``: not yet.
+        turns: Their rows of the rotary table, ``[2, b, s, d]``, looked up once for all layers; ``None``: they are not
+            rotary.
     """
 
     each: Tensor
-    bound: int
-    turns: Tensor | None = None
+    turns: Tensor | None
+
+
+def positions_of(each: Tensor, bound: int, config: ModelConfig) -> Positions:
+    """Positions ``[b, s]``, all below ``bound``, for the layers of a model."""
+    rotary = config.positions == "rope"
+    turns = rotary_table(bound, config.head_dim, config.rope_theta, each.device)[:, each] if rotary else None
+    return Positions(each, turns)
 
 
 def rotate(x: Tensor, theta: float, positions: Positions | None = None) -> Tensor:
@@ -48,31 +54,31 @@ def rotate(x: Tensor, theta: float, positions: Positions | None = None) -> Tenso
 
     ``positions``: of the tokens; ``None``: 0, 1, ... in all rows.
     """
-    if positions is None:
-        table = rotary_table(x.shape[1], x.shape[-1], theta, x.device)
-    elif positions.turns is None:
-        table = rotary_table(positions.bound, x.shape[-1], theta, x.device)[:, positions.each]
-    else:
-        table = positions.turns
-    cos, sin = table.unsqueeze(-2)
+    given = positions.turns if positions is not None else None
+    cos, sin = (rotary_table(x.shape[1], x.shape[-1], theta, x.device) if given is None else given).unsqueeze(-2)
     if torch.compiler.is_compiling():  # which fuses the plain equation
         first, second = x.chunk(2, -1)
         return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
-    return _Rotation.apply(x, cos, sin)
+    return _Rotation.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The plain equation with half of its memory traffic, and the same bits."""
+    (first, second), half = x.chunk(2, -1), sin.chunk(2, -1)[0]
+    y = x * cos
+    below, above = y.chunk(2, -1)
+    below -= second * half
+    above += first * half
+    return y.to(x.dtype)
 
 
 class _Rotation(torch.autograd.Function):
-    """The same with half of the memory traffic, and the same bits; its gradient is the rotation by the other way."""
+    """The gradient of a rotation is the rotation by the other way."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        (first, second), half = x.chunk(2, -1), sin.chunk(2, -1)[0]
-        y = x * cos
-        below, above = y.chunk(2, -1)
-        below -= second * half
-        above += first * half
-        return y.to(x.dtype)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

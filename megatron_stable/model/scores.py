@@ -37,7 +37,8 @@ def math_attention(
 ) -> Tensor:
     """The reference, with the s x s probabilities in memory; logits and softmax are fp32.
 
-    ``visible`` ``[b, 1, s, keys]``: which keys each query sees; ``None``: those up to its own.
+    ``visible`` ``[b, 1, s, keys]``: which keys each query sees; ``None``: those up to its own, the last
+    query's being the last.
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -46,7 +47,8 @@ def math_attention(
         logits = soft_cap(logits, scores.cap)
     if visible is None:
         logits = logits.masked_fill(
-            torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+            torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2]),
+            -torch.inf,
         )
     else:
         logits = torch.where(visible, logits, -torch.inf)
