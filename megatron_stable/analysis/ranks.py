@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_stable.config.checks import check
 from megatron_stable.config.schema import Config
 from megatron_stable.errors import ConfigError, MegatronStableError
-from megatron_stable.parallel.agreement import everywhere
+from megatron_stable.parallel.agreement import everywhere, together
 from megatron_stable.parallel.launcher import seat
 from megatron_stable.parallel.lifeline import SLOW, Lifeline
 from megatron_stable.parallel.line import Line
@@ -100,6 +100,10 @@ class Ranks:
     def everywhere(self, here: T) -> list[T]:
         """What it is on each rank. Collective."""
         return everywhere(here) if self.topology else [here]
+
+    def together(self) -> AbstractContextManager[None]:
+        """Within, a user's error on any rank is one on all of them. Collective."""
+        return together() if self.topology else nullcontext()
 
     @property
     def _decider(self) -> int:

@@ -15,6 +15,7 @@ from megatron_stable.analysis.ranks import joined, several
 from megatron_stable.analysis.trained import open_on_ranks, open_run
 from megatron_stable.commands.again import as_rank, on_ranks
 from megatron_stable.errors import ConfigError
+from megatron_stable.parallel import agreement
 from megatron_stable.training.pretrain import Tell
 
 
@@ -66,7 +67,6 @@ def generate(
     Sampling(temperature, top_p, seed)  # refuses what is out of range, before anything starts
     if prompt and prompts is not None:
         raise ConfigError("--prompt and --prompts exclude each other: put all prompts into the file")
-    asked = read_prompts(prompts) if prompts is not None else [Prompt(text) for text in prompt or [""]]
     if ranks is not None:
         raise on_ranks(context, ranks)
 
@@ -75,14 +75,17 @@ def generate(
             if lifeline is None and overrides:
                 raise ConfigError(f"{overrides[0]}: one process has no layout; give --ranks N")
             if lifeline is None:
-                trained = open_run(run, step, tokenizer)
-            else:
+                asked, trained = _asked(prompt, prompts), open_run(run, step, tokenizer)
+            else:  # whose machines may not all have the file, or the same
+                asked = agreement.decided(lambda: _asked(prompt, prompts))
                 trained = open_on_ranks(run, step, tokenizer, lifeline, overrides or [], replicas=False)
-            encoded = need_tokenizer(trained)
+            with trained.ranks.together():
+                encoded = need_tokenizer(trained)
             for start in range(0, len(asked), batch):
                 some = asked[start : start + batch]
                 samplings = [Sampling(temperature, top_p, seed if one.seed is None else one.seed) for one in some]
-                stream = generate_each(trained, [one.text for one in some], tokens, samplings)
+                with trained.ranks.together():
+                    stream = generate_each(trained, [one.text for one in some], tokens, samplings)
                 if trained.ranks.first and len(asked) == 1 and not as_json:
                     _print_as_it_comes(
                         asked[0].text, text_pieces(encoded, asked[0].text, (token for _, token in stream))
@@ -101,6 +104,10 @@ def generate(
     if several():
         raise as_rank(work)
     work()
+
+
+def _asked(given: list[str] | None, file: Path | None) -> list[Prompt]:
+    return read_prompts(file) if file is not None else [Prompt(text) for text in given or [""]]
 
 
 def _print_as_it_comes(prompt: str, pieces: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ import psutil
 
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel.launcher import START
-from megatron_stable.training.pretrain import ERROR_FILE
+from megatron_stable.training.pretrain import ERROR_FILE, RESUMES
 from megatron_stable.training.stop import SIGNALS
 
 # the launcher's log says nothing that a user needs, and would bury a rank's error
@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
 TRAINING = Program(
     "megatron_stable.pretrain",
-    "; the same command goes on from the last checkpoint",
+    f"; {RESUMES}",
     ("stopped before training began", 0),
 )
 EXAMINATION = Program("megatron_stable.doctor", "", ("stopped", 1))

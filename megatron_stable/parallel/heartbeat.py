@@ -28,6 +28,7 @@ WAITING = (
 )
 NAMED = 4  # ranks that are named with their hosts, at most
 GO, STACKS, END = "go", "stacks", "end"  # rank 0's words
+ANEW = "the same command begins anew"
 
 
 class Beat(NamedTuple):
@@ -92,10 +93,11 @@ class Judge:
         limit: Seconds without a beat after which a rank is silent.
         answer: Seconds in which ranks answer when they are asked for their stacks.
         now: Seconds, of the clock by which it is called.
+        again: What the same command does after the end, in words.
     """
 
-    def __init__(self, ranks: int, limit: float, answer: float, now: float) -> None:
-        self.limit, self.answer = limit, answer
+    def __init__(self, ranks: int, limit: float, answer: float, now: float, again: str = ANEW) -> None:
+        self.limit, self.answer, self.again = limit, answer, again
         self.beats = [Beat(0, 0, limit)] * ranks
         self._beaten, self._moved = [now] * ranks, [now] * ranks
         self._missed = 2 / 3 * answer  # seconds: two beats that did not come, of the three in which ranks answer
@@ -160,7 +162,7 @@ class Judge:
             if beat.stack:
                 by_stack.setdefault(beat.stack.rstrip(), []).append(rank)
         stacks = {spans(together): stack for stack, together in sorted(by_stack.items(), key=lambda each: len(each[1]))}
-        return Verdict(reason, f"{remedy}; the same command goes on from the last checkpoint", stacks)
+        return Verdict(reason, f"{remedy}; {self.again}", stacks)
 
     def _silent(self, seconds: float) -> list[int]:
         return [

@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from megatron_stable.parallel.heartbeat import END, LEFT, STACKS, Beat, Judge, Verdict, stack_of
+from megatron_stable.parallel.heartbeat import ANEW, END, LEFT, STACKS, Beat, Judge, Verdict, stack_of
 from megatron_stable.parallel.notice import Doing, Lost, Recorder, Suspected, Waiting, Watch, Word, told
 from megatron_stable.parallel.ring import MEETING, Ring
 from megatron_stable.parallel.world import first_to_crash, key_value_store
@@ -40,7 +40,6 @@ GOES_ROUND = 0.5  # seconds in which a word does
 RECORDS = 2.0  # seconds more for putting the end on record: the disk may be slow
 WORD = "lifeline/word"  # of rank 0: a count that rises while it lives, and what to do
 WHY = "lifeline/why"  # the run ends, as the first to know has it: [reason, exit code]
-RESUMES = "the same command goes on from the last checkpoint"
 UNBEGUN = "stopped before training began"
 UNTOLD = "a rank was lost, or crashed; what its machine printed says more"
 
@@ -55,17 +54,19 @@ class Lifeline:
             Starting up may take longer (``SLOW``).
         record: Called from a thread, on rank 0 with what should be kept of what is said here, and on the last rank
             with the loss of rank 0; may raise OSError. Words that are said again are not kept.
+        again: What the same command does after such an end, in words.
 
     Attributes:
         limit: Seconds that a rank may stay silent, or get nothing done: less, by what it takes to say so everywhere.
     """
 
-    def __init__(self, patience: float, record: Callable[[Word], None] = lambda word: None) -> None:
+    def __init__(self, patience: float, record: Callable[[Word], None] = lambda word: None, again: str = ANEW) -> None:
         self.size, self.rank, self.patience = dist.get_world_size(), dist.get_rank(), patience
         self.interval = min(5.0, patience / 20)
         self._answer = max(3 * self.interval, 2.0)  # seconds in which ranks tell where they are
         self._ends = self._answer + 2 * self.interval + FOLLOWS + RECORDS  # seconds that it takes to end everywhere
         self.limit = max(patience / 2, patience - self._ends)
+        self._again = again
         self._doing = Doing(0, max(self.limit, SLOW), 0, True, time.monotonic())
         self._watch = Watch(3 * self.interval)
         self._met = time.monotonic()  # when all ranks last did something together
@@ -90,7 +91,7 @@ class Lifeline:
         self._store.wait([WORD])
         self._store.set_timeout(timedelta(seconds=patience))
         self._heard = time.monotonic()
-        self._judge = Judge(self.size, self.limit, self._answer, self._heard)
+        self._judge = Judge(self.size, self.limit, self._answer, self._heard, again)
         self._listener = threading.Thread(target=self._listen, name="lifeline ring", daemon=True)
         self._heart = threading.Thread(target=self._live, name="lifeline heart", daemon=True)
         self._listener.start()
@@ -186,7 +187,7 @@ class Lifeline:
             if word is None:
                 self._ring.say(CRASHES)
                 reason = f"rank {self._ring.next} on {self._ring.next_host} was lost"
-                self._leave_why(f"{reason}; {RESUMES}", 1)
+                self._leave_why(f"{reason}; {self._again}", 1)
                 lost = self._loss_of_rank_0("gone", reason) if self._ring.next == 0 else None
                 self._end(f"error: {reason}; stopping" if first_to_crash() else "", CRASHES, 1, FOLLOWS, lost)
             if word == LEAVES:
@@ -201,7 +202,7 @@ class Lifeline:
         while True:
             if (stood := time.monotonic() - max(last, self._met)) > self.limit:
                 reason = f"rank {self.rank} on {socket.gethostname()} stood still for {stood:.0f} s"
-                lost = Lost(self._doing.step, 1, f"{reason}; {RESUMES}", {}) if self.rank == 0 else None
+                lost = Lost(self._doing.step, 1, f"{reason}; {self._again}", {}) if self.rank == 0 else None
                 self._end(f"error: {reason}; stopping", CRASHES, 1, FOLLOWS, lost)
             last = time.monotonic()
             if not self._ending.locked():
@@ -289,7 +290,7 @@ class Lifeline:
         """What the last rank puts on record: just one does, and it is most often on another machine."""
         if self.rank != self.size - 1:
             return None
-        return Lost(self._doing.step, 1, f"{reason}; {RESUMES}", stacks or {}, rank_0=how)
+        return Lost(self._doing.step, 1, f"{reason}; {self._again}", stacks or {}, rank_0=how)
 
     def _leave_why(self, reason: str, code: int) -> None:
         """Tell rank 0 why the run ends, through the store, if it answers."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_stable.training.stop import Stopped, StopSignal, Wish
 
 ERROR_FILE = "MEGATRON_STABLE_ERROR_FILE"  # where a crashing rank leaves its exit code and error, if set
+RESUMES = "the same command goes on from the last checkpoint"
 
 
 Tell = Callable[[MegatronStableError], None]
@@ -70,7 +71,7 @@ def train(config: Config, tell: Tell = lambda error: None) -> Stopped | None:
         config.run.patience + 2 * SLOW, config.run.join_timeout, config.by_key(), config.logging.verbosity == "debug"
     )
     last_words = LastWords()
-    lifeline = Lifeline(config.run.patience, last_words)
+    lifeline = Lifeline(config.run.patience, last_words, RESUMES)
     with StopSignal(lambda wish: lifeline.stop(wish.why, int(wish.forced)), starters) as stop:
         try:
             stopped = _train_in_world(config, stop, lifeline, last_words, place, order)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_stable.errors import ConfigError, MegatronStableError
 from megatron_stable.parallel.lifeline import Lifeline
 from tests.commands.conftest import SmallDemo, small
 from tests.harness.ranks import Ranks
+from tests.training.runs import rank_processes
 
 __all__ = ["small"]
 PROMPTS = ["def ", "import os\n" * 60, "class A:\n    def __init__(self"]
@@ -97,6 +100,63 @@ def test_the_verb_starts_ranks_and_says_what_one_process_says(small: SmallDemo) 
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("start 4, or give another layout, as parallel.tensor=2") == 1
     assert "Traceback" not in refused.stderr
+
+
+def torchrun(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, "-m", "megatron_stable", *arguments],
+        env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_under_torchrun(small: SmallDemo) -> None:
+    given = ["--prompt=def ", "--prompt=- x\n--", "--tokens=12", "--json"]
+    process = torchrun("generate", str(small.run), *given, "parallel.tensor=2")
+    trained = open_run(small.run)
+    texts = ["def ", "- x\n--"]
+    ids: list[list[int]] = [[], []]
+    for number, token in generate_each(trained, texts, 12, [Sampling(0.8, 0.95, 0)] * 2):
+        ids[number].append(token)
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    told = [json.loads(line) for line in said.splitlines()]
+    assert [each["tokens"] for each in told] == [len(each) for each in ids]
+    assert trained.tokenizer is not None
+    for each, text, found in zip(told, texts, ids, strict=True):
+        assert each["prompt"] + each["text"] == trained.tokenizer.decode(trained.tokenizer.encode(text) + found)
+
+
+@pytest.mark.parametrize("file", ["absent", "broken"])
+def test_prompts_are_those_of_the_first_rank(small: SmallDemo, tmp_path: Path, file: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if file == "broken":
+        path.write_text('"fine"\n{"seed": 1}\n')
+    process = torchrun("generate", str(small.run), f"--prompts={path}", "parallel.tensor=2")
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and said == ""  # torchrun has a code of its own
+    words = "No such file" if file == "absent" else "prompts.jsonl:2: neither a string"
+    assert errors.count(words) == 1 and errors.count("exitcode  : 5") >= 1, errors
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others(small: SmallDemo, lost: int) -> None:
+    given = ["--prompt=def ", "--tokens=1000000", "--temperature=0"]
+    command = [sys.executable, "-m", "megatron_stable", "generate", str(small.run), *given]
+    process = subprocess.Popen(
+        [*command, "--ranks=2", "parallel.tensor=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.read(20).startswith("def ")  # they are at it
+        rank_processes(process.pid)[lost].kill()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        for each in (*rank_processes(process.pid).values(), process):
+            each.kill()
+    assert process.returncode == 1
+    assert "a rank was killed by SIGKILL" in errors and "checkpoint" not in errors, errors
 
 
 def test_the_layout_is_the_runs_unless_another_is_given(small: SmallDemo) -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron_stable.parallel.lifeline import Lifeline
 from megatron_stable.parallel.notice import Word
+from megatron_stable.training.pretrain import RESUMES
 from tests.training.networks import Networks, possible
 
 PATIENCE = 5.0
@@ -102,7 +103,7 @@ def live(rank: int, case: Case, folder: Path, address: str, port: int) -> None:
         with (folder / f"words {rank}").open("a") as file:
             file.write(json.dumps([type(word).__name__, word._asdict()]) + "\n")
 
-    lifeline = Lifeline(PATIENCE, record)
+    lifeline = Lifeline(PATIENCE, record, RESUMES)
     lost = folder / "lost"
     with suppress(RuntimeError):  # gloo's, of a peer that is gone; training waits for the lifeline then
         steps = iter(range(10))

@@ -106,12 +106,13 @@ def finish(process: subprocess.Popen[str], timeout: float = 200.0) -> tuple[int,
 
 
 def rank_processes(pid: int) -> dict[int, psutil.Process]:
-    """The ranks that a ``pretrain --ranks`` process has started."""
+    """The ranks that a process with ``--ranks`` has started."""
     found = {}
     try:
         for child in psutil.Process(pid).children(recursive=True):
             try:
-                if "megatron_stable.pretrain" in child.cmdline() and "RANK" in child.environ():
+                ours = any(each in child.cmdline() for each in ("megatron_stable", "megatron_stable.pretrain"))
+                if ours and "RANK" in child.environ():
                     found[int(child.environ()["RANK"])] = child
             except psutil.Error:
                 continue
