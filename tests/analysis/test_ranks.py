@@ -128,7 +128,7 @@ def test_under_torchrun(small: SmallDemo) -> None:
         assert each["prompt"] + each["text"] == trained.tokenizer.decode(trained.tokenizer.encode(text) + found)
 
 
-@pytest.mark.parametrize("file", ["absent", "broken"])
+@pytest.mark.parametrize("file", [pytest.param("absent", marks=pytest.mark.full), "broken"])
 def test_prompts_are_those_of_the_first_rank(small: SmallDemo, tmp_path: Path, file: str) -> None:
     path = tmp_path / "prompts.jsonl"
     if file == "broken":

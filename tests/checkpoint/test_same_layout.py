@@ -29,7 +29,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+QUICK = ("dp2-zero1-fp32", "dp2-zero3-bf16", "tp2-bf16", "pp2-bf16", "dp2-zero2-fp16", "dp2-zero3-fp16")
+PARAMETERS = [
+    pytest.param(case, id=name, marks=[] if name in QUICK else pytest.mark.full) for name, case in CASES.items()
+]
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
 def test_resumes_bit_for_bit(ranks: Ranks, folder: Path, case: tuple[int, dict[str, Any], dict[str, Any]]) -> None:
     world, parallel, precision = case
     values: Values = settings(

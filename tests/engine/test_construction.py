@@ -99,7 +99,7 @@ def train_counting(values: dict[str, Any]) -> tuple[int, int]:
         return train(values), sum(drawn)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.full), 3])
 def test_a_run_that_resumes_draws_nothing(ranks: Ranks, tmp_path: Path, zero_stage: int) -> None:
     from tests.training.runs import settings, write_data
 
@@ -146,7 +146,7 @@ def resident(field: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its peak")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.full), "bf16"])
 def test_zero3_builds_in_parts(ranks: Ranks, dtype: str) -> None:
     config = make_config(LARGE, parallel={"zero_stage": 3}, precision={"dtype": dtype})
     layer = 4 * 12 * 512 * 512  # bytes of a block, which is drawn in fp32

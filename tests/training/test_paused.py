@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_stable.analysis.status import status_of
 from tests.harness.ranks import Ranks
 from tests.training.runs import Values, curve, finish, layout, pretrain, rank_processes, settings, train
 from tests.training.test_killed import _wait_for_steps
 
 HOST = socket.gethostname()
-STEPS, PAUSE = 60, 6.0
+STEPS, PAUSE = 40, 6.0
 
 
 def values_of(folder: Path, name: str, steps: int) -> Values:
@@ -51,19 +53,16 @@ def test_a_pause_is_said_and_the_curve_is_the_same(ranks: Ranks, folder: Path) -
     assert re.search(rf"^step {step} went on after {went_on['seconds']:.0f} s$", output, re.M), output
 
 
-def test_the_loss_of_a_rank_is_in_the_ledger_whoever_it_is(folder: Path) -> None:
-    """Rank 0's is written by the last rank."""
-    for lost in (1, 0):
-        values = values_of(folder, f"lost {lost}", 100_000)
-        process = pretrain(values)
-        run = folder / f"lost {lost}"
-        _wait_for_steps(process, run, 5)
-        os.kill(rank_processes(process.pid)[lost].pid, signal.SIGKILL)
-        code, output = finish(process)
-        assert code == 1, output
-        stop = ledger(run)[-1]
-        assert (stop["event"], stop["exit_code"]) == ("stop", 1)
-        assert stop["reason"] == f"rank {lost} on {HOST} was lost; the same command goes on from the last checkpoint"
-        assert stop["step"] >= max(curve(run))
-        assert status_of(run).events[-1].endswith(f"stopped with exit code 1: {stop['reason']}")
-        assert stop["reason"] in (run / "logbook.md").read_text()
+@pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.full), 0])  # that of rank 0 the last rank writes
+def test_the_loss_of_a_rank_is_in_the_ledger_whoever_it_is(folder: Path, lost: int) -> None:
+    process, run = pretrain(values_of(folder, "run", 100_000)), folder / "run"
+    _wait_for_steps(process, run, 5)
+    os.kill(rank_processes(process.pid)[lost].pid, signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 1, output
+    stop = ledger(run)[-1]
+    assert (stop["event"], stop["exit_code"]) == ("stop", 1)
+    assert stop["reason"] == f"rank {lost} on {HOST} was lost; the same command goes on from the last checkpoint"
+    assert stop["step"] >= max(curve(run))
+    assert status_of(run).events[-1].endswith(f"stopped with exit code 1: {stop['reason']}")
+    assert stop["reason"] in (run / "logbook.md").read_text()
