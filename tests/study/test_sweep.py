@@ -148,10 +148,11 @@ def test_runs_finish_diverge_and_fail_and_the_table_says_so(tmp_path: Path) -> N
 
 def test_a_sweep_that_is_killed_ends_with_the_same_table(tmp_path: Path) -> None:
     axes = {RATE: [1e-2, 2e-2, 3e-2]}
-    whole = write_sweep(tmp_path, "whole", axes=axes)
+    waits = {"checkpoint": {"every": 8, "max_failed_saves": 1}}  # training does, for each checkpoint to be whole
+    whole = write_sweep(tmp_path, "whole", waits, axes=axes)
     assert sweep(whole, "--jobs", "1")[0] == 0
 
-    killed = write_sweep(tmp_path, "killed", axes=axes)
+    killed = write_sweep(tmp_path, "killed", waits, axes=axes)
     second = tmp_path / "killed" / "runs" / "learning_rate=0.02"
     process = start(killed, "--jobs", "1")
     await_step(process, second, 13)
