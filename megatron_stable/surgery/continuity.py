@@ -110,9 +110,10 @@ def compare(
     after: Whole,
     new: Config,
     samples: Tensor,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], None],
 ) -> Continuity:
-    """Send samples ``[n, s + 1]`` through both models, a layer of each in memory at a time."""
+    """Send samples ``[n, s + 1]`` through both models, a layer of each in memory at a time; ``tick`` is called after
+    each batch at each layer."""
     size = old.batch.micro_size
     ids = [chunk[:, :-1] for chunk in samples.split(size)]
     targets = [chunk[:, 1:] for chunk in samples.split(size)]
@@ -122,14 +123,13 @@ def compare(
     for name, module, other, compared in steps:
         if name == "head":
             assert module is not None and other is not None
-            losses = _loss(module, x, targets, old), _loss(other, y, targets, new)
+            losses = _loss(module, x, targets, old, tick), _loss(other, y, targets, new, tick)
             break
         if module is not None:
-            x = forward(module, x, ids, old)
+            x = forward(module, x, ids, old, tick)
         if other is not None:
-            y = forward(other, y, ids, new)
+            y = forward(other, y, ids, new, tick)
             changes.append(_change(name, compared, x, y))
-        tick()
     (first, log_z), (second, other_log_z) = losses
     vocab = new.model.vocab_size or 2
     return Continuity(
@@ -161,7 +161,9 @@ def _pairs(
 
 
 @torch.no_grad()
-def _loss(head: nn.Module, batches: list[Tensor], targets: list[Tensor], config: Config) -> tuple[float, float]:
+def _loss(
+    head: nn.Module, batches: list[Tensor], targets: list[Tensor], config: Config, tick: Callable[[], None]
+) -> tuple[float, float]:
     """(cross-entropy, RMS of log Z)"""
     model, nll, squares, count = config.model, 0.0, 0.0, 0
     rows = chain.from_iterable(zip(x.split(1), y.split(1), strict=True) for x, y in zip(batches, targets, strict=True))
@@ -169,6 +171,7 @@ def _loss(head: nn.Module, batches: list[Tensor], targets: list[Tensor], config:
         losses, log_z = vocab_parallel_cross_entropy(head(x), wanted, None, model.vocab_size, model.final_logit_cap)
         nll, squares = nll + float(losses.double().sum()), squares + float(log_z.double().square().sum())
         count += wanted.numel()
+        tick()
     return nll / count, float((squares / count) ** 0.5)
 
 

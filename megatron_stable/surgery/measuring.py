@@ -100,10 +100,9 @@ class _Largest(Unprobed):
 
 
 @torch.no_grad()
-def measure(
-    whole: Whole, before: Config, after: Config, batches: list[Tensor], tick: Callable[[], None] = lambda: None
-) -> Measured:
-    """Send batches ``[b, s]`` of token ids through the model of a checkpoint, a layer at a time."""
+def measure(whole: Whole, before: Config, after: Config, batches: list[Tensor], tick: Callable[[], None]) -> Measured:
+    """Send batches ``[b, s]`` of token ids through the model of a checkpoint, a layer at a time; ``tick`` is called
+    after each batch at each layer."""
     found, x, number = Measured(), list(batches), 0
     for name, module in stream(whole.directory, whole.manifest, before):
         with ExitStack() as stack:
@@ -112,11 +111,11 @@ def measure(
                 module.measure(probe)
                 stack.enter_context(_watched(module, number, before.model, after.model, found))
             if name == "head":
-                rows = (row for y in x for row in y.split(1))  # logits of one sequence at a time
-                found.logits = max(float(module(row)[..., : before.model.vocab_size].abs().max()) for row in rows)
+                for row in (row for y in x for row in y.split(1)):  # logits of one sequence at a time
+                    found.logits = max(found.logits, float(module(row)[..., : before.model.vocab_size].abs().max()))
+                    tick()
                 break
-            x = forward(module, x, batches, before)
-        tick()
+            x = forward(module, x, batches, before, tick)
         if isinstance(module, Block):
             found.attention.append(probe.value)
             number += 1

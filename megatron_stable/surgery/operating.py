@@ -118,7 +118,7 @@ def perform(
         raise_caps: Put a new cap above what was measured, where it is not; else that is an error.
         decision: Where the run itself decided: the interventions in force, and the one to come.
         on_progress: Called with (elements written, elements in all).
-        tick: Called after each layer that is looked at, and each stretch that is written.
+        tick: Called after each batch at each layer, and each stretch that is written; what it raises ends it all.
 
     Raises:
         ConfigError: A cap would cut off logits that there are.
@@ -241,10 +241,11 @@ def _state(
                 f"surgery: model.sequence_length {old} cannot become {length}: data are skipped that lie ahead, in "
                 f"samples of {old} tokens; train past them first, or undo them with `megatron-stable skip RUN --undo`"
             )
-        if state.stages is not None and len(state.stages.stages) > 1:
+        staged = len(state.stages.stages) > 1 if state.stages is not None else before.data.stages
+        if staged:
             raise ConfigError(
                 f"surgery: model.sequence_length {old} cannot become {length}: "
-                f"data.stages count samples of {old} tokens"
+                f"data.stages, or a blend that was changed, count samples of {old} tokens"
             )
         sample, data_step = -(-position * old // length), state.course.behind(whole.step)
         era = Era(step=whole.step, data_step=data_step, sample=sample, size=after.batch.global_size)

@@ -108,7 +108,7 @@ def copied(old: Parameter, silent: bool) -> Parameter:
     return replace(old, read=read)
 
 
-def extended(old: Parameter, rows: int, full: int, beyond: Callable[[int], Tensor] | None, known: int) -> Parameter:
+def extended(old: Parameter, rows: int, full: int, beyond: Callable[[int], Tensor], known: int) -> Parameter:
     """With further rows, ``[rows, h]``: of the old ones ``known`` count, up to ``full`` rows are new, then zeros.
 
     Args:
@@ -120,7 +120,7 @@ def extended(old: Parameter, rows: int, full: int, beyond: Callable[[int], Tenso
         values, edge = torch.zeros(high - low), known * width
         if low < edge:
             values[: min(high, edge) - low] = old.read(kind, low, min(high, edge))
-        if kind == "weight" and beyond is not None:
+        if kind == "weight":
             for row in range(max(known, low // width), min(full, -(-high // width))):
                 begin, end = max(low, row * width), min(high, (row + 1) * width)
                 values[begin - low : end - low] = beyond(row)[begin - row * width : end - row * width]

@@ -22,11 +22,11 @@ from megatron_stable.parallel.shards import Place, Shard
 from megatron_stable.parallel.topology import TensorParallel
 
 
-def layers(config: Config, draw: bool = False) -> list[Layer]:
+def layers(config: Config) -> list[Layer]:
     """The model's, whole and on the host, with the attention backend that runs there."""
     model, by = _on_host(config.model), model_multipliers(config)
     found = layer_list(
-        model, TensorParallel(), config.run.seed, draw=draw, multipliers=by, documents=config.data.document_mask
+        model, TensorParallel(), config.run.seed, draw=False, multipliers=by, documents=config.data.document_mask
     )
     by_name = {layer.name: layer for layer in found}
 
@@ -80,13 +80,14 @@ def forward(
     batches: list[Tensor],
     ids: list[Tensor],
     config: Config,
-    see: Callable[[Tensor], None] = lambda y: None,
+    tick: Callable[[], None],
 ) -> list[Tensor]:
-    """A layer's outputs for each of its inputs, which are let go; ``see`` is shown each.
+    """A layer's outputs for each of its inputs, which are let go.
 
     Args:
         ids: Of the tokens that the inputs come from, ``[b, s]`` each: what tells documents apart, if the run does.
         config: The model's.
+        tick: Called after each.
     """
     outputs, mask = [], None
     if config.data.document_mask:
@@ -96,5 +97,5 @@ def forward(
         if mask is not None:
             mask.announce(tokens)
         outputs.append(module(batches.pop(0)))
-        see(outputs[-1])
+        tick()
     return outputs

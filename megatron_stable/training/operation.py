@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -25,7 +25,7 @@ from megatron_stable.config.surgery import recipe_values
 from megatron_stable.data import Course
 from megatron_stable.errors import MegatronStableError
 from megatron_stable.files import explain_os_errors, sync_directory
-from megatron_stable.parallel.agreement import decided
+from megatron_stable.parallel.agreement import decided, everywhere
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.stability.events import Surgery
 from megatron_stable.stability.interventions import Intervention, Interventions
@@ -45,7 +45,8 @@ def operate(
     course: Course,
     step: int,
     progress: Callable[[], None],
-) -> tuple[Intervention, Surgery]:
+    wished: Callable[[], bool],
+) -> tuple[Intervention, Surgery] | None:
     """Write the operated checkpoint. Collective; the work is rank 0's.
 
     Args:
@@ -54,9 +55,11 @@ def operate(
         course: Of the run so far.
         step: At which this was decided.
         progress: Called on all ranks whenever rank 0 has got further: hours may pass until it is done.
+        wished: Whether this rank has a reason to stop, upon which nothing is operated.
 
     Returns:
-        The intervention with all that it changes, and what is to be put on record when it is the run's.
+        The intervention with all that it changes, and what is to be put on record when it is the run's; ``None``: a
+        rank had a reason to stop, and nothing is left of it.
 
     Raises:
         DataError: On all ranks alike: the checkpoint, or data, cannot be used.
@@ -84,7 +87,7 @@ def operate(
         check = {"before": done.continuity.before, "after": done.continuity.after, "verdict": done.continuity.verdict}
         return final, event.model_copy(update=check)
 
-    return _on_rank_0(work, progress)
+    return _on_rank_0(work, progress, wished)
 
 
 def kept(directory: RunDirectory, intervention: Intervention) -> Path:
@@ -97,11 +100,11 @@ def settle(directory: RunDirectory, made: Interventions | None) -> None:
     decided_on = {f"{PREFIX}{item.id}": item for item in (made.items if made else ()) if item.changes}
     for path in sorted(directory.checkpoints.glob(f"{PREFIX}*")):
         item = decided_on.get(path.name)
-        if item is None:
-            remove(path)
-            continue
-        place, before = directory.checkpoints / directory_name(item.rollback_to), kept(directory, item)
-        with explain_os_errors("move", path):
+        with explain_os_errors("move" if item else "remove", path):
+            if item is None:
+                remove(path)
+                continue
+            place, before = directory.checkpoints / directory_name(item.rollback_to), kept(directory, item)
             if place.exists():
                 before.parent.mkdir(exist_ok=True)
                 remove(before)
@@ -111,42 +114,53 @@ def settle(directory: RunDirectory, made: Interventions | None) -> None:
             sync_directory(directory.checkpoints)
 
 
-def _on_rank_0(work: Callable[[Callable[[], None]], T], progress: Callable[[], None]) -> T:
-    """What ``work`` makes there, in a thread: the others ask again and again, as no collective waits for so long."""
+def _on_rank_0(
+    work: Callable[[Callable[[], None]], T], progress: Callable[[], None], wished: Callable[[], bool]
+) -> T | None:
+    """What ``work`` makes there, in a thread: the others ask again and again, as no collective waits for so long.
+
+    ``None``: it was called off at a tick, as a rank wished.
+    """
     found: list[T] = []
     errors: list[BaseException] = []
-    got = 0
+    got, over = 0, False
 
     def tick() -> None:
         nonlocal got
         got += 1
+        if over:
+            raise _CalledOff
 
     def run() -> None:
         try:
             found.append(work(tick))
+        except _CalledOff:
+            return
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="surgery") if dist.get_rank() == 0 else None
     if thread is not None:
         thread.start()
-
-    def busy() -> tuple[bool, int]:
-        assert thread is not None
-        thread.join(TURN)
-        return thread.is_alive(), got
-
-    before = 0
-    while (state := decided(busy))[0]:
-        if state[1] != before:
+    busy, ticks = True, 0
+    while busy:
+        if thread is not None:
+            thread.join(TURN)
+        before, said = ticks, everywhere((thread is not None and thread.is_alive(), got, wished()))
+        busy, ticks, _ = said[0]
+        over = any(wish for *_, wish in said)
+        if ticks != before:
             progress()
-        before = state[1]
 
-    def result() -> Any:
+    def result() -> T | None:
         if errors and isinstance(errors[0], MegatronStableError):
             raise errors[0]
         if errors:  # whatever it is, of memory or of a disk: the run ends as it would have without
             raise MegatronStableError(f"{type(errors[0]).__name__}: {errors[0]}") from errors[0]
-        return found[0]
+        return found[0] if found else None
 
-    return cast(T, decided(result))
+    return decided(result)
+
+
+class _CalledOff(Exception):
+    """Somebody wishes the run to stop."""

@@ -21,7 +21,7 @@ from megatron_stable.records.directory import RunDirectory
 from megatron_stable.records.interventions import write_interventions
 from megatron_stable.stability.events import GaveUp, Rollback, Surgery
 from megatron_stable.stability.interventions import Intervention, Interventions
-from megatron_stable.stability.recovery import Trouble, last_resort, plan
+from megatron_stable.stability.recovery import Candidate, Trouble, last_resort, plan
 from megatron_stable.training.operation import kept
 
 FLOOR = "loss scale at its floor"
@@ -54,10 +54,13 @@ class Recovery:
         fp16 = self.config.precision.dtype == "fp16"
 
         def decide() -> Intervention | None:
-            whole = [candidate for candidate in self.shelf.candidates() if candidate.step not in damaged]
+            whole = self._whole(damaged)
             return plan(trouble, whole, course, self.interventions, self.config.guard, fp16, self._surgery())
 
         return decided(decide)
+
+    def _whole(self, damaged: Collection[int]) -> list[Candidate]:
+        return [candidate for candidate in self.shelf.candidates() if candidate.step not in damaged]
 
     def _surgery(self) -> dict[str, tuple[Any, Any]]:
         """What an operation would change."""
@@ -80,9 +83,9 @@ class Recovery:
         decided(write)
         self.callbacks.event(event)
 
-    def give_up(self, trouble: Trouble, step: int) -> int | None:
-        """Leave the run at a checkpoint from before the trouble, if there is one; returns its step."""
-        intervention = decided(lambda: last_resort(trouble, self.shelf.candidates(), self.config.guard))
+    def give_up(self, trouble: Trouble, step: int, damaged: Collection[int]) -> int | None:
+        """Leave the run at a checkpoint from before the trouble that can be used, if there is one; returns its step."""
+        intervention = decided(lambda: last_resort(trouble, self._whole(damaged), self.config.guard))
         if intervention is None:
             self.callbacks.event(GaveUp(step=step, rule=trouble.rule, onset=trouble.onset, by="guard"))
             return None

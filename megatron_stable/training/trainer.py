@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import exp, inf
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_stable.checkpoint import loader
 from megatron_stable.checkpoint.format import stored_config
@@ -181,9 +181,11 @@ class Trainer:
             rewound = trouble is not None  # the step after a rollback supersedes what was recorded before it
             if trouble is not None:
                 with lifeline.slow():
-                    self._recover(trouble, lifeline)
+                    recovered = self._recover(trouble, stop, lifeline)
                 if self.operated is not None:
                     return None
+                if not recovered:
+                    return self._finish(stop, lifeline, saves=False)
                 self.probing.rewind(self.step)
                 self.callbacks.rewind(self.step)
                 clock = Clock()
@@ -192,14 +194,19 @@ class Trainer:
                     self.save()
         return self._finish(stop if stopped else None, lifeline)
 
-    def _finish(self, stop: StopSignal | None, lifeline: Lifeline) -> Stopped | None:
-        """Save the last step, unless a signal ends the run and the configuration says otherwise. Collective."""
+    def _finish(self, stop: StopSignal | None, lifeline: Lifeline, saves: bool = True) -> Stopped | None:
+        """Save the last step, unless a signal ends the run and the configuration says otherwise. Collective.
+
+        Args:
+            saves: Whether it is worth it.
+        """
         began = time.monotonic()
         wish = next(filter(None, everywhere(stop.received))) if stop else None
         with lifeline.slow():
             self.checkpoints.saver.wait()
         with lifeline.slow():
-            if self.checkpoints.saved != self.step and (not wish or wish.saves(self.config.checkpoint.on_signal)):
+            saves = saves and (not wish or wish.saves(self.config.checkpoint.on_signal))
+            if saves and self.checkpoints.saved != self.step:
                 self.save()
             self.checkpoints.saver.finish()
         return stop.ended(wish, self.step, self.checkpoints.saved, time.monotonic() - began) if stop and wish else None
@@ -270,8 +277,12 @@ class Trainer:
         storm = max(self.guard.overflows, 1)
         return Trouble(FLOOR, step - storm + 1, step, explain_floor(diagnosis, scale, step, data_step))
 
-    def _recover(self, trouble: Trouble, lifeline: Lifeline) -> None:
+    def _recover(self, trouble: Trouble, stop: StopSignal, lifeline: Lifeline) -> bool:
         """Go back to an earlier checkpoint and on from there with other data, or end the run. Collective.
+
+        Returns:
+            Whether it was done. Else the run is to stop, before surgery that would have taken long: from the last
+            checkpoint on it comes to the same trouble again.
 
         Raises:
             DivergenceError, LossScaleError: On all ranks alike: the run may not go back, or not again.
@@ -282,7 +293,7 @@ class Trainer:
         while (intervention := self.recovery.plan(trouble, self.source.course, damaged)) is not None:
             if intervention.changes:
                 try:
-                    made, event = self._operate(intervention, lifeline)
+                    made = self._operate(intervention, stop, lifeline)
                 except DataError as error:  # an older one may be sound
                     self.callbacks.message(f"warning: no surgery: {error}")
                     damaged.add(intervention.rollback_to)
@@ -290,22 +301,25 @@ class Trainer:
                 except MegatronStableError as error:
                     self.callbacks.message(f"warning: no surgery: {error}")
                     break
-                self._become(made, event)
-                return
+                if made is not None:
+                    self._become(*made)
+                return made is not None
             found = self.checkpoints.of(intervention.rollback_to)
             if found is not None:
                 self.recovery.commit(Rollback.of(intervention, self.step), intervention)
                 self._go_to(found)
-                return
+                return True
             damaged.add(intervention.rollback_to)
-        self._end(trouble)
+        raise self._end(trouble, damaged)
 
-    def _operate(self, intervention: Intervention, lifeline: Lifeline) -> tuple[Intervention, Surgery]:
-        """Write a checkpoint of another model. Collective; raises what :func:`operate` does."""
+    def _operate(
+        self, intervention: Intervention, stop: StopSignal, lifeline: Lifeline
+    ) -> tuple[Intervention, Surgery] | None:
+        """Write a checkpoint of another model. Collective; returns and raises what :func:`operate` does."""
         self.callbacks.message(f"surgery on the checkpoint of step {intervention.rollback_to}: {intervention.reason}")
         return operate(
             self.config, self.directory, intervention, self.recovery.interventions, self.source.course, self.step,
-            lambda: lifeline.progress(SLOW),
+            lambda: lifeline.progress(SLOW), stop.wished,
         )  # fmt: skip
 
     def _become(self, made: Intervention, event: Surgery) -> None:
@@ -318,8 +332,8 @@ class Trainer:
         self.operated = replaced(self.config, recovery.interventions.changes)
         self.callbacks.rewind(made.rollback_to)
 
-    def _end(self, trouble: Trouble) -> NoReturn:
-        """Save everything, leave the run at a checkpoint from before the trouble if it may go back, and end it."""
+    def _end(self, trouble: Trouble, damaged: Collection[int]) -> MegatronStableError:
+        """Save everything, and leave the run at a checkpoint from before the trouble if it may go back; why it ends."""
         try:
             self.save()
             self.checkpoints.saver.finish()
@@ -327,7 +341,7 @@ class Trainer:
             self.callbacks.message(f"warning: {failure}")
         remedies = "lower optimizer.learning_rate, choose a recipe that bounds the logits (model.recipe=qk_norm_cap)"
         if self.config.guard.mode == "recover":
-            stands = self.recovery.give_up(trouble, self.step)
+            stands = self.recovery.give_up(trouble, self.step, damaged)
             where = (
                 "there is no checkpoint to go back to" if stands is None else f"the run stands at step {stands} again"
             )
@@ -338,7 +352,7 @@ class Trainer:
         error = LossScaleError(f"{text}, or set precision.dtype=bf16") if floor else DivergenceError(text)
         self.callbacks.event(Stop(step=self.step, exit_code=error.exit_code, reason=trouble.reason))
         error.agreed = True
-        raise error
+        return error
 
     def save(self) -> None:
         """Judge the earlier checkpoints, and start writing one of the last step. Collective."""
