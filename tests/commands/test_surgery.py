@@ -14,7 +14,7 @@ from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.commands.app import run_verb
 from megatron_stable.config.load import load_config
 from megatron_stable.records.directory import RunDirectory
-from megatron_stable.stability.events import Surgery
+from megatron_stable.stability.events import Blend, Surgery
 from tests.harness.ranks import Ranks
 from tests.surgery.runs import whole_of
 from tests.training.runs import curve, layout, settings, train, write_data
@@ -158,3 +158,17 @@ def test_a_longer_sequence_goes_on_in_the_data(run: Path, ranks: Ranks, tmp_path
     records = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["samples"] == [[40, 48]], "80 samples of 16 tokens are 40 of 32"
     assert records[0]["tokens"] == 10 * 8 * 16 + 8 * 32
+
+
+def test_a_longer_sequence_with_stages_of_its_own_samples(run: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """80 samples of 16 tokens are 40 of 32: the stage at 48 begins with the second step."""
+    other, source = write_data(tmp_path / "other", seed=1), load_config(run / "config.yaml").data.train
+    stages = json.dumps([[0, {source: 1}], [48, {other: 1}]])
+    words = ["model.sequence_length=32", f"data.stages={stages}", "data.train=null"]
+    words += ["--data", source, "--sequences", "4"]
+    assert verb(run, *words, "--output", tmp_path / "new") == 0
+    goes_on(ranks, tmp_path / "new", 12, 1)
+    (entered,) = [each for each in RunDirectory(tmp_path / "new").ledger.read() if isinstance(each, Blend)]
+    assert (entered.step, entered.sample) == (12, 48)
+    assert list(entered.shares) == [other]
+    assert verb(tmp_path / "new", "model.sequence_length=16", "--output", tmp_path / "back") == 2

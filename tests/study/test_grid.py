@@ -53,12 +53,14 @@ def test_a_run_for_each_combination(tmp_path: Path) -> None:
 
 def test_no_run_is_helped_unless_the_sweep_says_so(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
-    base.write_text("guard: {mode: recover}\nrun: {steps: 200}\n")
+    base.write_text("guard: {mode: recover, surgery: qk_norm}\nrun: {steps: 200}\n")
     axes = {RATE: [0.1]}
     guard = grid(tmp_path, base=str(base), axes=axes).cells[0].config.guard
-    assert (guard.mode, guard.collapse) == ("watch", 0.5)
+    assert (guard.mode, guard.surgery, guard.collapse) == ("watch", None, 0.5)
     guard = grid(tmp_path, base=str(base), axes=axes, config={"guard.mode": "recover"}).cells[0].config.guard
-    assert (guard.mode, guard.collapse) == ("recover", 0.5)
+    assert (guard.mode, guard.surgery, guard.collapse) == ("recover", None, 0.5)
+    helped = {"guard.mode": "recover", "guard.surgery": "qk_norm_cap"}
+    assert grid(tmp_path, base=str(base), axes=axes, config=helped).cells[0].config.guard.surgery == "qk_norm_cap"
 
 
 def test_recipes_and_sizes_take_the_place_of_the_base_s(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from megatron_stable.parallel.shards import Shard
 from megatron_stable.stability.interventions import Intervention
 from megatron_stable.surgery import operating
 from megatron_stable.surgery.continuity import Continuity
+from megatron_stable.surgery.operating import samples
 from megatron_stable.surgery.streaming import places, stream
 from tests.surgery.runs import cut, tokens, whole_of, write_trained
+from tests.training.runs import write_data
 
 
 def test_what_is_written_is_read_in_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +174,37 @@ def test_with_another_length_what_is_counted_in_samples_ends_or_is_refused(tmp_p
     ])  # fmt: skip
     with pytest.raises(ConfigError, match=r"data\.stages, or a blend"):
         cut(with_state(whole, stages=stages), tmp_path / "other", {"model.sequence_length": 8}, tokens(4, 9))
+
+
+def test_stages_that_are_configured_count_samples_of_the_length_that_they_were_written_for(tmp_path: Path) -> None:
+    """Noted by the run or not; what the new run gives itself counts the new ones."""
+    whole = write_trained(tmp_path / "before")
+    blends = [[0, {"a": 1.0}], [100, {"b": 1.0}]]
+    config = replaced(stored_config(whole.directory, whole.manifest), {"data.stages": blends})
+    staged = Whole(
+        whole.directory, whole.step, whole.manifest.model_copy(update={"config": config.model_dump(mode="json")})
+    )
+    assert staged.manifest.state.stages is None
+    with pytest.raises(ConfigError, match=r"data\.stages, or a blend that was changed, count samples of 16 tokens"):
+        cut(staged, tmp_path / "refused", {"model.sequence_length": 8}, tokens(4, 9))
+    cut(staged, tmp_path / "as long", {"model.qk_norm": True}, tokens(4, 9))
+    one = Stages.begin({"a": Stream(paths="a")}, [Stage(sample=0, weights={"a": 1.0})])
+    values = {"model.sequence_length": 8, "data.stages": blends}
+    done = cut(with_state(whole, stages=one), tmp_path / "given", values, tokens(4, 9))
+    assert done.whole.manifest.state.stages == one
+    assert done.config.data.stages[1] == (100, {"b": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "number", "shape"),
+    [(16, 16, None, (1024, 17)), (64, 32, None, (512, 33)), (1000, 1000, None, (17, 1001)), (16, 16, 3, (3, 17))]
+    + [(8192, 8192, None, (4, 8193))],
+)
+def test_what_is_looked_at_is_bounded(
+    tmp_path: Path, old: int, new: int, number: int | None, shape: tuple[int, int]
+) -> None:
+    """16,384 tokens, in whole sequences of the shorter length, or four."""
+    data = write_data(tmp_path / "data", 20_000)
+    before = Config.model_validate({"model": {"vocab_size": 61, "sequence_length": old}, "data": {"train": data}})
+    after = replaced(before, {"model.sequence_length": new})
+    assert samples(before, after, Course.begin(8), 3, None, number).shape == shape
