@@ -120,7 +120,8 @@ def arms(asked: Asked, rate: float) -> Grid:
     """Write the sweep of a screening, and read it. ConfigError: there is another screening in its directory."""
     names = (CONTROL, *(each.name for each in asked.sources))
     axis: dict[str, dict[str, Any]] = {arm: {"data.train": str(_blend(asked, arm))} for arm in names}
-    axis[CONTROL]["checkpoint.keep_every"] = asked.config.run.steps // STATES
+    # and none is put off because steps are faster than a disk
+    axis[CONTROL] |= {"checkpoint.keep_every": asked.config.run.steps // STATES, "checkpoint.max_failed_saves": 1}
     first = asked.config.run.seed
     return _sweep(
         asked, asked.directory, {AXIS: axis, "run.seed": [first + i for i in range(asked.seeds)]}, {RATE: rate}

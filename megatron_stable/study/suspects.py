@@ -75,7 +75,7 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
         cells.setdefault(cell.labels[AXIS], []).append(cell)
     names = [each.name for each in asked.sources]
     windows = _drawn(asked, count)
-    told, places = _ask(cells[CONTROL], windows, tick)
+    at, told = zip(*_ask(cells[CONTROL], windows, tick), strict=True)
     logs = np.log(
         np.nan_to_num(np.stack([each.rms for each in told]), nan=MEASURE, posinf=MEASURE).clip(1 / MEASURE, MEASURE)
     )
@@ -86,7 +86,7 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
     deviations = np.stack([_deviations(each.loss, blend) for each in told])
     # what is learnt fast is too hard first and too easy then: sizes are averaged, not signs
     losses = np.split(np.copysign(np.abs(deviations).mean(0), deviations.mean(0)), ends)
-    gaps = _gaps(told[-len(cells[CONTROL]) :], ends, asked)
+    gaps = _gaps([each for step, each in zip(at, told, strict=True) if step == at[-1]], ends, asked)
     tails, excursions, no_tails = _excesses([cells[arm] for arm in (CONTROL, *names)])
     sign = 1 if asked.factor else -1
     before, each_error = weights(asked, CONTROL), ERROR / 2 / len(names)
@@ -113,7 +113,7 @@ def judge(asked: Asked, grid: Grid, count: int = WINDOWS, tick: Callable[[int], 
         seeds=tuple(cell.config.run.seed for cell in cells[CONTROL]),
         steps=grid.cells[0].config.run.steps,
         windows=count,
-        states=places,
+        states=len(told),
         error=ERROR,
         far=FAR,
         apart=APART,
@@ -140,34 +140,32 @@ def _drawn(asked: Asked, count: int) -> list[list[Location]]:
 
 def _ask(
     control: Sequence[Cell], windows: Sequence[Sequence[Location]], tick: Callable[[int], None]
-) -> tuple[list[Impact], int]:
-    """What the states of the control say, the earliest first, and how many they are."""
-    asked = sorted(
-        (step, cell.directory) for cell in control for step in states(cell.directory) if step < sound_until(cell)
-    )
+) -> list[tuple[int, Impact]]:
+    """What the states of the control say, each with its step, the earliest first."""
+    sound = {cell.directory: sound_until(cell) for cell in control}
+    asked = sorted((step, run) for run, until in sound.items() for step in states(run) if step < until)
     total = len(asked) * sum(map(len, windows))
-    told = [impact(run, step, windows, lambda: tick(total)) for step, run in asked]
-    told = [each for each in told if each.finite]
+    told = [(step, impact(run, step, windows, lambda: tick(total))) for step, run in asked]
+    told = [(step, each) for step, each in told if each.finite]
     if not told:
         raise ConfigError(
             "no control run has a checkpoint from before it diverged: the plain blend diverges at once; "
             "give a lower --lr"
         )
-    return told, len(told)
+    return told
 
 
 def sound_until(cell: Cell) -> float:
     """The step at which a run began to diverge, before which its states may be asked; infinite: it did not."""
-    if not _diverged(cell):
-        return inf
     level, began = Collapse(), inf
     for record in latest(read_metrics(RunDirectory(cell.directory).metrics)):
         loss = finite(record.get("loss"))
         level = level.followed_by(record["step"], loss, cell.config.guard.collapse or 0.5)
         if loss is None:
             began = min(began, record["step"])
-    # the level is a median of so many losses, and follows them
-    return min(began, inf if level.onset is None else level.onset - RECENT)
+    if level.onset is not None:  # the level is a median of so many losses, and follows them
+        return min(began, level.onset - RECENT)
+    return began if _ended_by_divergence(cell) else inf
 
 
 def _median(values: NDArray[np.float64], blend: NDArray[np.float64]) -> float:
@@ -184,8 +182,13 @@ def _deviations(values: NDArray[np.float64], blend: NDArray[np.float64]) -> NDAr
 
 
 def _gaps(last: Sequence[Impact], ends: NDArray[np.int64], asked: Asked) -> list[float]:
-    means = np.mean([[row.mean() for row in np.split(each.loss, ends)] for each in last], axis=0)
+    means = np.mean([[_finite_mean(row) for row in np.split(each.loss, ends)] for each in last], axis=0)
     return [float(gap) for gap in means - np.average(means, weights=[each.weight for each in asked.sources])]
+
+
+def _finite_mean(losses: NDArray[np.float64]) -> float:
+    known = losses[np.isfinite(losses)]
+    return float(known.mean()) if len(known) else MEASURE
 
 
 def _excesses(arms: Sequence[Sequence[Cell]]) -> tuple[list[Interval], list[Interval], str | None]:
@@ -209,6 +212,11 @@ def _excesses(arms: Sequence[Sequence[Cell]]) -> tuple[list[Interval], list[Inte
 
 
 def _diverged(cell: Cell) -> bool:
+    """Whether a run ended so, or as it ended had lost what it had learnt, for less long than ends a run."""
+    return _ended_by_divergence(cell) or sound_until(cell) < inf
+
+
+def _ended_by_divergence(cell: Cell) -> bool:
     ended = read_ended(cell.directory)
     return ended is not None and ended.status == "diverged"
 
@@ -236,11 +244,10 @@ def tail_of(values: NDArray[np.float64]) -> float:
 
 
 def _events(cells: Sequence[Cell]) -> Events:
-    ended = [read_ended(cell.directory) for cell in cells]
     told = [event for cell in cells for event in RunDirectory(cell.directory).ledger.read()]
     opinions = Counter(event.verdict for event in told if isinstance(event, SecondOpinion))
     return Events(
-        diverged=sum(how is not None and how.status == "diverged" for how in ended),
+        diverged=sum(map(_diverged, cells)),
         spikes=sum(isinstance(event, Spike) for event in told),
         data_blamed=opinions["data"],
         state_blamed=opinions["state"],

@@ -15,14 +15,15 @@ import yaml
 
 from megatron_stable.analysis.trained import open_run
 from megatron_stable.commands.app import run_verb
+from megatron_stable.config.load import replaced
 from megatron_stable.data import IndexedWriter, RepetitionFilter, TokenDataset, open_dataset
 from megatron_stable.errors import ConfigError, DataError
 from megatron_stable.records.directory import RunDirectory
 from megatron_stable.study.grid import Cell
 from megatron_stable.study.impact import Impact, drawn, impact
-from megatron_stable.study.outcome import Ended, write_ended
+from megatron_stable.study.outcome import Ended, read_ended, write_ended
 from megatron_stable.study.screening import CONTROL, arms, ask, edge, sources_of
-from megatron_stable.study.suspects import _excesses, sound_until, tail_of
+from megatron_stable.study.suspects import _ask, _drawn, _excesses, _gaps, judge, sound_until, tail_of
 from megatron_stable.study.worker import run
 
 VOCAB, SEQUENCE = 128, 32
@@ -259,11 +260,50 @@ def test_a_diverged_run_of_the_control_is_asked_only_before(tmp_path: Path) -> N
     losses = [4.0 - 0.02 * k for k in range(30)] + [4.1] * 30
     rows = [{"step": k, "loss": loss} for k, loss in enumerate(losses, 1)]
     RunDirectory(cell.directory).metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    write_ended(cell.directory, Ended(status="diverged"))
-    assert 20 <= sound_until(cell) <= 30
+    for status in ("diverged", "finished"):  # if it was too late for the run to end by it
+        write_ended(cell.directory, Ended(status=status))  # type: ignore[arg-type]
+        assert 20 <= sound_until(cell) <= 30
     wild, tame = Impact(np.full(8, np.nan), np.full(8, np.nan)), Impact(np.ones(8), np.ones(8))
     assert not wild.finite and tame.finite
     assert Impact(np.array([1.0] * 7 + [np.inf]), np.ones(8)).finite  # a window that blows up is what is looked for
+
+
+def test_of_a_control_that_diverges_only_sound_states_are_asked(tmp_path: Path) -> None:
+    """Trained for real, beside one that does well: it loses what it had learnt too late for the run to end by it."""
+    write_sources(tmp_path)
+    asked = ask(tmp_path / "screen", write_proxy(tmp_path), [], seeds=3)
+    well, late, never = (cell for cell in arms(asked, 1e-2).cells if cell.labels["source"] == CONTROL)
+    rising = {"optimizer.learning_rate": 3.0, "schedule.warmup_steps": 58}
+    for cell, values in ((well, {}), (late, rising), (never, {"optimizer.learning_rate": 30.0})):
+        ended = run(replaced(cell.config, values), 1)
+        assert ended is not None
+        write_ended(cell.directory, ended)
+    assert read_ended(late.directory) == Ended(status="finished")
+    until = sound_until(late)
+    assert 15 < until < 60 and sound_until(well) == inf and sound_until(never) < 15
+    windows = _drawn(asked, 8)
+    told = _ask([late, well, never], windows, lambda total: None)
+    steps = (15, 30, 45, 60)
+    assert [step for step, _ in told] == sorted([*steps, *(step for step in steps if step < until)])
+    with pytest.raises(ConfigError, match="the plain blend diverges at once; give a lower --lr"):
+        _ask([never], windows, lambda total: None)
+
+    for cell in (each for each in arms(asked, 1e-2).cells if each.labels["source"] != CONTROL):
+        write_run(cell)
+    found = judge(asked, arms(asked, 1e-2), 8).record
+    assert found.control.diverged == 2 and found.states == len(told)
+    assert found.no_tails is not None and "2 of 3 runs of the plain blend diverged" in found.no_tails
+    last = impact(well.directory, 60, windows, lambda: None).loss.reshape(len(NAMES), 8).mean(1)
+    assert [source.gap for source in found.sources] == pytest.approx(last - last.mean())
+
+
+def test_a_window_that_is_not_finite_leaves_the_others_their_gap(tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    asked = ask(tmp_path / "screen", write_proxy(tmp_path), [])
+    losses = np.array([1.0, 3.0, np.inf, 2.0, 4.0, 6.0, np.nan, np.nan])
+    one, two, three, bad = _gaps([Impact(np.ones(8), losses)], np.array([2, 4, 6]), asked)
+    assert two - one == pytest.approx(0.0) and three - one == pytest.approx(3.0)
+    assert bad > 1e5
 
 
 def test_a_small_source_takes_no_windows_from_others(tmp_path: Path) -> None:
