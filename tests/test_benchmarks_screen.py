@@ -8,21 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from megatron_stable.study.suspects import APART, FAR
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.full
-@pytest.mark.timeout(4 * 3600)
+@pytest.mark.timeout(1800)
 def test_a_poisoned_source_in_six_is_found_and_no_other_accused(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/screen.py", "--trials", "5", "--output", str(tmp_path / "out")]
+    """A trial of each kind, minutes; docs/screening.md has more, by the same command."""
+    out, told = tmp_path / "out", tmp_path / "found.json"
+    command = [sys.executable, "benchmarks/screen.py", "--lr", "0.06", "--trials", "1", "--first", "201"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "--json", str(tmp_path / "found.json")], cwd=ROOT, env=variables, check=True)
-    trials = json.loads((tmp_path / "found.json").read_text())
-    assert len(trials) == 20
-    right = [
-        trial["suspects"] == ([trial["victim"]] if trial["victim"] else [])
-        for trial in trials
-    ]  # fmt: skip
-    assert sum(right) >= 19, [trial for trial, good in zip(trials, right, strict=True) if not good]
+    subprocess.run([*command, "--output", str(out), "--json", str(told)], cwd=ROOT, env=variables, check=True)
+    trials = json.loads(told.read_text())
+    assert [trial["kind"] for trial in trials] == ["repeated", "random", "utf8", "none"]
+    for trial in trials:
+        assert trial["suspects"] == ([trial["victim"]] if trial["victim"] else []), trial
+        windows = np.load(out / f"{trial['kind']}-201" / "windows.npz")
+        odd = (windows["steps"] > FAR) | (np.abs(windows["losses"]) > APART)
+        assert odd.reshape(6, 128).mean(1) == pytest.approx(list(trial["shares"].values()))
