@@ -79,13 +79,13 @@ def row(root: Path, seed: int) -> str:
     if not control.exists():
         prepare_control(operated, control)
     lost = pretrain(operated / "config.yaml", control, *PLAIN)
-    backs = sum(isinstance(event, Rollback) for event in RunDirectory(control).ledger.read())
+    without = attempts(control)
     validation = next((line["validation_loss"] for line in reversed(parts[-1]) if "validation_loss" in line), None)
     before = ", ".join(str(event.rollback_to) for event in acts[:number])
     return (
         f"| {seed} | {before} | {surgery.rollback_to} | {surgery.before:.3f} → {surgery.after:.3f} "
         f"| {ends(parts[: number + 1])} | {ends(parts[number + 1 :])}, exit code {code} | {validation or nan:.3f} "
-        f"| {ends(attempts(control))}: {backs} rollbacks, exit code {lost} |"
+        f"| {ends(without)}, exit code {lost} |"
     )
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     prepare(given.output)
     print(
         "\n| seed | rolled back to | surgery at | loss there, before → after | last ten steps of the attempts "
-        "| of those after surgery | validation | control: last ten steps of its attempts |\n" + "|---" * 8 + "|"
+        "| of those after surgery | validation | of the control's attempts |\n" + "|---" * 8 + "|"
     )
     for seed in given.seeds:
         print(row(given.output, seed), flush=True)
