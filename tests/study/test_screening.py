@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from megatron_stable.analysis.trained import open_run
+from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.commands.app import run_verb
 from megatron_stable.config.load import replaced
 from megatron_stable.data import IndexedWriter, RepetitionFilter, TokenDataset, open_dataset
@@ -25,6 +26,7 @@ from megatron_stable.study.outcome import Ended, read_ended, write_ended
 from megatron_stable.study.screening import CONTROL, arms, ask, edge, sources_of
 from megatron_stable.study.suspects import _ask, _drawn, _excesses, _gaps, judge, sound_until, tail_of
 from megatron_stable.study.worker import run
+from tests.surgery.runs import rewritten, whole_of
 
 VOCAB, SEQUENCE = 128, 32
 NAMES = ("one", "two", "three", "bad")
@@ -176,7 +178,6 @@ def test_a_tail_is_the_highest_tenth_over_a_running_median() -> None:
 
 def test_impact_is_the_rms_of_adams_step(tmp_path: Path) -> None:
     """Against the definition in float64, from the files of a checkpoint."""
-    from megatron_stable.checkpoint.catalog import newest_whole
     from megatron_stable.checkpoint.model import load_model
     from megatron_stable.checkpoint.reader import Reader
     from megatron_stable.parallel.parameters import place
@@ -285,13 +286,16 @@ def test_of_a_control_that_diverges_only_sound_states_are_asked(tmp_path: Path) 
     told = _ask([late, well, never], windows, lambda total: None)
     steps = (15, 30, 45, 60)
     assert [step for step, _ in told] == sorted([*steps, *(step for step in steps if step < until)])
+    whole = newest_whole(well.directory, 45)  # which then finds nothing finite
+    rewritten(whole, {key: value.fill_(torch.nan) for key, value in whole_of(whole).items()})
+    assert [step for step, _ in _ask([well], windows, lambda total: None)] == [15, 30, 60]
     with pytest.raises(ConfigError, match="the plain blend diverges at once; give a lower --lr"):
         _ask([never], windows, lambda total: None)
 
     for cell in (each for each in arms(asked, 1e-2).cells if each.labels["source"] != CONTROL):
         write_run(cell)
     found = judge(asked, arms(asked, 1e-2), 8).record
-    assert found.control.diverged == 2 and found.states == len(told)
+    assert found.control.diverged == 2 and found.states == len(told) - 1
     assert found.no_tails is not None and "2 of 3 runs of the plain blend diverged" in found.no_tails
     last = impact(well.directory, 60, windows, lambda: None).loss.reshape(len(NAMES), 8).mean(1)
     assert [source.gap for source in found.sources] == pytest.approx(last - last.mean())

@@ -32,6 +32,11 @@ def write_trained(path: Path, **model: Any) -> Whole:
         if not plain.endswith((".u", ".v")):
             values[f"{plain}:exp_avg"] = torch.randn(weight.shape, generator=generator)
             values[f"{plain}:exp_avg_sq"] = torch.rand(weight.shape, generator=generator)
+    return rewritten(whole, values)
+
+
+def rewritten(whole: Whole, values: dict[str, Tensor]) -> Whole:
+    """A checkpoint with all its tensors in its place, by "NAME:kind", in one file."""
     flat = {key: value.flatten() for key, value in values.items()}
     entry = write_tensors(whole.directory / rank_file(0), {k: t.numel() for k, t in flat.items()}, flat.__getitem__)
     held = {}
