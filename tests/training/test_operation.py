@@ -46,7 +46,7 @@ LAYOUTS = {
     "zero3": (2, layout(zero_stage=3), "bf16"),
     "zero2-fp16": (2, layout(zero_stage=2), "fp16"),
 }
-EVERY = [name if name in ("alone", "tp2-pp2") else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS]
+EVERY = [name if name == "tp2-pp2" else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS]
 
 
 def values_of(folder: Path, steps: int = 60, name: str = "alone", **guard: Any) -> Values:
