@@ -2,7 +2,7 @@
 
 PREFIX stands for PREFIX-00000-of-00064 .. PREFIX-00063-of-00064, as `preprocess --shards 64` writes them. Opening reads
 a few bytes of each index. A .bin is opened when one of its tokens is asked for, and an index is mapped when somebody
-asks for documents; at most OPEN and INDEXED of them at a time.
+asks for documents; at most OPEN and INDEXED of them at a time, of all datasets together.
 """
 
 from __future__ import annotations
@@ -77,19 +77,30 @@ def check_complete(prefixes: Iterable[str]) -> None:
 
 
 class _Recent(Generic[T]):
-    """What `make` makes of a number, kept for the most recent `limit` numbers."""
+    """What was opened last by all datasets of the process together, as it may have but so many files open.
 
-    def __init__(self, make: Callable[[int], T], limit: int) -> None:
-        self._make, self._limit = make, limit
-        self._kept: OrderedDict[int, T] = OrderedDict()
+    Args:
+        limit: How much of it is kept open.
+    """
 
-    def __getitem__(self, number: int) -> T:
-        if number not in self._kept:
-            if len(self._kept) >= self._limit:
+    def __init__(self, limit: Callable[[], int]) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[tuple[int, int], T] = OrderedDict()
+
+    def get(self, owner: int, number: int, make: Callable[[], T]) -> T:
+        """Number so-and-so of an owner, made if it is not open."""
+        key = owner, number
+        if key not in self._kept:
+            while len(self._kept) >= self._limit():
                 self._kept.popitem(last=False)
-            self._kept[number] = self._make(number)
-        self._kept.move_to_end(number)
-        return self._kept[number]
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def forget(self, owner: int) -> None:
+        """Close all of an owner."""
+        for key in [key for key in self._kept if key[0] == owner]:
+            del self._kept[key]
 
 
 class _TokenFile:
@@ -117,6 +128,10 @@ class _TokenFile:
         if hasattr(os, "posix_fadvise"):
             size = self._dtype.itemsize
             os.posix_fadvise(self._file, start * size, count * size, os.POSIX_FADV_WILLNEED)
+
+
+_FILES: _Recent[_TokenFile] = _Recent(lambda: OPEN)
+_INDICES: _Recent[IndexedDataset] = _Recent(lambda: INDEXED)
 
 
 class ShardSet:
@@ -149,20 +164,20 @@ class ShardSet:
         self._ends = list(accumulate(head.tokens for head in self.shards))
         self._document_ends = list(accumulate(head.documents for head in self.shards))
         self.tokens, self.documents = self._ends[-1], self._document_ends[-1]
-        self._files = _Recent(lambda i: _TokenFile(dataset_paths(self.shards[i].prefix)[0], self.dtype), OPEN)
-        self._indices = _Recent(lambda i: IndexedDataset(self.shards[i].prefix), INDEXED)
+        for opened in (_FILES, _INDICES):
+            weakref.finalize(self, opened.forget, id(self))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start .. start + count - 1` of the stream, `[count]` of the files' dtype."""
         if not 0 <= start <= start + count <= self.tokens:
             raise IndexError(f"tokens {start} .. {start + count - 1} of {self.tokens}")
-        parts = [self._files[i].read(first, length) for i, first, length in self._pieces(start, count)]
+        parts = [self._file(i).read(first, length) for i, first, length in self._pieces(start, count)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
     def will_need(self, start: int, count: int) -> None:
         """Tell the operating system to fetch these tokens in the background; has no other effect."""
         for i, first, length in self._pieces(start, count):
-            self._files[i].will_need(first, length)
+            self._file(i).will_need(first, length)
 
     def _pieces(self, start: int, count: int) -> Iterable[tuple[int, int, int]]:
         """Where tokens lie: shard, first token in it, how many."""
@@ -173,12 +188,18 @@ class ShardSet:
             yield i, start - begin, length
             start, i = start + length, i + 1
 
+    def _file(self, i: int) -> _TokenFile:
+        return _FILES.get(id(self), i, lambda: _TokenFile(dataset_paths(self.shards[i].prefix)[0], self.dtype))
+
+    def _index(self, i: int) -> IndexedDataset:
+        return _INDICES.get(id(self), i, lambda: IndexedDataset(self.shards[i].prefix))
+
     def document_at(self, token: int) -> int:
         """The document (from 0) to which the stream's token number `token` belongs."""
         if not 0 <= token < self.tokens:
             raise IndexError(f"token {token} of {self.tokens}")
         i = bisect_right(self._ends, token)
-        own = self._indices[i].document_at(token - self._ends[i] + self.shards[i].tokens)
+        own = self._index(i).document_at(token - self._ends[i] + self.shards[i].tokens)
         return self._document_ends[i] - self.shards[i].documents + own
 
     def document_span(self, document: int) -> tuple[int, int]:
@@ -187,7 +208,7 @@ class ShardSet:
             raise IndexError(f"document {document} of {self.documents}")
         i = bisect_right(self._document_ends, document)
         head, begin = self.shards[i], self._ends[i] - self.shards[i].tokens
-        start, stop = self._indices[i].document_span(document - self._document_ends[i] + head.documents)
+        start, stop = self._index(i).document_span(document - self._document_ends[i] + head.documents)
         return begin + start, begin + stop
 
     @property

@@ -106,6 +106,32 @@ def test_few_files_are_open_and_none_before_it_is_read(
     assert process.num_fds() == before
 
 
+def test_all_sources_of_a_blend_together_have_few_files_open(
+    stream: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`doctor` counts on it, and so does a run of many sources."""
+    monkeypatch.setattr(module, "OPEN", 10)
+    for name in "abcdef":
+        for i in range(8):
+            stream(40, shard_prefix(name, i, 8))
+    process = psutil.Process()
+    gc.collect()
+    before = process.num_fds()
+    mixed = open_dataset({str(tmp_path / name): 1.0 for name in "abcdef"}, 8, seed=0)
+    alone = {name: TokenDataset(tmp_path / name, 8, seed=0) for name in "abcdef"}
+    for k in range(6 * 39):
+        where = mixed.locate(k)
+        own = mixed.stages.locate(k)[1]  # type: ignore[union-attr]
+        assert np.array_equal(mixed.sample(k), alone[Path(where.dataset.indexed.prefix).name].sample(own))
+    assert process.num_fds() <= before + 10
+    for dataset in (*mixed.parts, *alone.values()):
+        assert dataset.indexed.document_at(dataset.indexed.tokens - 1) == dataset.indexed.documents - 1
+    assert process.num_fds() <= before + 10 + 2 * module.INDEXED
+    del mixed, alone, dataset, where
+    gc.collect()
+    assert process.num_fds() == before
+
+
 def test_a_trillion_tokens(tmp_path: Path) -> None:
     for i in range(500):
         write_sparse(tmp_path / shard_prefix("huge", i, 500), 2_000_000, 1000)
