@@ -12,14 +12,21 @@ import numpy as np
 import torch
 
 from megatron_stable.analysis.flight import Before, before
-from megatron_stable.analysis.position import DECIDING, Position, as_it_was, configuration, find_step, stages_of
+from megatron_stable.analysis.position import (
+    DECIDING,
+    SOURCES,
+    Position,
+    as_it_was,
+    configuration,
+    find_step,
+    stages_of,
+)
 from megatron_stable.analysis.second_opinion import Heard, Posed, hear, pose
 from megatron_stable.analysis.trained import Trained, open_run
 from megatron_stable.checkpoint import store
 from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.config.schema import Config
 from megatron_stable.data import (
-    Blend,
     Location,
     RepetitionFilter,
     Samples,
@@ -27,7 +34,7 @@ from megatron_stable.data import (
     Tokenizer,
     check_tokenizer,
     open_dataset,
-    open_source,
+    open_stages,
     repetition_filter,
 )
 from megatron_stable.data.check import check_ids
@@ -166,7 +173,7 @@ def inspect(
     today, checkpoints = configuration(run), tuple(dict.fromkeys(checkpoints))
     position = find_step(run, step, data_step)
     stages = stages_of(run)
-    deciding = DECIDING if stages is None else ("run.seed",)
+    deciding = (*DECIDING, *SOURCES) if stages is None else DECIDING
     config, changed = as_it_was(run, today, position.step, deciding)
     position = position._replace(notes=(*position.notes, *changed))
     have = {entry.step for entry in store.entries(Path(run) / "checkpoints")}
@@ -230,8 +237,7 @@ def _open_dataset(run: str | Path, config: Config, stages: Stages | None, sample
     try:
         if stages is None:
             return open_dataset(data.train, *cut, data.stages)
-        names = dict.fromkeys(stages.locate(k)[0] for k in samples)
-        return Blend({name: open_source(name, stages.streams[name].paths, *cut) for name in names}, stages)
+        return open_stages(stages, samples, *cut)
     except DataError as error:
         raise DataError(
             f"{error}. {run} names it in data.train: start where the run was started, "

@@ -16,8 +16,11 @@ from megatron_stable.records.metrics import Record, batch_of, read_metrics
 from megatron_stable.records.stages import read_stages
 from megatron_stable.stability.events import Resume
 
-# besides the sequence length, which cannot change in a run, and where it is known, the stages of its data
-DECIDING = ("run.seed", "data.train", "data.stages", "data.repetition_filter", "data.repetition_periods")
+# on a batch, and on what its loss is of; besides the sequence length, which cannot change in a run
+DECIDING = (
+    "run.seed", "data.document_mask", "data.end_of_document", "data.repetition_filter", "data.repetition_periods",
+)  # fmt: skip
+SOURCES = ("data.train", "data.stages")  # and these, where a run has not noted the stages of its data
 
 
 class Position(NamedTuple):
@@ -120,7 +123,7 @@ def stages_of(run: str | Path) -> Stages | None:
 
 
 def as_it_was(
-    run: str | Path, config: Config, step: int | None, deciding: Collection[str] = DECIDING
+    run: str | Path, config: Config, step: int | None, deciding: Collection[str] = (*DECIDING, *SOURCES)
 ) -> tuple[Config, list[str]]:
     """The configuration with what decides on a batch as it was at a step, which resumes since may have changed; and
     notes on that. The ledger knows."""

@@ -49,8 +49,10 @@ class Trained(NamedTuple):
             return
         mask = DocumentMask(self.model, self.config.model, data.end_of_document, self.device)
         mask.announce(tokens)
-        yield
-        mask.forget()
+        try:
+            yield
+        finally:
+            mask.forget()
 
 
 def open_run(run: str | Path, step: int | None = None, tokenizer: str | Path | None = None) -> Trained:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
+from megatron_stable.analysis.position import stages_of
 from megatron_stable.checkpoint.catalog import newest_whole
 from megatron_stable.checkpoint.format import MANIFEST, directory_name, stored_config
 from megatron_stable.checkpoint.store import COMPLETE, point_latest
@@ -63,7 +64,7 @@ def surgery(
     if not changes(before, after).keys() - {"schedule.rewarm"}:
         raise ConfigError(f"{' '.join(overrides)}: the checkpoint of step {whole.step} is that already")
     after = after.model_copy(update={"run": after.run.model_copy(update={"directory": str(output)})})
-    looked_at = samples(before, after, whole.manifest.state.course, whole.step, data, sequences)
+    looked_at = samples(before, after, whole.manifest.state.course, stages_of(run), whole.step, data, sequences)
     with explain_os_errors("write", output), appearing(output) as beside, Progress(transient=True) as progress:
         task = progress.add_task(f"step {whole.step} to {output}", total=None)
         new = RunDirectory(beside)

@@ -16,6 +16,7 @@ from megatron_stable.data.dataset import (
     TokenDataset,
     open_dataset,
     open_source,
+    open_stages,
     stream_of,
 )
 from megatron_stable.data.documents import DocumentReader, RawDocument, UndecodableError
@@ -61,6 +62,7 @@ __all__ = [
     "check_vocabulary",
     "open_dataset",
     "open_source",
+    "open_stages",
     "permute",
     "preprocess",
     "remember",

@@ -5,7 +5,7 @@ Sample k is found in O(1) time and memory, from nothing but k, the seed and the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -121,6 +121,19 @@ def open_source(name: str, paths: Paths, sequence_length: int, seed: int) -> Tok
 def stream_of(paths: Paths, dataset: TokenDataset) -> Stream:
     """What a run notes of a source that it has opened."""
     return Stream(paths=paths, tokens=dataset.indexed.tokens, documents=dataset.indexed.documents)
+
+
+def open_stages(stages: Stages, samples: Iterable[int], sequence_length: int, seed: int) -> Blend:
+    """What a run trains on, as far as these samples come from it.
+
+    Raises:
+        DataError: A source is not there, or holds something else than when the run began to read it.
+    """
+    names = dict.fromkeys(stages.locate(k)[0] for k in samples)
+    opened = {name: open_source(name, stages.streams[name].paths, sequence_length, seed) for name in names}
+    for name, each in opened.items():
+        stages.require_same(name, stream_of(stages.streams[name].paths, each))
+    return Blend(opened, stages)
 
 
 def open_dataset(

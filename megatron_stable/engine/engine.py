@@ -285,7 +285,8 @@ class Engine:
         if not losses:
             return []
         loss, _, _, *predicted = self._average(torch.stack(losses)).unbind(1)
-        return (loss / predicted[0] if predicted else loss).tolist()
+        # of a batch that is left out whole, 0, as of a step
+        return (loss / predicted[0].where(predicted[0] > 0, 1.0) if predicted else loss).tolist()
 
     def shards(self) -> list[ShardState]:
         """What this rank holds of weights and moments, as views."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -15,17 +16,18 @@ T = TypeVar("T")
 
 @contextmanager
 def together() -> Iterator[None]:
-    """If the body raises a user's error on any rank, every rank raises the first of them, as ``agreed``. Collective."""
+    """If the body raises a user's error on any rank, every rank raises the first of them, as ``agreed``, and with the
+    rank and its host unless rank 0 has it, too. Collective."""
     mine: MegatronStableError | None = None
     try:
         yield
     except MegatronStableError as error:
         mine = error
-    verdicts: list[tuple[type[MegatronStableError], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(verdicts, (type(mine), str(mine)) if mine else None)
-    for verdict in verdicts:
+    said = everywhere((type(mine), str(mine), socket.gethostname()) if mine else None)
+    for rank, verdict in enumerate(said):
         if verdict is not None:
-            raise agreed(*verdict) from None
+            kind, message, host = verdict
+            raise agreed(kind, message if rank == 0 else f"{message} (on rank {rank}, {host})") from None
 
 
 def decided(decide: Callable[[], T]) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from megatron_stable.checkpoint.tensors import CHUNK, write_tensors
 from megatron_stable.config.problems import fail
 from megatron_stable.config.schema import Config
 from megatron_stable.config.surgery import changes, refusals
-from megatron_stable.data import check_vocabulary, open_dataset
+from megatron_stable.data import Samples, Stages, check_vocabulary, open_dataset, open_stages
 from megatron_stable.data.check import check_ids
 from megatron_stable.data.course import Course, Era
 from megatron_stable.errors import ConfigError, DataError
@@ -72,26 +72,42 @@ def planned(before: Config, after: Config, rewarm: tuple[int, int] | None) -> Co
     return after.model_copy(update={"schedule": after.schedule.model_copy(update={"rewarm": rewarm})})
 
 
-def samples(before: Config, after: Config, course: Course, step: int, prefix: str | None, number: int | None) -> Tensor:
+def samples(
+    before: Config,
+    after: Config,
+    course: Course,
+    stages: Stages | None,
+    step: int,
+    prefix: str | None = None,
+    number: int | None = None,
+) -> Tensor:
     """Samples ``[n, s + 1]`` that both models can take: of ``prefix``, else of validation data, else the training data
     that come next.
 
+    Args:
+        stages: Of the run, as far as it has noted them.
+
     Raises:
         ConfigError: There are none, or they are not of the vocabulary.
+        DataError: They are not there, or not what they were.
     """
     length = min(before.model.sequence_length, after.model.sequence_length)
-    source, first = prefix or before.data.validation, 0
-    stages: Sequence[tuple[int, Mapping[str, float]]] = ()
+    source, seed, first = prefix or before.data.validation, before.run.seed, 0
     if source is None:
-        source, first, stages = before.data.train, course.position(step), before.data.stages
-    if source is None and not stages:
+        first = course.position(step)
+    chosen = range(first, first + (number or max(FEWEST, -(-TOKENS // length))))
+    if source is not None:
+        dataset: Samples = open_dataset(source, length, seed)
+    elif stages is not None:
+        dataset = open_stages(stages, chosen, length, seed)
+    elif before.data.train is not None or before.data.stages:
+        dataset = open_dataset(before.data.train, length, seed, before.data.stages)
+    else:
         raise ConfigError("the run names no data: name a .bin/.idx dataset with --data PREFIX")
-    dataset = open_dataset(source, length, before.run.seed, stages)
     assert before.model.vocab_size is not None
     check_vocabulary(dataset, before.model.vocab_size)
-    many = number or max(FEWEST, -(-TOKENS // length))
     found = []
-    for k in range(first, first + many):
+    for k in chosen:
         where = dataset.locate(k)
         ids = where.read()
         check_ids(ids, before.model.vocab_size, where.dataset.indexed, where.start)

@@ -22,7 +22,7 @@ from megatron_stable.checkpoint.store import remove
 from megatron_stable.config.load import replaced
 from megatron_stable.config.schema import Config
 from megatron_stable.config.surgery import recipe_values
-from megatron_stable.data import Course
+from megatron_stable.data import Course, Stages
 from megatron_stable.errors import MegatronStableError
 from megatron_stable.files import explain_os_errors, sync_directory
 from megatron_stable.parallel.agreement import decided, everywhere
@@ -43,6 +43,7 @@ def operate(
     intervention: Intervention,
     made: Interventions,
     course: Course,
+    stages: Stages | None,
     step: int,
     progress: Callable[[], None],
     wished: Callable[[], bool],
@@ -52,7 +53,7 @@ def operate(
     Args:
         intervention: Says to which checkpoint.
         made: Those in force.
-        course: Of the run so far.
+        course, stages: Of the run so far.
         step: At which this was decided.
         progress: Called on all ranks whenever rank 0 has got further: hours may pass until it is done.
         wished: Whether this rank has a reason to stop, upon which nothing is operated.
@@ -72,7 +73,7 @@ def operate(
         assert config.guard.surgery is not None
         wanted = replaced(config, recipe_values(config.guard.surgery, config))
         after = planned(config, wanted, (whole.step, config.guard.surgery_rewarm))
-        looked_at = samples(config, after, course, whole.step, None, None)
+        looked_at = samples(config, after, course, stages, whole.step)
         target = directory.checkpoints / f"{PREFIX}{intervention.id}"
         done = perform(
             whole, config, after, looked_at, target, raise_caps=True, decision=(made, intervention), tick=tick

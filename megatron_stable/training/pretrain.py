@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 import traceback
@@ -135,8 +134,8 @@ def _train_in_world(
         with together():
             if not directory.checkpoints.is_dir():
                 raise ConfigError(
-                    f"rank {rank} on {socket.gethostname()} does not see run.directory {config.run.directory}: "
-                    "it must be on a file system that all ranks share"
+                    f"run.directory {config.run.directory} is not to be seen: it must be on a file system that all "
+                    "ranks share"
                 )
         if not torch.cuda.is_available():
             keep_freed_memory()

@@ -84,14 +84,14 @@ class Source:
         streams = {name: stream_of(paths, self._datasets[name]) for name, paths in self._wanted.paths.items()}
         sample = self.course.open(step, interventions.skip)
 
-        def arranged() -> Stages:
+        def arranged() -> tuple[Stages, bool]:
             if before is None:
-                return Stages.begin(streams, self._wanted.stages)
-            return before.resumed(sample, streams, self._wanted.stages)
+                return Stages.begin(streams, self._wanted.stages), False
+            now = before.resumed(sample, streams, self._wanted.stages)
+            return now, now.stages != before.renamed(streams).stages
 
-        self.stages = decided(arranged)
+        self.stages, edited = decided(arranged)
         self._require_datasets(self.course.position(step))
-        edited = before is not None and self.stages.stages != before.renamed(streams).stages
         return sample if edited else None
 
     def follow(self, course: Course, step: int, interventions: Interventions) -> None:
@@ -110,13 +110,13 @@ class Source:
         """Whether all that was ever trained on is open, and may be asked about."""
         return self.stages is None or set(self.stages.ahead(0)) <= self._datasets.keys()
 
-    def entered(self, step: int) -> Stage | None:
-        """The stage that begins in the batch of a step, if one does: the last."""
+    def entered(self, step: int) -> tuple[Stage, ...]:
+        """The stages that begin in the batch of a step, or in what is skipped before it."""
         assert self.stages is not None
         first = step == self.course.eras[0].step + 1
         before = 0 if first else self.stages.number(self.course.position(step - 1) - 1)
         now = self.stages.number(self.course.position(step) - 1)
-        return self.stages.stages[now] if now != before else None
+        return self.stages.stages[before + 1 : now + 1]
 
     def epochs(self, sample: int) -> dict[str, float]:
         """How often each source has been read before a sample, what was skipped of it included."""

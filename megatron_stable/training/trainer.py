@@ -43,6 +43,10 @@ from megatron_stable.training.source import Source
 from megatron_stable.training.stop import Stopped, StopSignal
 
 
+# what decides which tokens are predicted, and from which: with another of them losses are no longer comparable
+PREDICTED = {"data.document_mask", "data.end_of_document", "data.repetition_filter", "data.repetition_periods"}
+
+
 class Trainer:
     """A run in progress. Collective: every rank constructs it and calls its methods.
 
@@ -160,7 +164,7 @@ class Trainer:
                 self.save()  # there is always something to go back to
         while self.step < config.run.steps and not stopped:
             self.step += 1
-            if (stage := self.source.entered(self.step)) is not None:
+            for stage in self.source.entered(self.step):
                 self._tell_stage(stage)
             with lifeline.step(self.step):
                 outcome = self._train_step(stop)
@@ -318,8 +322,8 @@ class Trainer:
         """Write a checkpoint of another model. Collective; returns and raises what :func:`operate` does."""
         self.callbacks.message(f"surgery on the checkpoint of step {intervention.rollback_to}: {intervention.reason}")
         return operate(
-            self.config, self.directory, intervention, self.recovery.interventions, self.source.course, self.step,
-            lambda: lifeline.progress(SLOW), stop.wished,
+            self.config, self.directory, intervention, self.recovery.interventions, self.source.course,
+            self.source.stages, self.step, lambda: lifeline.progress(SLOW), stop.wished,
         )  # fmt: skip
 
     def _become(self, made: Intervention, event: Surgery) -> None:
@@ -370,6 +374,12 @@ class Trainer:
         """Make the run what a checkpoint says it was, but for the interventions made since. Collective."""
         state = self.checkpoints.load(found, self.recovery.interventions)
         self.guard.restore(state.guard)
+        if other := PREDICTED & differences(stored_config(found.directory, found.manifest), self.config).keys():
+            self.guard.restore(GuardState())
+            self.callbacks.message(
+                f"{' and '.join(sorted(other))} changed, so losses are not comparable with those of before; the "
+                "guard's statistics start anew"
+            )
         self.step = found.step
         self._follow(state.course, found.step)
 

@@ -102,12 +102,23 @@ def test_left_out_samples_have_no_gradient(ranks: Ranks) -> None:
     """Whatever their targets: a batch of them alone changes no weight but by decay."""
     config = to_config({}, {}, True)
     config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"weight_decay": 0.0})})
-    (result,) = ranks.run(1, train_on_ranks, config.model_dump(mode="json"), 1, tuple(range(8)), only=[0])
+    values = config.model_dump(mode="json")
+    (result,) = ranks.run(1, train_on_ranks, values, 1, tuple(range(8)), only=[0])
     assert result["metrics"][0]["loss"] == 0 and result["metrics"][0]["grad_norm"] == 0
     assert result["metrics"][0]["left_out"] == 1 and result["evaluation"] > 1
+    assert ranks.run(1, loss_of_none, values) == [0.0], "a second opinion hears of them what was recorded"
     start = initial_parameters(config)
     for name, value in assemble([result]).items():
         assert torch.equal(unpadded(name, value), start[name])
+
+
+def loss_of_none(values: dict[str, Any]) -> float:
+    """On a rank: of a batch of which nothing is predicted."""
+    from tests.engine.layouts import engine_on_rank, micro_batches
+
+    with engine_on_rank(values) as engine:
+        (loss,) = engine.evaluate([micro_batches(~global_batches(1)[0], engine.config, engine.topology)])
+    return loss
 
 
 def counted(configs: list[dict[str, Any]]) -> list[tuple[int, Counter[Any]]]:

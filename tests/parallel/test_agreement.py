@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import torch.distributed as dist
 
 from megatron_stable.errors import DataError, MegatronStableError
@@ -37,11 +39,12 @@ def _disagree() -> tuple[str, bool]:
     try:
         with together():
             if dist.get_rank() == 1:
-                raise DataError("rank 1 lacks it")
+                raise DataError("it is not there")
     except DataError as error:
         return str(error), error.agreed
     raise AssertionError("nothing was raised")
 
 
-def test_an_error_of_any_rank_is_everybodys(ranks: Ranks) -> None:
-    assert ranks.run(2, _disagree) == [("rank 1 lacks it", True)] * 2
+def test_an_error_of_any_rank_is_everybodys_and_says_whose_it_is(ranks: Ranks) -> None:
+    message = f"it is not there (on rank 1, {socket.gethostname()})"
+    assert ranks.run(2, _disagree) == [(message, True)] * 2

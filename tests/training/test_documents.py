@@ -13,6 +13,7 @@ import torch
 from megatron_stable.analysis.evaluation import evaluate, open_data
 from megatron_stable.analysis.inspection import inspect, token_losses
 from megatron_stable.analysis.trained import open_run
+from megatron_stable.checkpoint import store
 from megatron_stable.data import IndexedDataset, IndexedWriter, preprocess, train_tokenizer
 from tests.harness.ranks import Ranks
 from tests.reference.documents import pieces
@@ -84,6 +85,28 @@ def test_a_run_resumes_to_the_same_bits(ranks: Ranks, folder: Path, values: Valu
     values["run"]["steps"] = 6
     assert ranks.run(1, train, values) == [0]
     assert curve(folder / "parts") == whole
+
+
+def test_losses_of_another_function_are_not_compared(ranks: Ranks, folder: Path, values: Values, capsys: Any) -> None:
+    """Nor is a step that had no filter seen through today's."""
+    data, begun = values["data"], ("document_mask", "end_of_document", "repetition_filter")
+    values["data"] = {key: value for key, value in data.items() if key not in begun}
+    values["run"]["steps"] = 3
+    values["guard"] = {"mode": "watch"}
+    assert ranks.run(1, train, values) == [0]
+    values["data"], values["run"]["steps"] = data, 6
+    capsys.readouterr()
+    assert ranks.run(1, train, values) == [0]
+    said = "data.document_mask and data.end_of_document and data.repetition_filter changed"
+    assert f"{said}, so losses are not comparable with those of before" in capsys.readouterr().out
+    state = store.entries(folder / "run" / "checkpoints")[-1].manifest.state  # type: ignore[union-attr]
+    assert [batch.step for batch in state.guard.memory] == [4, 5, 6]
+    before, after = (inspect(folder / "run", step) for step in (2, 5))
+    assert not any(sample.left_out for sample in before.samples) and any(sample.left_out for sample in after.samples)
+    notes = " ".join(before.position.notes)
+    assert "repetition_filter was None at step 2, and 8 from step 4 on" in notes and not after.position.notes
+    assert ranks.run(1, train, {**values, "run": {**values["run"], "steps": 7}}) == [0]
+    assert said not in capsys.readouterr().out
 
 
 def test_the_tokenizer_says_what_is_between_documents(ranks: Ranks, folder: Path, values: Values, capsys: Any) -> None:

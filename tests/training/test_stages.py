@@ -12,10 +12,13 @@ import pytest
 from megatron_stable.analysis.inspection import inspect
 from megatron_stable.analysis.status import status_of
 from megatron_stable.checkpoint import store
-from megatron_stable.data import TokenDataset
+from megatron_stable.config.load import load_config
+from megatron_stable.data import Course, TokenDataset
+from megatron_stable.errors import DataError
 from megatron_stable.records.ledger import Ledger
 from megatron_stable.records.stages import read_stages
 from megatron_stable.stability.events import Blend, Resume
+from megatron_stable.surgery.operating import samples
 from tests.harness.ranks import Ranks
 from tests.training.runs import SEQUENCE, Values, metrics, train, write_data
 from tests.training.test_batch_size import Legs, numbers
@@ -64,18 +67,25 @@ def test_stages_and_sources_that_come_and_go(ranks: Ranks, tmp_path: Path) -> No
 
     legs.sources(web=None, math=None)  # code is gone, which the stage that is over may go on to name
     legs.stage((0, {"web": 3, "code": 1}), (32, {"math": 1, "web": 1}), (40, {"math": 1}))
-    assert legs.go(6, size=6, micro=3, world=2) == numbers((32, 44))
-    assert [event.removed for event in legs.events if isinstance(event, Blend)] == [(), ("code",), ("web",)]
+    assert legs.go(5, size=12, micro=3, world=2) == numbers((32, 44))
+    told = [(event.step, event.removed) for event in legs.events if isinstance(event, Blend)]
+    assert told == [(3, ()), (5, ("code",)), (5, ("web",))], "both that begin in a batch"
+    order, config = read_stages(legs.run), load_config(legs.run / "config.yaml")
+    assert order is not None
+    looked_at = samples(config, config, Course.begin(8), order, 4, number=12)  # of what came next then: no code
+    sources = {name: TokenDataset(tmp_path / name, SEQUENCE, 3) for name in TOKENS}
+    own = [order.locate(k) for k in range(32, 44)]
+    assert looked_at.tolist() == [sources[name].sample(k).tolist() for name, k in own]
 
     legs.sources(code=1, web=1)  # and comes back: from its 11th sample on
     legs.stage()
-    assert legs.go(8, size=4, micro=4, world=1) == numbers((44, 52))
+    assert legs.go(7, size=4, micro=4, world=1) == numbers((44, 52))
     assert legs.read() == {"web": list(range(29)), "code": list(range(15)), "math": list(range(8))}
     back = [event for event in legs.events if isinstance(event, Blend)][-1]
     assert back.added == ("code", "web") and back.removed == ("math",)
     assert "50 % code (from its sample 11 on)" in back.sentence() and "no more of math" in back.sentence()
 
-    record = metrics(legs.run)[8]
+    record = metrics(legs.run)[7]
     epochs = {key.removeprefix("epochs/"): value for key, value in record.items() if key.startswith("epochs/")}
     windows = {name: (tokens - 1) // SEQUENCE for name, tokens in TOKENS.items()}
     assert epochs == {"web": 29 / windows["web"], "code": 15 / windows["code"], "math": 8 / windows["math"]}
@@ -85,11 +95,11 @@ def test_stages_and_sources_that_come_and_go(ranks: Ranks, tmp_path: Path) -> No
 
     order = read_stages(legs.run)
     assert order is not None
-    for step in (2, 5, 8):
+    for step in (2, 5, 7):
         for sample in inspect(legs.run, step).samples:
-            name, own = order.locate(sample.number)
+            name, number = order.locate(sample.number)
             assert {part.dataset for part in sample.documents} == {name}
-            assert sample.start == TokenDataset(tmp_path / name, SEQUENCE, 3).locate(own).start
+            assert sample.start == sources[name].locate(number).start
 
 
 def test_an_edit_of_the_file_is_noticed(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +163,10 @@ def test_sources_that_cannot_go_on(ranks: Ranks, tmp_path: Path, capsys: pytest.
     (tmp_path / "code.idx").write_bytes(index)
     legs.go(1, size=8, micro=8, world=1)
     write_data(tmp_path / "code", 900)
-    refused(5, "source code holds 900 tokens in 1 documents, and held 801 in 1 when this run began to read it")
+    changed = "source code holds 900 tokens in 1 documents, and held 801 in 1 when this run began to read it"
+    refused(5, changed)
+    with pytest.raises(DataError, match=changed):  # other documents than those that were there
+        inspect(legs.run, 1)
     (legs.run / "stages.json").write_text('{"streams": {}}')
     refused(5, "stages.json: stages: Field required; restore it from a backup")
 
