@@ -122,6 +122,8 @@ class IndexedDataset:
         start, stop = (int(self._pointers[s]) // size if s < sequences else self.tokens for s in bounds)
         return start, stop
 
+    glance = document_span
+
     @property
     def metadata(self) -> dict[str, Any] | None:
         """What `preprocess` noted about the dataset; None for datasets of other origin."""
@@ -167,6 +169,22 @@ def read_head(prefix: str | Path) -> Head:
     _check_size(bin_path, idx_path, status.st_size, promised)
     tokens = promised // dtype.itemsize
     return Head(str(prefix), dtype, documents - 1, tokens, promised, status.st_mtime_ns)
+
+
+def read_span(head: Head, document: int) -> tuple[int, int]:
+    """First token of a document, and the first behind it, by the four numbers of the index that say so: nothing is
+    mapped, nor checked."""
+    path = dataset_paths(head.prefix)[1]
+    with explain_os_errors("read", path), path.open("rb", buffering=0) as file:
+        _, sequences, _ = _read_header(path, file.read(HEADER.size), os.fstat(file.fileno()).st_size)
+
+        def number(place: int) -> int:
+            found = os.pread(file.fileno(), 8, HEADER.size + place)
+            return int.from_bytes(found, "little", signed=True)
+
+        bounds = [number(12 * sequences + 8 * each) for each in (document, document + 1)]
+        begins = [number(4 * sequences + 8 * s) // head.dtype.itemsize if s < sequences else head.tokens for s in bounds]
+    return begins[0], begins[1]
 
 
 def find_files(prefix: str | Path) -> tuple[Path, Path]:

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
-from megatron_stable.data.indexed import IndexedDataset, dataset_paths, read_head, read_metadata
+from megatron_stable.data.indexed import IndexedDataset, dataset_paths, read_head, read_metadata, read_span
 from megatron_stable.errors import DataError
 from megatron_stable.files import explain_os_errors
 
@@ -204,11 +204,18 @@ class ShardSet:
 
     def document_span(self, document: int) -> tuple[int, int]:
         """First token of a document, and the first behind it."""
+        return self._span(document, lambda i, own: self._index(i).document_span(own))
+
+    def glance(self, document: int) -> tuple[int, int]:
+        """The same for the price of a few bytes of the index, which is not checked."""
+        return self._span(document, lambda i, own: read_span(self.shards[i], own))
+
+    def _span(self, document: int, of: Callable[[int, int], tuple[int, int]]) -> tuple[int, int]:
         if not 0 <= document < self.documents:
             raise IndexError(f"document {document} of {self.documents}")
         i = bisect_right(self._document_ends, document)
         head, begin = self.shards[i], self._ends[i] - self.shards[i].tokens
-        start, stop = self._index(i).document_span(document - self._document_ends[i] + head.documents)
+        start, stop = of(i, document - self._document_ends[i] + head.documents)
         return begin + start, begin + stop
 
     @property
@@ -220,14 +227,16 @@ class ShardSet:
     @cached_property
     def _tokenizer(self) -> dict[str, Any]:
         named: dict[str, Any] = {}
-        for head in self.shards:
-            found = read_metadata(head.prefix) or {}
-            if "tokenizer_sha256" not in found:
+        prefixes = [head.prefix for head in self.shards]
+        with ThreadPoolExecutor(OPENERS) as pool:
+            notes = list(pool.map(read_metadata, prefixes))
+        for prefix, found in zip(prefixes, notes, strict=True):
+            if found is None or "tokenizer_sha256" not in found:
                 continue
-            named = named or {"shard": head.prefix, **found}
+            named = named or {"shard": prefix, **found}
             if found["tokenizer_sha256"] != named["tokenizer_sha256"]:
                 raise DataError(
-                    f"dataset {self.prefix}: {named['shard']} and {head.prefix} were made with different tokenizers; "
+                    f"dataset {self.prefix}: {named['shard']} and {prefix} were made with different tokenizers; "
                     "run preprocess again with one"
                 )
         return {key: named[key] for key in ("tokenizer_sha256", "vocab_size") if key in named}

@@ -24,6 +24,7 @@ from megatron_stable.data import (
     unchecked,
 )
 from megatron_stable.data.check import BLOCK, MOST
+from megatron_stable.data.shards import ShardSet
 from megatron_stable.errors import DataError
 
 
@@ -174,6 +175,7 @@ def in_documents(prefix: Path, documents: list[list[int]]) -> TokenDataset:
         [[3, 4, 1], [5, 1], [1], [6, 7, 1]],  # behind each
         [[1, 3, 4], [1, 5], [1], [1, 6, 7]],  # before each
         [[3, 4, 1], [5, 6]],  # the last one is cut off
+        [[], [3, 4, 1], [], [5, 1]],  # some hold nothing, which others' tools write
     ],
 )
 def test_documents_with_a_token_between_them_pass(tmp_path: Path, documents: list[list[int]]) -> None:
@@ -190,6 +192,20 @@ def test_documents_without_one_are_refused_wherever_they_are(tmp_path: Path) -> 
         check_boundaries(bad, 1)
     with pytest.raises(DataError, match="document 0 does not end"):
         check_boundaries(in_documents(tmp_path / "one", [[3, 4, 5, 6]]), 1)
+
+
+def test_boundaries_of_shards_are_found_without_their_indices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These are 20 GB at 10^12 tokens, and would be read at each start."""
+    for i, end in enumerate((1, 1, 2)):
+        in_documents(tmp_path / f"data-{i:05}-of-00003", [[3, 4, end], [5, end], [6, 7, 8, end]] * 5)
+    shards = TokenDataset(tmp_path / "data", 2, seed=0)
+    indexed = shards.indexed
+    assert [indexed.glance(i) for i in range(45)] == [indexed.document_span(i) for i in range(45)]
+    monkeypatch.setattr(ShardSet, "_index", lambda *_: pytest.fail("an index is opened"))
+    with pytest.raises(DataError, match="data: document 30 does not end with token 1"):
+        check_boundaries(shards, 1)
 
 
 def test_few_documents_are_looked_at_for_boundaries(tmp_path: Path, reads: list[tuple[str, int, int]]) -> None:
