@@ -31,7 +31,8 @@ from megatron_stable.data import (
     unchecked,
     wanted,
 )
-from megatron_stable.parallel.agreement import decided, together
+from megatron_stable.errors import DataError
+from megatron_stable.parallel.agreement import agreed, decided, together
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.stability.interventions import Interventions
 
@@ -118,6 +119,12 @@ class Source:
         now = self.stages.number(self.course.position(step) - 1)
         return self.stages.stages[before + 1 : now + 1]
 
+    def unreached(self, steps: int) -> tuple[Stage, ...]:
+        """The stages that begin when the run has ended, after so many steps."""
+        assert self.stages is not None
+        end = self.course.position(steps)
+        return tuple(stage for stage in self.stages.stages if stage.sample >= end)
+
     def epochs(self, sample: int) -> dict[str, float]:
         """How often each source has been read before a sample, what was skipped of it included."""
         assert self.stages is not None
@@ -161,7 +168,11 @@ class Source:
         ahead = {name: self.stages.streams[name].paths for name in self.stages.ahead(sample)}
         closed = {name: paths for name, paths in ahead.items() if name not in self._datasets}
         if closed:
-            self._open(closed)
+            try:
+                self._open(closed)
+            except DataError as error:
+                why = f"from sample {sample} on this run still reads {', '.join(closed)}, which data.train names no more"
+                raise agreed(DataError, f"{error}; {why}: put it back where it was") from None
         with together():
             for name, paths in ahead.items():
                 self.stages.require_same(name, stream_of(paths, self._datasets[name]))

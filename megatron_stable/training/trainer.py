@@ -112,6 +112,7 @@ class Trainer:
             self.recovery.interventions = made or Interventions()
             self.source.arrange(None, 0, self.recovery.interventions)
             self._follow(self.source.course, 0)
+            self._tell_unreached()
             return {}
         stored, state = stored_config(found.directory, found.manifest), found.manifest.state
         changed = differences(stored, self.config)
@@ -126,7 +127,18 @@ class Trainer:
         elif "run.seed" in changed or not self.source.looks_back:
             self.guard.forget_batches()
         self.callbacks.message(f"resumed from {found.directory} (step {self.step})")
+        self._tell_unreached()
         return changed
+
+    def _tell_unreached(self) -> None:
+        """Warn of stages that the run does not come to, as whoever counts in steps or tokens has made them."""
+        config, steps = self.config, self.config.run.steps
+        if steps > self.step and (stages := self.source.unreached(steps)):
+            self.callbacks.message(
+                f"warning: data.stages: the blend from sample {stages[0].sample} on is not reached, as step {steps}, the "
+                f"last, ends before sample {self.source.course.position(steps)}; stages count samples, of "
+                f"{config.model.sequence_length} tokens, neither steps nor tokens"
+            )
 
     def _tell_sources(self, before: Stages, sample: int, changed: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Say that the blend has changed from a sample on; what is to be said of it that the configuration's fields do

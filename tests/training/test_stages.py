@@ -12,7 +12,10 @@ import pytest
 from megatron_stable.analysis.inspection import inspect
 from megatron_stable.analysis.status import status_of
 from megatron_stable.checkpoint import store
+from megatron_stable.checkpoint.catalog import newest_whole
+from megatron_stable.checkpoint.format import stored_config
 from megatron_stable.config.load import load_config
+from megatron_stable.convert.huggingface.card import facts
 from megatron_stable.data import Course, TokenDataset
 from megatron_stable.errors import DataError
 from megatron_stable.records.ledger import Ledger
@@ -113,15 +116,24 @@ def test_an_edit_of_the_file_is_noticed(ranks: Ranks, tmp_path: Path, capsys: py
     capsys.readouterr()
     legs.sources(web=1, code=3)
     legs.go(4, size=8, micro=8, world=1)
-    assert "the blend of the data has changed; from sample 24 on it is 75 % code, 25 % web" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the blend of the data has changed; from sample 24 on it is 75 % code, 25 % web" in said
+    assert "is not reached" not in said
     changed = [event for event in legs.events if isinstance(event, Resume)][-1].changed
     assert changed["data.train"] == ([[0, {"web": 7.0, "code": 7.0}]], [[0, {"web": 1.0, "code": 3.0}]])
     assert [event.sample for event in legs.events if isinstance(event, Blend)] == [24]
+    legs.sources(web=None, code=None)
+    legs.stage((0, {"web": 1, "code": 3}), (40, {"web": 1}))
     legs.go(5, size=8, micro=8, world=1)
     assert legs.read() == {"web": list(range(16)), "code": list(range(24))}
+    said = capsys.readouterr().out
+    assert "warning: data.stages: the blend from sample 40 on is not reached, as step 5, the last, ends before" in said
+    whole = newest_whole(legs.run)
+    card = dict(facts(whole, stored_config(whole.directory, whole.manifest)))
+    assert card["data"] == "`web` 50.0%, `code` 50.0%; from sequence 24 on `web` 25.0%, `code` 75.0%"
 
 
-def test_back_across_an_edit(ranks: Ranks, tmp_path: Path) -> None:
+def test_back_across_an_edit(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The edit stays where it was made, so that what is skipped is what was meant; a removed source is read again."""
     legs = Staged(ranks, tmp_path)
     legs.sources(web=1, code=1)
@@ -132,6 +144,11 @@ def test_back_across_an_edit(ranks: Ranks, tmp_path: Path) -> None:
     before = read_stages(legs.run)
     assert before is not None and [stage.sample for stage in before.stages] == [0, 40]
     assert legs.skip(4, 6) == 2, "samples 24 to 47, on both sides of it"
+    (tmp_path / "code.idx").rename(tmp_path / "gone.idx")
+    assert ranks.run(1, train, legs.values) == [5]
+    said = capsys.readouterr().out
+    assert "code.idx does not exist; from sample 16 on this run still reads code, which data.train names no more" in said
+    (tmp_path / "gone.idx").rename(tmp_path / "code.idx")
     assert legs.go(5, size=8, micro=8, world=1) == numbers((16, 24), (48, 64))
     assert read_stages(legs.run) == before
     legs.sources(web=1)

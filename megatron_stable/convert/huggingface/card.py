@@ -11,6 +11,7 @@ from megatron_stable.config.load import dump_config
 from megatron_stable.config.schema import Config, DataConfig, ModelConfig
 from megatron_stable.convert.huggingface.families import OURS, Family
 from megatron_stable.convert.huggingface.function import TRAINING
+from megatron_stable.data import Stages
 from megatron_stable.model.transformer import parameter_count
 from megatron_stable.persisted import package_version
 from megatron_stable.records.logbook import render
@@ -79,7 +80,7 @@ def facts(whole: Whole, config: Config) -> list[tuple[str, str]]:
         ("parameters", f"{parameter_count(model)[0]:,}"),
         ("recipe", f"`{model.recipe}`"),
         ("tokens", f"{samples * model.sequence_length:,} in {whole.step:,} steps"),
-        ("data", _data(config.data)),
+        ("data", _data(config.data, whole.manifest.state.stages, course.position(whole.step))),
         ("documents", "kept apart" if config.data.document_mask else "attention sees across them within a sequence"),
         ("skipped", f"{sum(high - low for low, high in _stretches(course)):,} sequences"),
         ("tokenizer", _code(config.data.tokenizer)),
@@ -96,7 +97,13 @@ def _stretches(course: Any) -> list[tuple[int, int]]:
     return [(stretch[0], stretch[1]) for stretch in course.skip]
 
 
-def _data(data: DataConfig) -> str:
+def _data(data: DataConfig, stages: Stages | None, position: int) -> str:
+    """What it was trained on up to a sample: by what the run has noted, which knows of each change."""
+    if stages is not None:
+        first, *later = (stage for stage in stages.stages if stage.sample < max(1, position))
+        alone = [_code(name) for name in first.weights if len(first.weights) == 1]
+        begun = alone[0] if alone else _blend(first.weights)
+        return "; ".join([begun, *(f"from sequence {each.sample:,} on {_blend(each.weights)}" for each in later)])
     if data.stages:
         return "; ".join(f"from sequence {sample:,} on {_blend(weights)}" for sample, weights in data.stages)
     if isinstance(data.train, dict):
