@@ -97,7 +97,10 @@ def read_sources(path: str | Path) -> list[DataSource]:
     sources = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(sources, dict) or not sources or set(content) != {"sources"}:
         raise ConfigError(f"{path} does not list sources; it should look like this: {EXAMPLE}")
-    return [_source(path, str(name), entry) for name, entry in sources.items()]
+    found = {str(name): _source(path, str(name), entry) for name, entry in sources.items()}
+    if len(found) < len(sources):  # 1 and "1" are two keys to YAML
+        raise ConfigError(f"{path} has two sources of one name among {', '.join(map(str, sources))}: rename one")
+    return list(found.values())
 
 
 def _source(file: str | Path, name: str, entry: Any) -> DataSource:

@@ -160,6 +160,14 @@ class Stages(Persisted):
             result.require_same(name, streams.get(name, known[name]))
         return result
 
+    def come_again(self, sample: int) -> dict[str, str]:
+        """Sources to come from a sample on that begin anew though they hold what is being read, or was, under another
+        name, which is the value."""
+        begun = [name for name, count in self.counts(sample).items() if count]
+        holds = {path: name for name in begun for path in _listed(self.streams[name].paths)}
+        new = (name for name in self.ahead(sample) if name not in begun)
+        return {name: holds[path] for name in new for path in _listed(self.streams[name].paths) if path in holds}
+
     def require_same(self, name: str, now: Stream) -> None:
         """DataError: a source holds something else than when it was begun."""
         before = self.streams[name]
@@ -229,8 +237,12 @@ def _rename(stage: Stage, names: Mapping[str, str]) -> Stage:
     return Stage(sample=stage.sample, weights={names.get(name, name): each for name, each in stage.weights.items()})
 
 
+def _listed(paths: Paths) -> Sequence[str]:
+    return [paths] if isinstance(paths, str) else paths
+
+
 def _last_names(paths: Paths) -> list[str]:
-    return [Path(path).name for path in ([paths] if isinstance(paths, str) else paths)]
+    return [Path(path).name for path in _listed(paths)]
 
 
 def _require_known(stages: Sequence[Stage], streams: Collection[str], before: Collection[str]) -> None:

@@ -150,6 +150,11 @@ class Trainer:
             f"the blend of the data has changed; from sample {sample} on it is {stages.blend(sample).words()}; "
             "the guard's statistics start anew"
         )
+        for name, other in stages.come_again(sample).items():
+            self.callbacks.message(
+                f"warning: source {name} begins anew, and holds what {other} held, which has been read: that comes "
+                f"again. Keep {other} as it was, and give what is new as a source of its own"
+            )
         if {"data.train", "data.stages"} & changed.keys():
             return {}
         plain = [[[stage.sample, stage.weights] for stage in each.configured] for each in (before, stages)]

@@ -54,6 +54,7 @@ def test_sources_are_a_blend_by_name(folder: Path) -> None:
         (GOOD, "sources: {}", "does not list sources"),
         (GOOD, "", "does not list sources"),
         (GOOD, "{", "is not YAML"),
+        (GOOD, "sources: {1: {path: web, weight: 1}, '1': {path: python, weight: 1}}", "two sources of one name"),
     ],
 )
 def test_what_is_no_list_of_sources(folder: Path, old: str, new: str, message: str) -> None:

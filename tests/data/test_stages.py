@@ -184,6 +184,26 @@ def test_a_source_is_known_again_at_another_place() -> None:
     assert begun.locate(7) == ("/new/web", 2), "another one, from its first sample on"
 
 
+def test_another_name_for_the_same_files_changes_nothing() -> None:
+    order = Stages.begin({"web": STREAMS["a"]}, stages((0, {"web": 1})))
+    renamed = order.resumed(5, {"pages": STREAMS["a"]}, stages((0, {"pages": 1})))
+    assert renamed.locate(7) == ("pages", 7) and len(renamed.stages) == 1
+
+
+def test_what_is_read_again_under_another_name_is_known() -> None:
+    """A list that has grown is a source of its own, as is each of its parts."""
+    web, code = ("data/web", "data/code"), ("data/web", "data/code", "data/math")
+    order = Stages.begin(
+        {"web and 1 more": Stream(paths=web, tokens=9, documents=1)}, stages((0, {"web and 1 more": 1}))
+    )
+    grown = {"web and 2 more": Stream(paths=code, tokens=12, documents=1)}
+    now = order.resumed(5, grown, stages((0, {"web and 2 more": 1})))
+    assert now.locate(5) == ("web and 2 more", 0) and now.come_again(5) == {"web and 2 more": "web and 1 more"}
+    alone = {"data/math": Stream(paths="data/math", tokens=3, documents=1)}
+    assert order.resumed(5, alone, stages((0, {"data/math": 1}))).come_again(5) == {}
+    assert order.come_again(5) == {}
+
+
 @pytest.mark.parametrize(
     "wanted, names, message",
     [

@@ -197,7 +197,9 @@ def train_as_before(values: Values) -> int:
     return train(values)
 
 
-def test_a_run_of_an_older_version_goes_on(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_goes_on(
+    ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     legs = Staged(ranks, tmp_path)
     web, code, math = (str(tmp_path / name) for name in TOKENS)
     legs.values["data"] = {"train": {web: 3, code: 1}}
@@ -209,3 +211,7 @@ def test_a_run_of_an_older_version_goes_on(ranks: Ranks, tmp_path: Path) -> None
     legs.values["data"] = {"train": {web: 1, math: 1}}
     legs.go(3, size=8, micro=8, world=1)
     assert legs.read() == {web: list(range(16)), code: list(range(4)), math: list(range(4))}
+    legs.values["data"] = {"train": [web, math]}
+    capsys.readouterr()
+    legs.go(4, size=8, micro=8, world=1)
+    assert f"warning: source {web} and 1 more begins anew, and holds what {math} held" in capsys.readouterr().out
