@@ -11,9 +11,11 @@ from torch import Tensor
 
 from megatron_stable.model.scores import Scores
 
-# each query sees a key, and under a causal mask blocks of keys follow each other: it need not check and look that up
-OPTIONS = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}
-AMONG_DOCUMENTS = {"ROWS_GUARANTEED_SAFE": True}
+# under a causal mask each query sees one of the first keys that the kernel takes, and blocks of keys follow each other:
+# it need not check and look that up
+CAUSAL = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}
+# beside queries of an earlier document those of a later one see none of them: without a check they would become NaN
+AMONG_DOCUMENTS: dict[str, bool] = {}
 BLOCK = 128  # queries or keys, as the kernel takes them
 
 
@@ -32,7 +34,7 @@ def flex_attention(
     score_mod = None if scores.cap is None else _score_mod(scores.cap)
     grouped = q.shape[1] != k.shape[1]
     mask = causal_mask(q.shape[2], str(q.device)) if documents is None else documents
-    options = dict(OPTIONS if documents is None else AMONG_DOCUMENTS)
+    options = dict(CAUSAL if documents is None else AMONG_DOCUMENTS)
     out: Tensor = attend(q, k, v, score_mod, mask, scale=scores.scale, enable_gqa=grouped, kernel_options=options)
     return out
 

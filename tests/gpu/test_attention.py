@@ -8,7 +8,8 @@ from torch import Tensor
 
 from megatron_stable.config.schema import Config, ModelConfig
 from megatron_stable.model import flash
-from megatron_stable.model.backends import BACKENDS, sdpa_kernel
+from megatron_stable.model.backends import BACKENDS, SEEN, sdpa_kernel
+from megatron_stable.model.documents import document_starts
 from megatron_stable.model.largest_logits import by_chunks, by_kernel, max_attention_logits, usable
 from megatron_stable.model.scores import Scores
 
@@ -28,12 +29,22 @@ def draw(dtype: torch.dtype, heads: int, kv_heads: int, length: int, width: int,
     ]
 
 
-def compare(name: str, dtype: torch.dtype, cap: float | None, kv_heads: int, length: int, width: int) -> None:
+def compare(
+    name: str,
+    dtype: torch.dtype,
+    cap: float | None,
+    kv_heads: int,
+    length: int,
+    width: int,
+    starts: Tensor | None = None,
+) -> None:
     q, k, v, upstream = draw(dtype, 8, kv_heads, length, width, 3.0)  # logits of tens, which the cap bends
     half = [x.requires_grad_() for x in (q, k, v)]
     wide = [x.detach().double().requires_grad_() for x in half]
     scores = Scores(width**-0.5, cap)
-    found, wanted = BACKENDS[name](*half, scores, 0.0), BACKENDS["math"](*wide, scores, 0.0)  # type: ignore[call-arg, arg-type]
+    fused, plain = ((SEEN[each](starts, CUDA),) if starts is not None else () for each in (name, "math"))
+    found = BACKENDS[name](*half, scores, 0.0, *fused)  # type: ignore[call-arg, arg-type]
+    wanted = BACKENDS["math"](*wide, scores, 0.0, *plain)  # type: ignore[call-arg, arg-type]
     gradients = zip(
         (found, *torch.autograd.grad(found, half, upstream)),
         (wanted, *torch.autograd.grad(wanted, wide, upstream.double())),
@@ -49,6 +60,29 @@ def compare(name: str, dtype: torch.dtype, cap: float | None, kv_heads: int, len
 @pytest.mark.parametrize(("name", "cap"), [("sdpa", None), ("flex", None), ("flex", 5.0), ("flex", 50.0)])
 def test_pytorch_s_backends_equal_math(name: str, cap: float | None, kv_heads: int, length: int, width: int) -> None:
     compare(name, torch.bfloat16, cap, kv_heads, length, width)
+
+
+def documents(length: int) -> Tensor:
+    """Where documents begin, some within a block of 128, some as long as several."""
+    tokens = torch.ones(2, length, dtype=torch.int64)
+    for row, places in enumerate(([0, 3, 4, 40, 127, 128, 200], [130, 131, 290])):
+        tokens[row, [place for place in places if place < length]] = 0
+    return document_starts(tokens, 0)
+
+
+@pytest.mark.parametrize("length", [384, 200])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize(("name", "cap"), [("sdpa", None), ("flex", None), ("flex", 5.0)])
+def test_pytorch_s_backends_equal_math_within_documents(
+    name: str, cap: float | None, kv_heads: int, length: int
+) -> None:
+    compare(name, torch.bfloat16, cap, kv_heads, length, 64, documents(length))
+
+
+@pytest.mark.skipif(flash.module(dropout=False) is None, reason=NO_FLASH)
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_flash_attention_equals_math_within_documents(cap: float | None) -> None:
+    compare("flash", torch.bfloat16, cap, 2, 384, 64, documents(384))
 
 
 @pytest.mark.skipif(flash.module(dropout=False) is None, reason=NO_FLASH)

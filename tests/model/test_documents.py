@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.schema import Config, ModelConfig
+from megatron_stable.model import flex
 from megatron_stable.model.attention import Attention
 from megatron_stable.model.backends import BACKENDS, SEEN, choose_backend
 from megatron_stable.model.documents import DocumentMask, document_starts
@@ -174,6 +175,49 @@ def test_flex_attention_equals_math(length: int, scores: Scores) -> None:
     )
     wanted = BACKENDS["math"](q, k, v, scores, 0.0, SEEN["math"](starts, CPU))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def by_tiles(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Any, safe: bool) -> Tensor:
+    """Attention as PyTorch's kernel for a GPU computes it (flex_attention.py.jinja): a block of queries takes one block
+    of keys after the other, those that it sees in part first; ``safe``: without a check for rows that have seen none
+    so far."""
+    length, size = q.shape[2], 128
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = torch.empty_like(q)
+    for row in range(len(q)):
+        for i in range(-(-length // size)):
+            queries = torch.arange(size * i, min(size * (i + 1), length))
+            top = torch.full((q.shape[1], len(queries)), -torch.inf)
+            total, acc = torch.zeros_like(top), torch.zeros(*top.shape, q.shape[3])
+            at = row % len(mask.kv_indices), 0, i
+            partly = mask.kv_indices[at][: int(mask.kv_num_blocks[at])].tolist()
+            wholly = mask.full_kv_indices[at][: int(mask.full_kv_num_blocks[at])].tolist()
+            for j in (*partly, *wholly):
+                keys = torch.arange(size * j, min(size * (j + 1), length))
+                logits = scale * q[row][:, queries] @ k[row][:, keys].transpose(-2, -1)
+                if j in partly:
+                    logits = torch.where(mask.mask_mod(row, 0, queries[:, None], keys), logits, -torch.inf)
+                raised = torch.maximum(top, logits.amax(-1))
+                base = raised if safe else raised.masked_fill(raised == -torch.inf, 0.0)
+                alpha, p = (top - base).exp(), (logits - base[..., None]).exp()
+                total, acc = total * alpha + p.sum(-1), acc * alpha[..., None] + p @ v[row][:, keys]
+                top = raised
+            out[row][:, queries] = acc / total[..., None]
+    return out
+
+
+@pytest.mark.parametrize("length", [11, 200, 400, 512])
+def test_flex_s_kernel_checks_rows_that_begin_behind_the_first_keys_of_their_block(length: int) -> None:
+    """Beside queries of an earlier document, a later one's are handed keys of which they see none."""
+    starts, (q, k, v) = spread(length), drawn(length)
+    alone = torch.zeros_like(starts)
+    for mask, begin, options in (
+        (SEEN["flex"](starts, CPU), starts, flex.AMONG_DOCUMENTS),
+        (flex.causal_mask(length, "cpu"), alone, flex.CAUSAL),
+    ):
+        found = by_tiles(q, k, v, 0.25, mask, options.get("ROWS_GUARANTEED_SAFE", False))
+        wanted = BACKENDS["math"](q, k, v, Scores(0.25), 0.0, SEEN["math"](begin, CPU))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_sdpa_equals_math() -> None:
