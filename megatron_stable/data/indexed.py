@@ -182,9 +182,11 @@ def read_span(head: Head, document: int) -> tuple[int, int]:
             found = os.pread(file.fileno(), 8, HEADER.size + place)
             return int.from_bytes(found, "little", signed=True)
 
-        bounds = [number(12 * sequences + 8 * each) for each in (document, document + 1)]
-        begins = [number(4 * sequences + 8 * s) // head.dtype.itemsize if s < sequences else head.tokens for s in bounds]
-    return begins[0], begins[1]
+        def begin(document: int) -> int:
+            sequence = number(12 * sequences + 8 * document)
+            return number(4 * sequences + 8 * sequence) // head.dtype.itemsize if sequence < sequences else head.tokens
+
+        return begin(document), begin(document + 1)
 
 
 def find_files(prefix: str | Path) -> tuple[Path, Path]:

@@ -171,8 +171,8 @@ class Source:
             try:
                 self._open(closed)
             except DataError as error:
-                why = f"from sample {sample} on this run still reads {', '.join(closed)}, which data.train names no more"
-                raise agreed(DataError, f"{error}; {why}: put it back where it was") from None
+                what = f"{', '.join(closed)}, which data.train names no more: put it back where it was"
+                raise agreed(DataError, f"{error}; from sample {sample} on this run still reads {what}") from None
         with together():
             for name, paths in ahead.items():
                 self.stages.require_same(name, stream_of(paths, self._datasets[name]))

@@ -42,7 +42,6 @@ from megatron_stable.training.second_opinion import second_opinion
 from megatron_stable.training.source import Source
 from megatron_stable.training.stop import Stopped, StopSignal
 
-
 # what decides which tokens are predicted, and from which: with another of them losses are no longer comparable
 PREDICTED = {"data.document_mask", "data.end_of_document", "data.repetition_filter", "data.repetition_periods"}
 
@@ -133,10 +132,10 @@ class Trainer:
     def _tell_unreached(self) -> None:
         """Warn of stages that the run does not come to, as whoever counts in steps or tokens has made them."""
         config, steps = self.config, self.config.run.steps
-        if steps > self.step and (stages := self.source.unreached(steps)):
+        if self.step < steps and (stages := self.source.unreached(steps)):
             self.callbacks.message(
-                f"warning: data.stages: the blend from sample {stages[0].sample} on is not reached, as step {steps}, the "
-                f"last, ends before sample {self.source.course.position(steps)}; stages count samples, of "
+                f"warning: data.stages: the blend from sample {stages[0].sample} on is not reached, as step {steps}, "
+                f"the last, ends before sample {self.source.course.position(steps)}; stages count samples, of "
                 f"{config.model.sequence_length} tokens, neither steps nor tokens"
             )
 

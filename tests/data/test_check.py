@@ -194,9 +194,7 @@ def test_documents_without_one_are_refused_wherever_they_are(tmp_path: Path) -> 
         check_boundaries(in_documents(tmp_path / "one", [[3, 4, 5, 6]]), 1)
 
 
-def test_boundaries_of_shards_are_found_without_their_indices(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_boundaries_of_shards_are_found_without_their_indices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """These are 20 GB at 10^12 tokens, and would be read at each start."""
     for i, end in enumerate((1, 1, 2)):
         in_documents(tmp_path / f"data-{i:05}-of-00003", [[3, 4, end], [5, end], [6, 7, 8, end]] * 5)
