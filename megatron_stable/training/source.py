@@ -106,10 +106,9 @@ class Source:
         """This replica's micro batches ``[micro, s + 1]`` of a training step."""
         return self._micro_batches(self._batches(self._train, self.course, self._repetitive), step)
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether all that was ever trained on is open, and may be asked about."""
-        return self.stages is None or set(self.stages.ahead(0)) <= self._datasets.keys()
+    def looks_back(self, step: int) -> bool:
+        """Whether all that is trained on behind a step is open, and may be asked about."""
+        return self.stages is None or set(self.stages.ahead(self.course.position(step))) <= self._datasets.keys()
 
     def entered(self, step: int) -> tuple[Stage, ...]:
         """The stages that begin in the batch of a step, or in what is skipped before it."""

@@ -123,7 +123,7 @@ class Trainer:
         sample = self.source.arrange(before, self.step, self.recovery.interventions)
         if before is not None and sample is not None:
             changed |= self._tell_sources(before, sample, changed)
-        elif "run.seed" in changed or not self.source.looks_back:
+        elif "run.seed" in changed or not self._looks_back:
             self.guard.forget_batches()
         self.callbacks.message(f"resumed from {found.directory} (step {self.step})")
         self._tell_unreached()
@@ -402,9 +402,14 @@ class Trainer:
     def _follow(self, course: Course, step: int) -> None:
         """Do what the configuration and the interventions say from behind a step of a course."""
         self.source.follow(course, step, self.recovery.interventions)
-        if self.source.course.eras[-1].step == step or not self.source.looks_back:
+        if self.source.course.eras[-1].step == step or not self._looks_back:
             self.guard.forget_batches()  # the engine evaluates batches of today's size alone, of what is open
         self.engine.set_clip_factor(self.recovery.interventions.clip_factor)
+
+    @property
+    def _looks_back(self) -> bool:
+        """Whether all that the guard remembers may be asked about."""
+        return not self.guard.memory or self.source.looks_back(self.guard.memory[0].step - 1)
 
     def _record(self, outcome: Outcome[Judgement], clock: Clock) -> Record:
         steps_per_second = clock.lap(self.step)

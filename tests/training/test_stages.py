@@ -104,6 +104,10 @@ def test_stages_and_sources_that_come_and_go(ranks: Ranks, tmp_path: Path) -> No
             assert {part.dataset for part in sample.documents} == {name}
             assert sample.start == sources[name].locate(number).start
 
+    legs.go(8, size=4, micro=4, world=1)
+    state = store.entries(legs.run / "checkpoints")[-1].manifest.state  # type: ignore[union-attr]
+    assert [batch.step for batch in state.guard.memory] == [6, 7, 8], "all of sources that are there"
+
 
 def test_an_edit_of_the_file_is_noticed(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     legs = Staged(ranks, tmp_path)
