@@ -172,7 +172,7 @@ def inspect(
     """
     today, checkpoints = configuration(run), tuple(dict.fromkeys(checkpoints))
     position = find_step(run, step, data_step)
-    stages = stages_of(run)
+    stages = stages_of(run, position.record)
     deciding = (*DECIDING, *SOURCES) if stages is None else DECIDING
     config, changed = as_it_was(run, today, position.step, deciding)
     position = position._replace(notes=(*position.notes, *changed))

@@ -110,16 +110,34 @@ def configuration(run: str | Path) -> Config:
     return load_config(path)
 
 
-def stages_of(run: str | Path) -> Stages | None:
+def stages_of(run: str | Path, record: Record | None = None) -> Stages | None:
     """Which source each sample of a run comes from; ``None``: an older version trained it, and did not note that.
+
+    Args:
+        record: Of a step. Where the run has gone back behind it, and may have another blend since, it is known by the
+            checkpoint that the run went back to.
 
     Raises:
         DataError: What the run has noted cannot be used.
     """
-    if (noted := read_stages(Path(run))) is not None:
+    noted = read_stages(Path(run))
+    if noted is not None and (record is None or len(noted.stages) == 1):
         return noted
     stored = [entry.manifest for entry in store.entries(Path(run) / "checkpoints") if entry.usable and entry.manifest]
-    return stored[-1].state.stages if stored else None
+    if noted is None:
+        return stored[-1].state.stages if stored else None
+    again = _trained_again(run, record)
+    before = [manifest.state.stages for manifest in stored if again is not None and manifest.step < again]
+    return (before[-1] if before else None) or noted
+
+
+def _trained_again(run: str | Path, record: Record | None) -> int | None:
+    """The step with which the run went on when it had gone back behind a record; ``None``: it has not."""
+    lines = list(read_metrics(RunDirectory(run).metrics))
+    if record not in lines:
+        return None
+    later = lines[len(lines) - lines[::-1].index(record) :]
+    return next((line["step"] for line in later if line["step"] <= record["step"]), None)
 
 
 def as_it_was(

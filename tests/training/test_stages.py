@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,19 @@ def test_back_across_an_edit(ranks: Ranks, tmp_path: Path, capsys: pytest.Captur
         "code": numbers((0, 12)),
         "math": numbers((4, 12)),
     }
+
+
+def test_a_step_that_was_given_up_is_seen_with_the_blend_that_it_had(ranks: Ranks, tmp_path: Path) -> None:
+    """A source is suspected of a spike, and taken out on the way back before it."""
+    legs = Staged(ranks, tmp_path)
+    legs.sources(web=1, code=1)
+    legs.go(2, size=8, micro=8, world=1)
+    legs.go(5, size=8, micro=8, world=1)
+    shutil.rmtree(legs.run / "checkpoints" / "step_00000005")
+    legs.sources(web=1, math=1)
+    legs.go(3, size=8, micro=8, world=1)
+    seen = {step: {part.dataset for s in inspect(legs.run, step).samples for part in s.documents} for step in (2, 3, 4)}
+    assert seen == {2: {"web", "code"}, 3: {"web", "math"}, 4: {"web", "code"}}
 
 
 def test_sources_that_cannot_go_on(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
