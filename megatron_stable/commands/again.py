@@ -1,11 +1,15 @@
 """A verb that starts ranks which run the same verb, and what it is on such a rank."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import typer
 
+from megatron_stable.analysis.ranks import several
+from megatron_stable.errors import MegatronStableError
 from megatron_stable.launching.local import Program, launch
+from megatron_stable.parallel.launcher import refuse
 from megatron_stable.training.pretrain import Tell, to_exit_code
 
 USE = Program("megatron_stable", "", ("stopped", 1))
@@ -14,6 +18,17 @@ USE = Program("megatron_stable", "", ("stopped", 1))
 def on_ranks(context: typer.Context, ranks: int) -> typer.Exit:
     """Run this command line, less ``--ranks``, on so many ranks of this machine; the end that it comes to."""
     return typer.Exit(launch(USE, command_line(context, "ranks"), ranks))
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Within, bad usage that any rank can see before it joins the others is told by one of each machine."""
+    try:
+        yield
+    except MegatronStableError as error:
+        if not several():
+            raise
+        raise typer.Exit(refuse(str(error), error.exit_code)) from None
 
 
 def as_rank(work: Callable[[Tell], int]) -> typer.Exit:
