@@ -1,8 +1,11 @@
 """A verb that starts ranks which run the same verb, and what it is on such a rank."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 
@@ -31,10 +34,14 @@ def said_once() -> Iterator[None]:
         raise typer.Exit(refuse(str(error), error.exit_code)) from None
 
 
-def as_rank(work: Callable[[Tell], int]) -> typer.Exit:
-    """Do what this rank does with others; the end that it comes to. Ctrl-C ends all of them at once."""
+def as_rank(work: Callable[[Tell], int]) -> NoReturn:
+    """Do what this rank does with others, and end this process as that ends. Ctrl-C ends all of them at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return typer.Exit(to_exit_code(work))
+    code = to_exit_code(work)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # the ranks have left in order, and what PyTorch does when the interpreter ends may abort it, with another exit code
+    os._exit(code)
 
 
 def command_line(context: typer.Context, without: str) -> list[str]:

@@ -92,7 +92,7 @@ def evaluate(
         return 0
 
     if several():
-        raise as_rank(work)
+        as_rank(work)
     work()
 
 

@@ -103,7 +103,7 @@ def generate(
         return 0
 
     if several():
-        raise as_rank(work)
+        as_rank(work)
     work()
 
 

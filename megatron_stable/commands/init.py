@@ -65,9 +65,9 @@ def print_next(config: Config, output: Path) -> None:
         for name in named:
             if name not in prefixes:
                 print(f"  {PREPROCESS} TEXT --tokenizer {quote(tokenizer)} --output PREFIX  # each that {name} names")
-        if isinstance(validation, str) and is_prefix(validation):
-            if validation not in [f"{prefix}_validation" for prefix in prefixes]:
-                print(f"  {PREPROCESS} HELD_OUT_TEXT --tokenizer {quote(tokenizer)} --output {quote(validation)}")
+        made = [f"{prefix}_validation" for prefix in prefixes]
+        if isinstance(validation, str) and is_prefix(validation) and validation not in made:
+            print(f"  {PREPROCESS} HELD_OUT_TEXT --tokenizer {quote(tokenizer)} --output {quote(validation)}")
     print(f"  megatron-stable pretrain --config {quote(str(output))}")
 
 

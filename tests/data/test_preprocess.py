@@ -229,7 +229,9 @@ def test_a_shard_that_another_process_completes_meanwhile_is_left_alone(
     def other(so_far: PreprocessSummary) -> None:
         if not times:
             preprocess(divisible, tokenizer_path, tmp_path / "a", 1, 0.1, shards=2)
-            times.update({path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if "partial" not in path.name})
+            times.update(
+                {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if "partial" not in path.name}
+            )
             if moment == "while writing":  # where other machines' locks are not seen
                 for path in tmp_path.glob("*.partial"):
                     path.unlink()
@@ -255,7 +257,7 @@ def test_an_input_that_was_changed_in_place_is_noticed(tokenizer_path: Path, tmp
     if place == 1 << 16:  # in the middle: size and ends are all that is looked at, as docs/data.md says
         assert preprocess([tmp_path / "in"], tokenizer_path, tmp_path / "a", shards=2).shards_kept == 2
         return
-    with pytest.raises(DataError, match="other inputs .*first or last 64 KiB"):
+    with pytest.raises(DataError, match=r"other inputs .*first or last 64 KiB"):
         preprocess([tmp_path / "in"], tokenizer_path, tmp_path / "a", shards=2)
 
 
