@@ -239,6 +239,21 @@ def test_writers_of_the_same_prefix_do_not_touch_each_others_files(tmp_path: Pat
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_writer_whose_files_are_gone_leaves_what_is_there(tmp_path: Path) -> None:
+    """As where a file system's locks are not seen by other machines."""
+    with (
+        pytest.raises(DataError, match=r"cannot write .*a\.idx: No such file"),
+        IndexedWriter(tmp_path / "a", np.uint16, same=True) as writer,
+    ):
+        writer.add([1, 2, 3])
+        writer.close()
+        for path in tmp_path.glob("*.partial"):
+            path.unlink()
+        with IndexedWriter(tmp_path / "a", np.uint16, same=True) as other:
+            other.add([1, 2, 3])
+    assert parse(tmp_path / "a", "H")[1] == [[1, 2, 3]]
+
+
 def test_tokens_that_do_not_fit(tmp_path: Path) -> None:
     for tokens in ([65536], [-1]):
         with (
