@@ -77,6 +77,8 @@ class Tally:
 def open_data(trained: Trained, prefix: str | None = None) -> Samples:
     """The dataset to evaluate on: that of ``prefix``, or the run's validation data.
 
+    Of several ranks the first one looks at what is in it, and notes that beside it.
+
     Raises:
         DataError: There is none, or it does not fit the model's vocabulary or tokenizer.
     """
@@ -85,9 +87,10 @@ def open_data(trained: Trained, prefix: str | None = None) -> Samples:
         raise DataError("the run has no data.validation: name a .bin/.idx dataset with --data PREFIX")
     dataset = open_dataset(source, trained.config.model.sequence_length, trained.config.run.seed)
     assert trained.config.model.vocab_size is not None
-    if trained.tokenizer is not None:
-        check_tokenizer(dataset, trained.tokenizer)
-    check_vocabulary(dataset, trained.config.model.vocab_size)
+    if trained.ranks.first:
+        if trained.tokenizer is not None:
+            check_tokenizer(dataset, trained.tokenizer)
+        check_vocabulary(dataset, trained.config.model.vocab_size)
     return dataset
 
 

@@ -95,10 +95,19 @@ def open_on_ranks(
         tensor, pipeline = layout(config, dist.get_world_size(), given, replicas)
         opened = _open_tokenizer(tokenizer, config, run)
     topology = Topology(tensor, pipeline)
-    with lifeline.slow(), agreement.together():
+    with lifeline.slow(), agreement.together(), _or_another(run):
         model = fill(whole, config, _device(), topology)
     sigma.measure(model)
     return Trained(config, model, opened, whole.step, Ranks(topology, lifeline.progress))
+
+
+@contextmanager
+def _or_another(run: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        which = f"`megatron-stable checkpoints {run} --verify` says which are whole"
+        raise DataError(f"{error}; name another checkpoint with --step: {which}") from None
 
 
 def _refuse_elsewhere(run: str | Path) -> None:

@@ -1,11 +1,18 @@
 """A verb that starts ranks which run the same verb, and what it is on such a rank."""
 
+import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 
+from megatron_stable.analysis.ranks import several
+from megatron_stable.errors import MegatronStableError
 from megatron_stable.launching.local import Program, launch
+from megatron_stable.parallel.launcher import refuse
 from megatron_stable.training.pretrain import Tell, to_exit_code
 
 USE = Program("megatron_stable", "", ("stopped", 1))
@@ -16,10 +23,25 @@ def on_ranks(context: typer.Context, ranks: int) -> typer.Exit:
     return typer.Exit(launch(USE, command_line(context, "ranks"), ranks))
 
 
-def as_rank(work: Callable[[Tell], int]) -> typer.Exit:
-    """Do what this rank does with others; the end that it comes to. Ctrl-C ends all of them at once."""
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Within, bad usage that any rank can see before it joins the others is told by one of each machine."""
+    try:
+        yield
+    except MegatronStableError as error:
+        if not several():
+            raise
+        raise typer.Exit(refuse(str(error), error.exit_code)) from None
+
+
+def as_rank(work: Callable[[Tell], int]) -> NoReturn:
+    """Do what this rank does with others, and end this process as that ends. Ctrl-C ends all of them at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return typer.Exit(to_exit_code(work))
+    code = to_exit_code(work)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # the ranks have left in order, and what PyTorch does when the interpreter ends may abort it, with another exit code
+    os._exit(code)
 
 
 def command_line(context: typer.Context, without: str) -> list[str]:

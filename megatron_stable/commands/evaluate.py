@@ -11,7 +11,7 @@ from rich.progress import Progress
 from megatron_stable.analysis.evaluation import Evaluation, evaluate_each, open_data
 from megatron_stable.analysis.ranks import joined, several
 from megatron_stable.analysis.trained import open_on_ranks, open_run
-from megatron_stable.commands.again import as_rank, on_ranks
+from megatron_stable.commands.again import as_rank, on_ranks, said_once
 from megatron_stable.errors import ConfigError
 from megatron_stable.numbers import finite
 from megatron_stable.parallel import agreement
@@ -61,7 +61,8 @@ def evaluate(
       megatron-stable evaluate runs/first --data code=held_out/code --data prose=held_out/prose --json
       megatron-stable evaluate runs/30b --ranks 8 parallel.tensor=8
     """
-    named = _named(data or [])
+    with said_once():
+        named = _named(data or [])
     if ranks is not None:
         raise on_ranks(context, ranks)
 
@@ -91,7 +92,7 @@ def evaluate(
         return 0
 
     if several():
-        raise as_rank(work)
+        as_rank(work)
     work()
 
 

@@ -13,7 +13,7 @@ from megatron_stable.analysis.generation import Sampling, generate_each, need_to
 from megatron_stable.analysis.prompts import Prompt, read_prompts
 from megatron_stable.analysis.ranks import joined, several
 from megatron_stable.analysis.trained import open_on_ranks, open_run
-from megatron_stable.commands.again import as_rank, on_ranks
+from megatron_stable.commands.again import as_rank, on_ranks, said_once
 from megatron_stable.errors import ConfigError
 from megatron_stable.parallel import agreement
 from megatron_stable.training.pretrain import Tell
@@ -64,9 +64,10 @@ def generate(
       megatron-stable generate runs/first --prompt 'import' --prompt 'class' --temperature 0 --json
       megatron-stable generate runs/30b --ranks 8 parallel.tensor=8 --prompts prompts.jsonl
     """
-    Sampling(temperature, top_p, seed)  # refuses what is out of range, before anything starts
-    if prompt and prompts is not None:
-        raise ConfigError("--prompt and --prompts exclude each other: put all prompts into the file")
+    with said_once():
+        Sampling(temperature, top_p, seed)  # refuses what is out of range, before anything starts
+        if prompt and prompts is not None:
+            raise ConfigError("--prompt and --prompts exclude each other: put all prompts into the file")
     if ranks is not None:
         raise on_ranks(context, ranks)
 
@@ -102,7 +103,7 @@ def generate(
         return 0
 
     if several():
-        raise as_rank(work)
+        as_rank(work)
     work()
 
 

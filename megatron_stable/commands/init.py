@@ -11,9 +11,11 @@ from megatron_stable.config.recipes import RECIPES
 from megatron_stable.config.reference import commented_yaml
 from megatron_stable.config.schema import Config
 from megatron_stable.config.sizes import SIZES
+from megatron_stable.data.sources import is_prefix
 from megatron_stable.errors import ConfigError
 from megatron_stable.files import write_file
 
+PREPROCESS = "megatron-stable preprocess --input"
 # files for the verbs tokenizer and preprocess to write
 DATA = ("data.tokenizer=data/tokenizer.model", "data.train=data/train", "data.validation=data/train_validation")
 
@@ -51,12 +53,27 @@ def refuse_existing(output: Path, force: bool) -> None:
 
 def print_next(config: Config, output: Path) -> None:
     """The commands from text to a trained model."""
-    tokenizer, train, validation = config.data.tokenizer, config.data.train, config.data.validation
+    tokenizer, validation = config.data.tokenizer, config.data.validation
     if tokenizer is not None:
         vocabulary = config.model.vocab_size or 32000
         print(f"  megatron-stable tokenizer --input TEXT --vocab-size {vocabulary} --output {quote(tokenizer)}")
-        for prefix in [train] if isinstance(train, str) else train or []:
-            files = f"--tokenizer {quote(tokenizer)} --output {quote(prefix)}"
+        named = _named(config)
+        prefixes = [name for name in named if is_prefix(name)]
+        for prefix in prefixes:
             split = " --validation-fraction 0.01" if validation == f"{prefix}_validation" else ""
-            print(f"  megatron-stable preprocess --input TEXT {files}{split}")
+            print(f"  {PREPROCESS} TEXT --tokenizer {quote(tokenizer)} --output {quote(prefix)}{split}")
+        for name in named:
+            if name not in prefixes:
+                print(f"  {PREPROCESS} TEXT --tokenizer {quote(tokenizer)} --output PREFIX  # each that {name} names")
+        made = [f"{prefix}_validation" for prefix in prefixes]
+        if isinstance(validation, str) and is_prefix(validation) and validation not in made:
+            print(f"  {PREPROCESS} HELD_OUT_TEXT --tokenizer {quote(tokenizer)} --output {quote(validation)}")
     print(f"  megatron-stable pretrain --config {quote(str(output))}")
+
+
+def _named(config: Config) -> list[str]:
+    """What the configuration names as training data, each but once."""
+    train = config.data.train
+    if train is None:
+        return [*dict.fromkeys(name for _, blend in config.data.stages for name in blend)]
+    return [train] if isinstance(train, str) else [*dict.fromkeys(train)]

@@ -42,7 +42,7 @@ def preprocess(
         float, typer.Option(help="Fraction of the documents to put into PREFIX_validation instead.")
     ] = 0.0,
     text_key: Annotated[
-        str, typer.Option(help="Key or column that holds the text in JSON lines and Parquet.")
+        str, typer.Option(help="Key or column that holds the text in JSON, Parquet and Arrow.")
     ] = "text",
     skip_undecodable: Annotated[
         bool, typer.Option("--skip-undecodable", help="Skip documents that are not UTF-8 text, and count them.")

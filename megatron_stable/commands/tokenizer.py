@@ -25,7 +25,7 @@ def tokenizer(
     more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="More inputs, as in --input a b c.")] = None,
     input: Annotated[
         list[Path] | None,
-        typer.Option(help="Text, .jsonl or .parquet, also .gz or .zst; of a directory, all files below it."),
+        typer.Option(help="Text, .jsonl, .parquet, .arrow or .tar, also .gz or .zst; of a directory, all files in it."),
     ] = None,
     vocab_size: Annotated[
         int, typer.Option(min=1, help="Number of tokens, including 258 for bytes and markers.")
@@ -33,7 +33,7 @@ def tokenizer(
     output: Annotated[Path, typer.Option(help="The model file to write.")] = Path("tok.model"),
     kind: Annotated[Kind, typer.Option(help="Algorithm.")] = Kind.bpe,
     text_key: Annotated[
-        str, typer.Option(help="Key or column that holds the text in JSON lines and Parquet.")
+        str, typer.Option(help="Key or column that holds the text in JSON, Parquet and Arrow.")
     ] = "text",
     sample_mb: Annotated[
         float, typer.Option(min=0.001, help="Train on a uniform sample of this many MB if there is more text.")

@@ -14,14 +14,17 @@ The .bin holds all tokens, one after the other. The .idx, little-endian:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
+import secrets
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from megatron_stable.errors import DataError
-from megatron_stable.files import explain_os_errors, partial, publish, write_partial
+from megatron_stable.files import explain_os_errors, sync_directory
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -259,23 +262,36 @@ def _blocks(count: int) -> Iterator[tuple[int, int]]:
 class IndexedWriter:
     """Writes a .bin/.idx pair, streaming; as a context manager, publishes it at the end, or nothing after an error.
 
-    Until then the files carry other names. Files of the same prefix are replaced: the .idx goes first and comes last,
-    so that no reader sees an index with another's tokens. Raises DataError where writing fails.
+    Until then the files carry names of this writer's own, so that two that write the same prefix do not touch each
+    other's. What a killed writer has left is removed by the next one of that prefix: a lock tells the living apart,
+    which no machine can leave behind; where a file system has none that other machines see, a writer may find its files
+    gone when it publishes, and nothing else is harmed.
+
+    Files of the same prefix are replaced: the .idx goes first and comes last, so that no reader sees an index with
+    another's tokens. Raises DataError where writing fails.
+
+    Args:
+        same: An .idx that is there can only be of the same bytes, and stays until the new one takes its place.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, same: bool = False) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = next((code for code, known in DTYPES.items() if known == self.dtype), None)
         if self._code is None:
             raise ValueError(f"Megatron's format has no dtype {dtype}")
-        self.paths = dataset_paths(prefix)
+        self.paths, self._same, self._aborted = dataset_paths(prefix), same, False
         self.tokens = 0
         self.documents = 0
         """Number of documents so far."""
         with explain_os_errors("write", self.paths[0]):
             self.paths[0].parent.mkdir(parents=True, exist_ok=True)
-            self._file = partial(self.paths[0]).open("wb", buffering=1 << 20)
-            self._index = partial(self.paths[1]).open("w+b", buffering=1 << 16)
+            _sweep(self.paths[0])
+            self._partials = _partials(self.paths[0], secrets.token_hex(4))
+            while not self._partials[0].exists():  # somebody may sweep before it is locked
+                self._file = self._partials[0].open("wb", buffering=1 << 20)
+                with suppress(OSError):  # this file system has no locks
+                    fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._index = self._partials[1].open("w+b", buffering=1 << 16)
             self._index.write(bytes(HEADER.size))  # until the numbers in it are known
 
     def add(self, tokens: ArrayLike, lengths: Sequence[int] | None = None) -> None:
@@ -302,7 +318,6 @@ class IndexedWriter:
         with explain_os_errors("write", bin_path):
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
         with explain_os_errors("write", idx_path), self._index as file:
             begin = 0
             for start in range(0, self.documents, BLOCK):  # in blocks: there may be more documents than memory
@@ -319,36 +334,54 @@ class IndexedWriter:
             file.flush()
             os.fsync(file.fileno())
         if metadata is not None:
-            with explain_os_errors("write", meta_path):
-                write_partial(meta_path, (json.dumps(metadata, indent=2) + "\n").encode())
+            with explain_os_errors("write", meta_path), self._partials[2].open("wb") as file:
+                file.write((json.dumps(metadata, indent=2) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
 
     def publish(self) -> None:
         """Give the completed files their names."""
         bin_path, idx_path, meta_path = self.paths
         with explain_os_errors("write", idx_path):
-            idx_path.unlink(missing_ok=True)
-            meta_path.unlink(missing_ok=True)
-            publish(bin_path)
-            if partial(meta_path).exists():
-                publish(meta_path)
-            publish(idx_path)
+            if not self._same:
+                idx_path.unlink(missing_ok=True)
+                meta_path.unlink(missing_ok=True)
+            for path, written in zip((bin_path, meta_path, idx_path), (0, 2, 1), strict=True):
+                if path != meta_path or self._partials[2].exists():
+                    self._partials[written].replace(path)
+                    sync_directory(path.parent)
 
     def abort(self) -> None:
-        """Remove what was written."""
+        """Remove what was written, and publish nothing."""
+        self._aborted = True
+        for path in reversed(self._partials):
+            path.unlink(missing_ok=True)
         for file in (self._file, self._index):
             with suppress(OSError):  # on a full disk, closing fails to flush once more
                 file.close()
-        for path in self.paths:
-            partial(path).unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            if error is None:
-                if not self._file.closed:
+            if error is None and not self._aborted:
+                if not self._index.closed:
                     self.close()
                 self.publish()
         finally:
             self.abort()
+
+
+def _partials(bin_path: Path, writer: str) -> tuple[Path, ...]:
+    """What a writer's files are called until they are complete, in the order of `dataset_paths`."""
+    return tuple(path.with_name(f"{path.name}.{writer}.partial") for path in dataset_paths(bin_path.with_suffix("")))
+
+
+def _sweep(bin_path: Path) -> None:
+    """Remove what writers of these files have left that are no more."""
+    for left in bin_path.parent.glob(f"{escape(bin_path.name)}.*.partial"):
+        with suppress(OSError), left.open("r+b") as file:  # OSError: it is being written, or somebody else was faster
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in reversed(_partials(bin_path, left.name.split(".")[-2])):
+                path.unlink(missing_ok=True)

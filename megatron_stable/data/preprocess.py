@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -55,7 +56,7 @@ class PreprocessSummary:
     shards_written: int = 0
     """Shards written now, where shards were asked for."""
     shards_kept: int = 0
-    """Shards that were complete before, and are in no other number here."""
+    """Shards that were complete before, or that another process completed first; they are in no other number here."""
 
     @property
     def tokens_per_byte(self) -> float:
@@ -83,8 +84,9 @@ def preprocess(
     asks for them needs `if __name__ == "__main__"`.
 
     With `shards`, the same stream of tokens in so many parts, OUTPUT_PREFIX-00000-of-..., each complete or absent.
-    Those that are complete are kept, so that a run that was interrupted goes on where it was. A hash of shard and
-    number then chooses documents for validation.
+    Those that are complete are kept, so that a run that was interrupted goes on where it was. Processes that write the
+    same shard do so in vain, but for the first, and harm nothing. A hash of shard and number then chooses documents for
+    validation.
 
     Args:
         share: (i, n): write only shards i, i + n, i + 2 n, ...; other machines write the others.
@@ -123,11 +125,10 @@ def preprocess(
         summary.input_total = sum(reader.total_bytes for reader in readers.values())
         for shard, reader in readers.items():
             prefixes = {name: shard_prefix(prefix, shard, shards) for name, prefix in names.items()}
-            if finished(prefixes.values(), recipe):
+            if finished(prefixes.values(), recipe) or not job.write(reader, prefixes, shard, recipe):
                 summary.shards_kept += 1
                 summary.input_total -= reader.total_bytes
                 continue
-            job.write(reader, prefixes, shard, recipe)
             summary.shards_written += 1
     return summary
 
@@ -142,13 +143,33 @@ class _Job:
 
     def write(
         self, reader: DocumentReader, prefixes: dict[str, str], shard: int | None = None, recipe: Recipe | None = None
-    ) -> None:
-        """Write what the reader reads to the prefixes, for training and perhaps for validation."""
+    ) -> bool:
+        """Write what the reader reads to the prefixes, for training and perhaps for validation.
+
+        Returns:
+            False: another process has completed this shard meanwhile, which has the same bytes; it is left alone.
+        """
+        before = deepcopy(self.summary)
+        try:
+            if self._write(reader, prefixes, shard, recipe):
+                return True
+        except DataError:  # its files may have been swept away by the other
+            if recipe is None or not finished(prefixes.values(), recipe):
+                raise
+        vars(self.summary).update(vars(before))
+        return False
+
+    def _write(
+        self, reader: DocumentReader, prefixes: dict[str, str], shard: int | None, recipe: Recipe | None
+    ) -> bool:
         model, summary, before = self.pool.work.tokenizer, self.summary, replace(self.summary)
         with ExitStack() as stack:
             dtype = token_dtype(model.vocab_size)
             # the last one that is opened is published first: a shard is complete with its training data
-            writers = {name: stack.enter_context(IndexedWriter(prefix, dtype)) for name, prefix in prefixes.items()}
+            writers = {
+                name: stack.enter_context(IndexedWriter(prefix, dtype, same=recipe is not None))
+                for name, prefix in prefixes.items()
+            }
             number = 0
             for result in self.pool.tokenized(_batched(reader)):
                 chosen = [_is_validation(number + i, self.fraction, shard) for i in range(len(result.lengths))]
@@ -178,8 +199,13 @@ class _Job:
                 }
                 writer.close(made if recipe is None else {**made, "shard": shard, **recipe.notes})
                 summary.files += map(str, writer.paths)
+            if recipe is not None and finished(prefixes.values(), recipe):
+                for writer in writers.values():
+                    writer.abort()
+                return False
         if "validation" in writers:
             summary.validation_documents = before.validation_documents + writers["validation"].documents
+        return True
 
 
 def _is_validation(number: int, fraction: float, shard: int | None = None) -> bool:

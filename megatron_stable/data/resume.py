@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +15,13 @@ from megatron_stable.data.indexed import dataset_paths, read_head, read_metadata
 from megatron_stable.data.shards import shards_there
 from megatron_stable.data.tokenizer import Tokenizer
 from megatron_stable.errors import DataError
+from megatron_stable.files import explain_os_errors
+
+END = 1 << 16
+"""Bytes at either end of an input file by which it is told from another of its size."""
+READERS = 16
+"""Threads that read them: on a shared file system that is waiting for most of the time."""
+KINDS = {"inputs_sha256": f"inputs (a name, a size, or the first or last {END >> 10} KiB of a file differ)"}
 
 
 @dataclass(frozen=True)
@@ -36,17 +45,17 @@ class Recipe:
     ) -> Recipe:
         """The recipe of these arguments.
 
-        Inputs are told apart by names and sizes: by their names below the directory that was given, so that another
-        machine may have it elsewhere.
+        Inputs are told apart by names, sizes, and what they begin and end with: by their names below the directory that
+        was given, so that another machine may have it elsewhere. Their times of change are no use: a copy has others.
         """
-        files, listed = [], sha256()
-        for given in inputs:
-            for path, size in find_files([given]):
-                name = path.relative_to(given) if path != Path(given) else path.name
-                files.append((path, size))
-                listed.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-        if not files:
+        found = [(given, *each) for given in inputs for each in find_files([given])]
+        if not found:
             raise DataError("no input given")
+        files, listed = [(path, size) for _, path, size in found], sha256()
+        with ThreadPoolExecutor(READERS) as pool:
+            for (given, path, size), ends in zip(found, pool.map(_ends, files), strict=True):
+                name = path.relative_to(given) if path != Path(given) else path.name
+                listed.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape") + ends)
         notes = {
             "tokenizer_sha256": tokenizer.sha256,
             "shards": shards,
@@ -56,6 +65,14 @@ class Recipe:
             "skip_undecodable": skip_undecodable,
         }
         return cls(files, notes)
+
+
+def _ends(file: tuple[Path, int]) -> bytes:
+    """A digest of the first and the last bytes of a file, with its size."""
+    path, size = file
+    with explain_os_errors("read", path), path.open("rb", buffering=0) as opened:
+        first = os.pread(opened.fileno(), END, 0)
+        return sha256(first + os.pread(opened.fileno(), END, max(END, size - END))).digest()
 
 
 def finished(prefixes: Iterable[str], recipe: Recipe) -> bool:
@@ -70,11 +87,15 @@ def finished(prefixes: Iterable[str], recipe: Recipe) -> bool:
         other = next((key for key, value in recipe.notes.items() if metadata.get(key) != value), None)
         if other is not None:
             raise DataError(
-                f"shard {prefix} was made with another {other} ({metadata.get(other)}, now {recipe.notes[other]}): "
+                f"shard {prefix} was made with {_other(other, metadata.get(other), recipe.notes[other])}: "
                 "remove the shards that are there, or choose another --output"
             )
         read_head(prefix)  # its files have the sizes that they should have
     return True
+
+
+def _other(key: str, before: Any, now: Any) -> str:
+    return f"other {KINDS[key]}" if key in KINDS else f"another {key} ({before}, now {now})"
 
 
 def refuse_others(name: str, recipe: Recipe) -> None:

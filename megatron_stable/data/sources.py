@@ -41,6 +41,11 @@ def is_file(train: Any) -> bool:
     return isinstance(train, str | Path) and Path(train).suffix in YAML
 
 
+def is_prefix(name: str) -> bool:
+    """Whether a name in the configuration is that of one dataset: no glob, and no file of sources."""
+    return not is_file(name) and not any(character in name for character in "*?[")
+
+
 def wanted(
     train: str | Path | Sequence[str] | Mapping[str, float] | None,
     stages: Sequence[tuple[int, Mapping[str, float]]] = (),

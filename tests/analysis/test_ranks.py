@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_stable.analysis.evaluation import evaluate_each, open_data
+from megatron_stable.analysis.evaluation import evaluate, evaluate_each, open_data
 from megatron_stable.analysis.generation import Sampling, generate_each
 from megatron_stable.analysis.ranks import layout
 from megatron_stable.analysis.trained import Trained, open_on_ranks, open_run
 from megatron_stable.checkpoint.model import load_model
+from megatron_stable.data import preprocess, shards
+from megatron_stable.data.indexed import read_metadata
 from megatron_stable.errors import ConfigError, MegatronStableError
 from megatron_stable.parallel.lifeline import Lifeline
 from tests.commands.conftest import SmallDemo, small
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import ROOT, Ranks
 from tests.training.runs import rank_processes
 
 __all__ = ["small"]
@@ -84,6 +88,95 @@ def diverged(run: Path, generates: bool) -> str:
 def test_all_ranks_raise_the_same(ranks: Ranks, small: SmallDemo, generates: bool, words: str) -> None:
     for error in ranks.run(2, diverged, small.run, generates):
         assert words in error
+
+
+def damaged(run: Path) -> str:
+    """On a rank: the error that it ends with."""
+    lifeline = Lifeline(100.0)
+    with pytest.raises(MegatronStableError) as caught:
+        open_on_ranks(run, None, None, lifeline)
+    assert caught.value.agreed and caught.value.exit_code == 5
+    lifeline.leave()
+    return str(caught.value)
+
+
+def test_a_checkpoint_that_one_rank_finds_damaged(ranks: Ranks, small: SmallDemo, tmp_path: Path) -> None:
+    shutil.copytree(small.run, tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoints" / "step_00000012" / "rank_00001.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for error in ranks.run(2, damaged, tmp_path / "run"):
+        assert "rank_00001.safetensors: " in error
+        assert "name another checkpoint with --step: `megatron-stable checkpoints" in error
+
+
+def looked_at(run: Path, prefix: Path) -> int:
+    """On a rank: how many notes beside shards it reads, to evaluate on them."""
+    lifeline, read = Lifeline(100.0), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shards, "read_metadata", lambda shard: read.append(shard) or read_metadata(shard))
+        dataset = open_data(open_on_ranks(run, None, None, lifeline), str(prefix))
+    assert dataset.parts[0].indexed.tokens > 0
+    lifeline.leave()
+    return len({str(shard) for shard in read} - {str(prefix)})
+
+
+def test_one_rank_reads_the_notes_beside_shards(ranks: Ranks, small: SmallDemo, tmp_path: Path) -> None:
+    """And writes those beside the whole: on thousands of ranks, reading all would be most of a start."""
+    text = tmp_path / "text.txt"
+    text.write_text("def spam(eggs):\n    return eggs\n" * 100)
+    preprocess([text, text, text], small.directory / "tokenizer.model", tmp_path / "shards", shards=3)
+    assert ranks.run(2, looked_at, small.run, tmp_path / "shards") == [3, 0]
+
+
+def mpirun(folders: Sequence[Path], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A rank in each folder, as on machines that do not see the same files."""
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun")
+    rank = [sys.executable, "-m", "megatron_stable", *map(str, arguments)]
+    commands = [["-n", "1", "--wdir", str(folder), *rank, ":"] for folder in folders]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    words = [word for command in commands for word in command][:-1]
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["mpirun", "--allow-run-as-root", "--oversubscribe", *words],
+        env=variables, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_under_mpirun(small: SmallDemo, tmp_path: Path) -> None:
+    done = mpirun([tmp_path] * 2, "evaluate", small.run, "--batches", 1, "--json", "parallel.pipeline=2")
+    assert done.returncode == 0, done.stderr
+    trained = open_run(small.run)
+    assert json.loads(done.stdout)["loss"] == pytest.approx(evaluate(trained, open_data(trained), 1).loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "lacks"), [("data", 1), ("tokenizer", 1), pytest.param("data", 0, marks=pytest.mark.full)]
+)
+def test_what_one_rank_does_not_see(small: SmallDemo, tmp_path: Path, what: str, lacks: int) -> None:
+    """One message, whichever rank it is, and the exit code of data that cannot be used."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        names = ("tokenizer.model", *(f"train_validation.{kind}" for kind in ("bin", "idx", "meta.json")))
+        for name in names if rank != lacks else ():
+            shutil.copy(small.directory / name, folder / name)
+    given = ["--data=train_validation"] if what == "data" else ["--tokenizer=tokenizer.model"]
+    done = mpirun(folders, "evaluate", small.run, *given, "parallel.tensor=2")
+    assert (done.returncode, done.stdout) == (5, ""), done.stderr
+    words = "train_validation.idx does not exist" if what == "data" else "tokenizer.model: No such file"
+    assert done.stderr.count("error: ") == done.stderr.count(words) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_usage_is_said_once(small: SmallDemo, tmp_path: Path) -> None:
+    """Though each rank sees it before it joins the others."""
+    for verb, *wrong in [("generate", "--top-p=2"), ("evaluate", "--data=a=x", "--data=a=y")]:
+        done = mpirun([tmp_path] * 2, verb, small.run, *wrong)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.count("error: ") == 1, done.stderr
 
 
 def test_the_verb_starts_ranks_and_says_what_one_process_says(small: SmallDemo) -> None:

@@ -190,6 +190,29 @@ def test_unusable_input_ends_with_a_message_and_its_exit_code(
         assert "Traceback" not in said.err and said.out == ""
 
 
+def test_each_kind_of_unusable_data_ends_with_a_message_and_its_exit_code(
+    small: SmallDemo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five six seven\n" * 300)
+    train_tokenizer([tmp_path / "text.txt"], 280, tmp_path / "other.model")
+    preprocess([tmp_path / "text.txt"], tmp_path / "other.model", tmp_path / "foreign")
+    preprocess([tmp_path / "text.txt"] * 3, small.directory / "tokenizer.model", tmp_path / "shards", shards=3)
+    (tmp_path / "shards-00001-of-00003.idx").unlink()
+    for name, path, weight in [("zero", "shards", 0), ("absent", "nothing", 1)]:
+        (tmp_path / f"{name}.yaml").write_text(f"sources: {{web: {{path: {path}, weight: {weight}}}}}")
+    for data, code, words in [
+        ("shards", 5, "lacks 1 of 3 shards: "),
+        ("foreign", 5, "was made with another tokenizer (vocabulary 280)"),
+        ("zero.yaml", 2, "source web has the weight 0, it must be a number above 0; to leave it out, remove it"),
+        ("absent.yaml", 5, "nothing.idx does not exist"),
+        ("none.yaml", 5, "none.yaml: No such file"),
+    ]:
+        ended = run_verb(["evaluate", str(small.run), "--data", str(tmp_path / data)])
+        said = capsys.readouterr()
+        assert (ended, said.out) == (code, ""), said.err
+        assert said.err.startswith("error: ") and words in said.err, said.err
+
+
 def test_data_that_do_not_belong_to_the_model(small: SmallDemo, trained: Trained, tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "foreign", np.uint16) as writer:
         writer.add(np.arange(350, 450))

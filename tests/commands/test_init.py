@@ -28,6 +28,40 @@ def test_writes_a_commented_file_and_says_what_is_next(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["config.yaml"]
 
 
+PRE = "  megatron-stable preprocess --input"
+WITH = "--tokenizer data/tokenizer.model --output"
+
+
+@pytest.mark.parametrize(
+    ("given", "commands"),
+    [
+        ([], [f"{PRE} TEXT {WITH} data/train --validation-fraction 0.01"]),
+        (
+            ["data.train=[data/web-*,data/code,data/code]", "data.validation=data/code_validation"],
+            [
+                f"{PRE} TEXT {WITH} data/code --validation-fraction 0.01",
+                f"{PRE} TEXT {WITH} PREFIX  # each that data/web-* names",
+            ],
+        ),
+        (
+            ["data.train=sources.yaml"],
+            [
+                f"{PRE} TEXT {WITH} PREFIX  # each that sources.yaml names",
+                f"{PRE} HELD_OUT_TEXT {WITH} data/train_validation",
+            ],
+        ),
+        (
+            ["data.train={data/web: 0.7, data/code: 0.3}", "data.validation=null"],
+            [f"{PRE} TEXT {WITH} data/web", f"{PRE} TEXT {WITH} data/code"],
+        ),
+    ],
+)
+def test_what_is_next_makes_each_dataset_that_the_configuration_names(tmp_path, given, commands):
+    said = init(tmp_path, *given)
+    assert said.returncode == 0, said.stderr
+    assert [line for line in said.stdout.splitlines() if line.startswith(PRE)] == commands
+
+
 def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("mine")

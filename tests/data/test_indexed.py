@@ -221,12 +221,37 @@ def test_interrupted_writing_keeps_what_was_there(tmp_path: Path) -> None:
 
 def test_writing_replaces_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "a.meta.json").write_text('{"tokenizer_sha256": "of the old data"}')
-    (tmp_path / "a.bin.partial").write_text("left by a killed process, and longer than what is written now")
+    for name in ("a.bin.1f.partial", "a.idx.1f.partial", "a.meta.json.1f.partial"):
+        (tmp_path / name).write_text("left by a killed process")
     write(tmp_path / "a", [[1]])
     write(tmp_path / "a", DOCUMENTS)
     assert parse(tmp_path / "a", "H")[1] == DOCUMENTS
     assert IndexedDataset(tmp_path / "a").metadata is None
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_writers_of_the_same_prefix_do_not_touch_each_others_files(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", np.uint16) as first:
+        first.add([1, 2, 3])
+        write(tmp_path / "a", [[4]])
+        assert parse(tmp_path / "a", "H")[1] == [[4]]
+    assert parse(tmp_path / "a", "H")[1] == [[1, 2, 3]]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_writer_whose_files_are_gone_leaves_what_is_there(tmp_path: Path) -> None:
+    """As where a file system's locks are not seen by other machines."""
+    with (
+        pytest.raises(DataError, match=r"cannot write .*a\.idx: No such file"),
+        IndexedWriter(tmp_path / "a", np.uint16, same=True) as writer,
+    ):
+        writer.add([1, 2, 3])
+        writer.close()
+        for path in tmp_path.glob("*.partial"):
+            path.unlink()
+        with IndexedWriter(tmp_path / "a", np.uint16, same=True) as other:
+            other.add([1, 2, 3])
+    assert parse(tmp_path / "a", "H")[1] == [[1, 2, 3]]
 
 
 def test_tokens_that_do_not_fit(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_a_rank_without_a_beat_is_named_with_its_host_and_where_the_others_are(r
     assert LIMIT < seconds < LIMIT + ANSWER + 3
     assert verdict.reason == "rank 2 on node1 fell silent 100 s ago (down, cut off, or stopped)"
     assert verdict.remedy.startswith("see to that machine") and verdict.remedy.endswith("the same command begins anew")
+    run.judge.again = "go and see"
+    assert run.judge.verdict(lambda rank: "node1").remedy.endswith("; go and see")
     assert verdict.stacks == {"ranks 0-1, 3": "stack False"}
 
 
