@@ -90,7 +90,7 @@ def generate_each(
         except UnicodeEncodeError:
             raise ConfigError("the prompt is not UTF-8 text") from None
         # in the data, too, a document follows the end of another
-        ids = [tokenizer.end_of_document, *tokenizer.encode(prompt)]
+        ids = [trained.end_of_document, *tokenizer.encode(prompt)]
         texts.append(_Text(number, ids, sampling, trained.config.model.sequence_length))
     return _continue(trained, tokenizer, texts, tokens)
 
@@ -128,7 +128,7 @@ def _continue(trained: Trained, tokenizer: Tokenizer, texts: list[_Text], tokens
                 raise agreed(DataError, DIVERGED)
             going = []
             for row, (text, token) in enumerate(zip(texts, words, strict=True)):
-                if token == tokenizer.end_of_document:
+                if token == trained.end_of_document:
                     continue
                 text.add(token)
                 yield text.number, token

@@ -39,6 +39,15 @@ class Trained(NamedTuple):
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def end_of_document(self) -> int:
+        """The token between documents in what it was trained on: the tokenizer's, if the run does not name another."""
+        given = self.config.data.end_of_document
+        if given is not None:
+            return given
+        assert self.tokenizer is not None
+        return self.tokenizer.end_of_document
+
     @contextmanager
     def reading(self, tokens: Tensor) -> Iterator[None]:
         """Within, the model is given the rows ``[b, s]`` of token ids of a data set, and sees documents in them as it

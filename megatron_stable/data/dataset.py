@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_stable.data.order import SampleOrder
-from megatron_stable.data.shards import Tokens, open_tokens
+from megatron_stable.data.shards import Listing, Tokens, list_tokens, open_listed, open_tokens
 from megatron_stable.data.sources import is_file, wanted
 from megatron_stable.data.stages import Paths, Stages, Stream
 from megatron_stable.errors import DataError
@@ -114,8 +114,12 @@ class Blend:
 
 def open_source(name: str, paths: Paths, sequence_length: int, seed: int) -> TokenDataset:
     """Open a source of a run."""
-    opened = open_tokens(paths) if isinstance(paths, str) else open_tokens(paths, name)
-    return TokenDataset(opened, sequence_length, seed)
+    return TokenDataset(open_listed(list_source(name, paths)), sequence_length, seed)
+
+
+def list_source(name: str, paths: Paths) -> Listing:
+    """What a source of a run consists of."""
+    return list_tokens(paths, None if isinstance(paths, str) else name)
 
 
 def stream_of(paths: Paths, dataset: TokenDataset) -> Stream:

@@ -18,11 +18,11 @@ from functools import cached_property
 from glob import escape, glob
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from megatron_stable.data.indexed import IndexedDataset, dataset_paths, read_head, read_metadata, read_span
+from megatron_stable.data.indexed import Head, IndexedDataset, dataset_paths, read_head, read_metadata, read_span
 from megatron_stable.errors import DataError
 from megatron_stable.files import explain_os_errors
 
@@ -134,22 +134,26 @@ _FILES: _Recent[_TokenFile] = _Recent(lambda: OPEN)
 _INDICES: _Recent[IndexedDataset] = _Recent(lambda: INDEXED)
 
 
+def read_heads(prefixes: Sequence[str]) -> list[Head]:
+    """What opening reads of each shard. Raises DataError, naming the shard and what is wrong with it."""
+    with ThreadPoolExecutor(OPENERS) as pool:
+        return list(pool.map(read_head, prefixes))
+
+
 class ShardSet:
     """Shards as one stream of tokens, documents in order, with the interface of :class:`IndexedDataset`.
 
-    Opening checks of each shard that the size of its files is what the index says; the index itself is checked when it
-    is first used. Shards may be empty, but not all. Raises DataError, naming the shard and what is wrong with it.
+    Of each shard it is known that the size of its files is what the index says; the index itself is checked when it is
+    first used. Shards may be empty, but not all. Raises DataError, naming the shard and what is wrong with it.
 
     Args:
         prefix: What the whole is called in messages.
-        prefixes: The shards, in order.
+        heads: Of the shards, in order.
         notes: Where to note what is found out about the whole, if anywhere.
     """
 
-    def __init__(self, prefix: str | Path, prefixes: Sequence[str | Path], notes: Path | None = None) -> None:
-        self.prefix, self.notes = str(prefix), notes
-        with ThreadPoolExecutor(OPENERS) as pool:
-            heads = list(pool.map(read_head, prefixes))
+    def __init__(self, prefix: str, heads: Sequence[Head], notes: Path | None = None) -> None:
+        self.prefix, self.notes = prefix, notes
         self.shards = [head for head in heads if head.tokens]
         """Heads of the shards that are not empty."""
         if not self.shards:
@@ -261,17 +265,43 @@ def open_tokens(source: str | Path | Sequence[str], name: str | None = None) -> 
     Raises:
         DataError: There is no such dataset, a shard is missing, or what is there is unusable.
     """
+    return open_listed(list_tokens(source, name))
+
+
+class Listing(NamedTuple):
+    """What a dataset consists of, by what its directories hold.
+
+    Attributes:
+        name: What it is called in messages; ``None``: it is a single pair, called by its prefix.
+        prefixes: Of its pairs, in order.
+        notes: Where to note what is found out about the whole, if anywhere.
+    """
+
+    name: str | None
+    prefixes: list[str]
+    notes: Path | None = None
+
+
+def list_tokens(source: str | Path | Sequence[str], name: str | None = None) -> Listing:
+    """What :func:`open_tokens` would open. Raises DataError: there is none, or a shard is missing."""
     if isinstance(source, str | Path):
         shards = _shards(str(source))
         if shards is None:
-            return IndexedDataset(source)
+            return Listing(None, [str(source)])
         has_prefix = name is None and not _is_glob(str(source))
-        return ShardSet(name or source, shards, dataset_paths(source)[2] if has_prefix else None)
+        return Listing(name or str(source), shards, dataset_paths(source)[2] if has_prefix else None)
     found = [shard for each in source for shard in _shards(each) or [each]]
     if len(found) == 1 and name is None:
-        return IndexedDataset(found[0])
+        return Listing(None, found)
     more = f" and {len(source) - 1} more" if len(source) > 1 else ""
-    return ShardSet(name or f"{source[0]}{more}", found)
+    return Listing(name or f"{source[0]}{more}", found)
+
+
+def open_listed(listing: Listing, heads: Sequence[Head] | None = None) -> Tokens:
+    """Open what was listed; ``heads``: of its pairs, if somebody has read them."""
+    if listing.name is None:
+        return IndexedDataset(listing.prefixes[0])
+    return ShardSet(listing.name, read_heads(listing.prefixes) if heads is None else heads, listing.notes)
 
 
 def _is_glob(source: str) -> bool:

@@ -13,6 +13,8 @@ from megatron_stable.data import (
     Batches,
     Blend,
     Course,
+    Head,
+    Listing,
     Paths,
     RepetitionFilter,
     Samples,
@@ -23,8 +25,9 @@ from megatron_stable.data import (
     check_boundaries,
     check_share,
     check_tokenizer,
-    open_dataset,
-    open_source,
+    list_source,
+    open_listed,
+    read_heads,
     remember,
     repetition_filter,
     stream_of,
@@ -32,7 +35,7 @@ from megatron_stable.data import (
     wanted,
 )
 from megatron_stable.errors import DataError
-from megatron_stable.parallel.agreement import agreed, decided, together
+from megatron_stable.parallel.agreement import agreed, decided, everywhere, together
 from megatron_stable.parallel.topology import Topology
 from megatron_stable.stability.interventions import Interventions
 
@@ -56,11 +59,13 @@ class Source:
     def __init__(self, config: Config, topology: Topology, tokenizer: Tokenizer | None = None) -> None:
         self.config, self.topology, self.tokenizer = config, topology, tokenizer
         data = config.data
+        held_out = decided(lambda: wanted(data.validation)) if data.validation else None
         self._wanted = decided(lambda: wanted(data.train, data.stages))
-        self._datasets: dict[str, TokenDataset] = {}
-        with together():
-            validation = open_dataset(data.validation, *self._cut) if data.validation else None
-        self._open(self._wanted.paths, [validation] if validation is not None else [])
+        self._datasets, held = self._open(self._wanted.paths, held_out.paths if held_out is not None else {})
+        validation: Samples | None = next(iter(held.values()), None)
+        if held_out is not None and len(held) > 1:
+            streams = {name: stream_of(held_out.paths[name], each) for name, each in held.items()}
+            validation = Blend(held, Stages.begin(streams, held_out.stages))
         self.course = Course.begin(config.batch.global_size)
         self.stages: Stages | None = None
         self._validation = self._batches(validation, self.course) if validation is not None else None
@@ -168,7 +173,7 @@ class Source:
         closed = {name: paths for name, paths in ahead.items() if name not in self._datasets}
         if closed:
             try:
-                self._open(closed)
+                self._datasets |= self._open(closed)[0]
             except DataError as error:
                 what = f"{', '.join(closed)}, which data.train names no more: put it back where it was"
                 raise agreed(DataError, f"{error}; from sample {sample} on this run still reads {what}") from None
@@ -176,14 +181,21 @@ class Source:
             for name, paths in ahead.items():
                 self.stages.require_same(name, stream_of(paths, self._datasets[name]))
 
-    def _open(self, paths: Mapping[str, Paths], others: Sequence[Samples] = ()) -> None:
-        """Open sources, and see that they and others are of this vocabulary and tokenizer, and have boundaries where
-        they are asked for. Collective."""
+    def _open(self, *groups: Mapping[str, Paths]) -> list[dict[str, TokenDataset]]:
+        """Open sources, and see that they are of this vocabulary and tokenizer, and have boundaries where they are
+        asked for. Collective."""
         data, vocab_size, rank = self.config.data, self.config.model.vocab_size, self.topology.rank
         assert vocab_size is not None
+        listings = decided(
+            lambda: [{name: list_source(name, each) for name, each in group.items()} for group in groups]
+        )
+        heads = self._heads([listing for group in listings for listing in group.values()])
         with together():
-            opened = {name: open_source(name, each, *self._cut) for name, each in paths.items()}
-            checked = [*opened.values(), *others]
+            opened = [
+                {name: TokenDataset(open_listed(listing, next(heads)), *self._cut) for name, listing in group.items()}
+                for group in listings
+            ]
+            checked = [each for group in opened for each in group.values()]
             if self.tokenizer and rank == 0:
                 for each in checked:
                     check_tokenizer(each, self.tokenizer)
@@ -198,7 +210,18 @@ class Source:
         if rank == 0:
             for i in new:
                 remember(parts[i], vocab_size)
-        self._datasets |= opened
+        return opened
+
+    def _heads(self, listings: Sequence[Listing]) -> Iterator[Sequence[Head] | None]:
+        """Of each dataset the heads of its shards; ``None``: it has none. Each rank reads its share, so that the
+        thousands of ranks of a run do not each open thousands of files. Collective."""
+        prefixes = [prefix for each in listings if each.name is not None for prefix in each.prefixes]
+        rank, world = self.topology.rank, self.topology.world
+        with together():  # where there are fewer than ranks, each looks whether it has one of them
+            mine = read_heads(prefixes[rank::world] or prefixes[rank % len(prefixes) :][:1] if prefixes else [])
+        parts = everywhere(mine)
+        heads = (parts[i % world][i // world] for i in range(len(prefixes)))
+        return iter([None if each.name is None else [next(heads) for _ in each.prefixes] for each in listings])
 
     @property
     def _cut(self) -> tuple[int, int]:

@@ -91,23 +91,23 @@ def test_greedy_takes_the_models_most_probable_token(small: SmallDemo, trained: 
 
 
 def test_a_text_does_not_depend_on_what_it_is_generated_beside(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch
+    trained: Trained,
 ) -> None:
     prompts = ["def ", "", "import os\n" * 60, "class A:\n    def __init__(self", "def "]
     samplings = [Sampling(1.0, 0.9, seed) for seed in (3, 4, 5, 6, 7)]
 
-    def both() -> tuple[list[list[int]], list[list[int]]]:
+    def both(trained: Trained) -> tuple[list[list[int]], list[list[int]]]:
         beside: list[list[int]] = [[] for _ in prompts]
         for number, token in generate_each(trained, prompts, 80, samplings):
             beside[number].append(token)
         return beside, [list(generate(trained, *each)) for each in zip(prompts, [80] * 5, samplings, strict=True)]
 
-    beside, alone = both()
+    beside, alone = both(trained)
     assert beside == alone
     assert alone[0] != alone[4]  # the same prompt, another seed
     frequent = max(set(alone[0]), key=[token for ids in alone for token in ids].count)
-    monkeypatch.setattr(Tokenizer, "end_of_document", property(lambda self: frequent))
-    beside, alone = both()
+    data = trained.config.data.model_copy(update={"end_of_document": frequent})
+    beside, alone = both(trained._replace(config=trained.config.model_copy(update={"data": data})))
     assert beside == alone
     assert len({len(ids) for ids in alone}) > 1  # documents that end make the batch smaller
 

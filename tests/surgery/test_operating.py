@@ -207,4 +207,4 @@ def test_what_is_looked_at_is_bounded(
     data = write_data(tmp_path / "data", 20_000)
     before = Config.model_validate({"model": {"vocab_size": 61, "sequence_length": old}, "data": {"train": data}})
     after = replaced(before, {"model.sequence_length": new})
-    assert samples(before, after, Course.begin(8), 3, None, number).shape == shape
+    assert samples(before, after, Course.begin(8), None, 3, None, number).shape == shape
