@@ -282,3 +282,10 @@ def test_a_tokenizer_that_is_not_where_the_run_says(small: SmallDemo, tmp_path: 
         assert open_run(small.run, tokenizer=moved).tokenizer is not None
     finally:
         moved.rename(small.directory / "tokenizer.model")
+
+
+def test_it_starts_without_the_compiler() -> None:
+    modules = "megatron_stable.commands.generate, megatron_stable.commands.evaluate"
+    code = f"import sys, {modules}; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout.strip() == "False"
